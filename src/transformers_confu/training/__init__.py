@@ -1,0 +1,25 @@
+"""Training of ConFu drafts. Names are imported on first use, so that a part needs only its own dependencies."""
+
+from importlib import import_module
+from typing import Any
+
+
+_MODULE_OF_NAME = {
+    "ConFuDataCollator": "data",
+    "DatasetReport": "data",
+    "LengthGroupedTokenBatchSampler": "data",
+    "load_jsonl": "data",
+    "prepare_dataset": "data",
+    "sequence_lengths": "data",
+    "RegenerationReport": "regeneration",
+    "regenerate": "regeneration",
+    "DraftVocabulary": "vocabulary",
+    "build_draft_vocabulary": "vocabulary",
+    "count_assistant_tokens": "vocabulary",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF_NAME[name]}", __name__), name)

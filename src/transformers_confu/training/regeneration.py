@@ -1,0 +1,346 @@
+"""On-policy training data: the target itself answers the prompts.
+
+A draft learns to foretell the target, so it has to see what the target says, not what a person or another model
+said. Answers come from plain `generate`, half of them greedy and half sampled by default, and are kept as token ids.
+
+    python -m transformers_confu.training.regeneration --target demo --prompts prompts.jsonl --output answers.jsonl
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from .data import Messages, encode_prompt, load_jsonl
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class RegenerationReport:
+    """What one call of `regenerate` did.
+
+    Attributes:
+        prompts: prompts given.
+        too_long: prompts skipped because they exceed `max_prompt_length`.
+        resumed: answers found in the output of an earlier call.
+        written: answers written by this call.
+        unfinished: answers among the written ones that were cut at `max_new_tokens`.
+        tokens: answer tokens written by this call.
+        seconds: time spent generating and writing.
+    """
+
+    prompts: int = 0
+    too_long: int = 0
+    resumed: int = 0
+    written: int = 0
+    unfinished: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"prompts: {self.prompts:,}, of which too long: {self.too_long:,}, answered before: {self.resumed:,}\n"
+            f"answers written: {self.written:,} ({self.tokens:,} tokens, {self.tokens_per_second:,.0f} tokens/s), "
+            f"of which cut at the maximum length: {self.unfinished:,}"
+        )
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    id: str | int
+    prompt: str | Messages
+    input_ids: list[int]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    prompts: list[_Prompt]
+    temperature: float
+    seed: int
+
+
+def regenerate(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[Mapping[str, Any]],
+    output_path: str | Path,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    max_prompt_length: int,
+    temperatures: Sequence[float] = (0.0, 0.8),
+    seed: int = 0,
+) -> RegenerationReport:
+    """Lets the target answer prompts and appends the answers to a JSONL file, batch by batch.
+
+    Prompts are sorted by length, longest first (memory runs out at once or not at all), and cut into batches, which
+    take the temperatures in turn. All other settings are those of the target's `generation_config`. A row is
+    `{id, prompt, answer, answer_ids, temperature, finished}`: `answer_ids` includes the token that ended the answer,
+    `finished` is False if the answer was cut at `max_new_tokens`. `prepare_dataset` takes these rows as they are.
+
+    An interrupted call is resumed by the same call: a torn last line is removed, answered prompts are skipped. Each
+    batch is drawn from a seed of its own, so the file is then the same as without the interruption. The global random
+    state is left as it was.
+
+    Args:
+        target: the model in evaluation mode.
+        tokenizer: its tokenizer, with a chat template.
+        prompts: rows with a unique `id` (string or integer) and `prompt` (one user turn, or messages).
+        output_path: the `.jsonl` file, created if missing.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: prompts answered at once.
+        max_prompt_length: longer prompts (in tokens, template included) are skipped and counted.
+        temperatures: one or more; 0 means greedy.
+        seed: seed of the sampling.
+
+    Raises:
+        ValueError: a setting or a prompt is invalid, or the output holds answers of other prompts or settings.
+    """
+    output_path = Path(output_path)
+    _check_settings(target, output_path, max_new_tokens, batch_size, max_prompt_length, temperatures)
+    encoded = _encode_prompts(prompts, tokenizer)
+    fitting = [prompt for prompt in encoded if len(prompt.input_ids) <= max_prompt_length]
+    batches = _plan_batches(fitting, batch_size, temperatures, seed)
+
+    answered = set()
+    if output_path.exists():
+        _remove_torn_line(output_path)
+        answered = _check_resumed_rows(output_path, batches, max_new_tokens)
+
+    report = RegenerationReport(prompts=len(encoded), too_long=len(encoded) - len(fitting), resumed=len(answered))
+    start = time.perf_counter()
+    output_path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        open(output_path, "a", encoding="utf-8") as file,
+        tqdm(total=len(fitting), initial=len(answered), unit="answer", desc="Regenerating") as progress,
+    ):
+        for batch in batches:
+            missing = [prompt.id not in answered for prompt in batch.prompts]
+            if not any(missing):
+                continue
+            # A half-written batch is answered whole again: a row's draws depend on the rows beside it.
+            for prompt, answer_ids, is_missing in zip(
+                batch.prompts, _answer(target, tokenizer, batch, max_new_tokens), missing, strict=True
+            ):
+                if not is_missing:
+                    continue
+                finished = answer_ids[-1] in _eos_token_ids(target)
+                row = {
+                    "id": prompt.id,
+                    "prompt": prompt.prompt,
+                    "answer": tokenizer.decode(answer_ids, skip_special_tokens=True),
+                    "answer_ids": answer_ids,
+                    "temperature": batch.temperature,
+                    "finished": finished,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                report.written += 1
+                report.unfinished += not finished
+                report.tokens += len(answer_ids)
+            file.flush()
+            report.seconds = time.perf_counter() - start
+            progress.update(sum(missing))
+            progress.set_postfix_str(f"{report.tokens_per_second:,.0f} tokens/s")
+    return report
+
+
+def _check_settings(
+    target: PreTrainedModel,
+    output_path: Path,
+    max_new_tokens: int,
+    batch_size: int,
+    max_prompt_length: int,
+    temperatures: Sequence[float],
+) -> None:
+    if target.training:
+        raise ValueError("The target is in training mode, so dropout would change its answers: call target.eval().")
+    if output_path.suffix != ".jsonl":
+        raise ValueError(f"The output is {output_path}, expected a .jsonl file; compress it when it is complete.")
+    for name, value in (
+        ("max_new_tokens", max_new_tokens),
+        ("batch_size", batch_size),
+        ("max_prompt_length", max_prompt_length),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1.")
+    if not temperatures or min(temperatures) < 0:
+        raise ValueError(f"temperatures is {list(temperatures)}, expected one or more numbers of 0 or above.")
+    context = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and max_prompt_length + max_new_tokens > context:
+        raise ValueError(
+            f"Prompts of up to {max_prompt_length} tokens and answers of up to {max_new_tokens} exceed the target's "
+            f"context of {context} tokens: lower max_prompt_length or max_new_tokens."
+        )
+
+
+def _encode_prompts(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[_Prompt]:
+    prompts = []
+    seen = set()
+    for index, row in enumerate(rows):
+        identity, prompt = row.get("id"), row.get("prompt")
+        if not isinstance(identity, str | int) or prompt is None:
+            raise ValueError(f"Prompt {index} has the fields {sorted(row)}, expected an 'id' and a 'prompt'.")
+        if identity in seen:
+            raise ValueError(f"Prompt {index} has the id {identity!r} of an earlier prompt: make the ids unique.")
+        seen.add(identity)
+        try:
+            prompts.append(_Prompt(identity, prompt, encode_prompt(prompt, tokenizer)))
+        except ValueError as error:
+            raise ValueError(f"Prompt {index} (id {identity!r}): {error}") from error
+    return prompts
+
+
+def _plan_batches(prompts: list[_Prompt], batch_size: int, temperatures: Sequence[float], seed: int) -> list[_Batch]:
+    """All batches of a complete run, whatever is answered already."""
+    prompts = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))
+    batches = []
+    for number, first in enumerate(range(0, len(prompts), batch_size)):
+        members = prompts[first : first + batch_size]
+        temperature = float(temperatures[number % len(temperatures)])
+        content = json.dumps([seed, temperature, [[prompt.id, prompt.input_ids] for prompt in members]])
+        batch_seed = int.from_bytes(hashlib.sha256(content.encode()).digest()[:7], "big")
+        batches.append(_Batch(members, temperature, batch_seed))
+    return batches
+
+
+def _remove_torn_line(path: Path) -> None:
+    """Cuts off a last line without its line break: the writer was stopped in the middle of it."""
+    with open(path, "r+b") as file:
+        whole = sum(len(line) for line in file if line.endswith(b"\n"))
+        removed = file.seek(0, 2) - whole
+        if removed:
+            file.truncate(whole)
+            logger.warning("Removed a torn last line of %d bytes from %s.", removed, path)
+
+
+def _check_resumed_rows(path: Path, batches: list[_Batch], max_new_tokens: int) -> set[str | int]:
+    """Ids answered in `path`, once it is sure that their rows belong to the planned run."""
+    planned = {prompt.id: (prompt.prompt, batch.temperature) for batch in batches for prompt in batch.prompts}
+    answered = set()
+    for row in load_jsonl(path):
+        length = len(row.get("answer_ids", ()))
+        complete = length <= max_new_tokens if row.get("finished") else length == max_new_tokens
+        known = planned.get(row.get("id")) == (row.get("prompt"), row.get("temperature"))
+        if not (known and complete) or row["id"] in answered:
+            raise ValueError(
+                f"{path} holds an answer (id {row.get('id')!r}) that this run would not write: repeat the earlier call "
+                f"with its prompts and settings, or choose another output."
+            )
+        answered.add(row["id"])
+    return answered
+
+
+def _eos_token_ids(target: PreTrainedModel) -> list[int]:
+    eos = target.generation_config.eos_token_id
+    if eos is None:
+        return []
+    return [eos] if isinstance(eos, int) else list(eos)
+
+
+def _answer(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: _Batch, max_new_tokens: int
+) -> list[list[int]]:
+    """Answer ids of each prompt, up to and including the token that ended the answer."""
+    eos_token_ids = _eos_token_ids(target)
+    # Padding is masked, so any valid id will do.
+    pad_token_id = next((i for i in (tokenizer.pad_token_id, *eos_token_ids) if i is not None), 0)
+    longest = max(len(prompt.input_ids) for prompt in batch.prompts)
+    input_ids = torch.full((len(batch.prompts), longest), pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for index, prompt in enumerate(batch.prompts):
+        input_ids[index, longest - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
+        attention_mask[index, longest - len(prompt.input_ids) :] = 1
+
+    sampling = {"do_sample": True, "temperature": batch.temperature} if batch.temperature else {"do_sample": False}
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(batch.seed)
+        sequences = target.generate(
+            input_ids=input_ids.to(target.device),
+            attention_mask=attention_mask.to(target.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad_token_id,
+            return_dict_in_generate=False,
+            **sampling,
+        )
+
+    answers = []
+    for answer_ids in sequences[:, longest:].tolist():
+        end = next((index for index, token in enumerate(answer_ids, start=1) if token in eos_token_ids), None)
+        answers.append(answer_ids[:end])
+    return answers
+
+
+@dataclass
+class RegenerationArguments:
+    """Arguments of the command line."""
+
+    target: str = field(metadata={"help": "Model id or folder of the target, or 'demo' for a small public model."})
+    prompts: str = field(metadata={"help": "JSONL file (also .gz) of rows with 'id' and 'prompt'."})
+    output: str = field(metadata={"help": "JSONL file of the answers; a run that was interrupted is resumed."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Longest answer, in tokens."})
+    batch_size: int = field(default=32, metadata={"help": "Prompts answered at once."})
+    max_prompt_length: int = field(default=1024, metadata={"help": "Longer prompts (in tokens) are skipped."})
+    temperatures: list[float] = field(
+        default_factory=lambda: [0.0, 0.8], metadata={"help": "Temperatures the batches take in turn; 0 is greedy."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Data type of the target, such as bfloat16 or float32."})
+    device: str = field(
+        default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu",
+        metadata={"help": "Device of the target."},
+    )
+
+
+def _load_target(name: str, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if name == "demo":
+        from transformers_confu.demo_target import load_demo_target
+
+        return load_demo_target(dtype=dtype, device=device)
+    target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+    return target, AutoTokenizer.from_pretrained(name)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `regenerate` from the command line; `argv` defaults to the process's arguments."""
+    (arguments,) = HfArgumentParser(RegenerationArguments).parse_args_into_dataclasses(args=argv)
+    dtype = getattr(torch, arguments.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype is {arguments.dtype!r}, expected the name of a torch dtype such as bfloat16.")
+    prompts = load_jsonl(arguments.prompts)
+    target, tokenizer = _load_target(arguments.target, dtype, arguments.device)
+    report = regenerate(
+        target.eval(),
+        tokenizer,
+        prompts,
+        arguments.output,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+        max_prompt_length=arguments.max_prompt_length,
+        temperatures=arguments.temperatures,
+        seed=arguments.seed,
+    )
+    print(report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Fixtures and options shared by all tests."""
+
+import os
+from functools import partial
+
+
+# Before transformers is imported, which reads them once.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import torch
+from helpers import make_tiny_target
+
+from transformers_confu.demo_target import load_demo_target
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--exactness",
+        choices=("sample", "full"),
+        default="sample",
+        help="how many cases the comparison with plain generate covers",
+    )
+
+
+@pytest.fixture(scope="session")
+def exactness_scope(request) -> str:
+    """`"sample"` or `"full"`, as given by `--exactness`."""
+    return request.config.getoption("--exactness")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real target in fp32 and its tokenizer. Shared: a test that changes either must undo it. Mark it `slow`."""
+    return load_demo_target(dtype=torch.float32)
+
+
+@pytest.fixture
+def tiny_llama():
+    """Factory of tiny Llama targets, see `make_tiny_target`."""
+    return partial(make_tiny_target, "llama")
+
+
+@pytest.fixture
+def tiny_qwen3():
+    """Factory of tiny Qwen3 targets, see `make_tiny_target`."""
+    return partial(make_tiny_target, "qwen3")

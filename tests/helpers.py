@@ -1,0 +1,50 @@
+"""Tiny random targets: the logic of decoding in milliseconds, in fp64 so that a difference is a fault, not rounding."""
+
+from typing import Literal
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+
+# The default 0.02 gives a greedy text that repeats one token for ever, on which wrong decoding looks right.
+INITIALIZER_RANGE = 0.3
+
+
+def make_tiny_target(
+    kind: Literal["llama", "qwen3"] = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **overrides
+) -> PreTrainedModel:
+    """
+    Build a random target: 5 layers, hidden size 32, 4 query and 2 key/value heads, vocabulary 97, no EOS.
+
+    Args:
+        kind: `"qwen3"` has normalised queries and keys, and heads (12) that do not divide the hidden size.
+        dtype: The weights are drawn in fp32 and then cast, so targets that differ in dtype only have equal weights.
+        seed: Of the weights. The caller's random state stays as it was.
+        overrides: Further entries of the config, such as `eos_token_id=5`.
+
+    Returns:
+        The target in eval mode on the CPU.
+    """
+    config_class, model_class, head_dim = {
+        "llama": (LlamaConfig, LlamaForCausalLM, 8),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM, 12),
+    }[kind]
+    settings = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": head_dim,
+        "max_position_embeddings": 512,
+        "initializer_range": INITIALIZER_RANGE,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config_class(**(settings | overrides)))
+    return model.to(dtype).eval()

@@ -1,0 +1,325 @@
+"""Rows to labelled ids, padding, and batching, against references written out by hand."""
+
+import gzip
+import json
+import math
+from functools import cache
+from itertools import groupby
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from transformers_confu.training.data import (
+    ConFuDataCollator,
+    DatasetReport,
+    LengthGroupedTokenBatchSampler,
+    encode_prompt,
+    load_jsonl,
+    prepare_dataset,
+    sequence_lengths,
+)
+
+
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def marked_template(before: str, after: str) -> str:
+    """A template whose generation block holds the content and `before`; `after` follows the block."""
+    return (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] }}" + before + "{% endgeneration %}" + after + "{% else %}{{ m['content'] }}<|im_end|>\n"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
+TEMPLATES = {
+    "plain": PLAIN_TEMPLATE,
+    "marked, newline inside": marked_template("<|im_end|>\n", ""),
+    "marked, spaces inside": marked_template("<|im_end|>  ", "\n"),
+    "marked, newline outside": marked_template("<|im_end|>", "\n"),
+    "marked, end of turn outside": marked_template("", "<|im_end|>\n"),
+}
+
+
+@cache
+def byte_tokenizer(template: str | None = PLAIN_TEMPLATE, trim_offsets: bool = False) -> PreTrainedTokenizerFast:
+    """One token per byte, so that labels can be compared as text, character by character."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"]
+    )
+    fast.chat_template = template
+    return fast
+
+
+def labelled_texts(tokenizer: PreTrainedTokenizerFast, row: dict) -> list[str]:
+    """Text of every run of labelled tokens; checks that labels are the ids of their positions."""
+    runs = []
+    pairs = list(zip(row["input_ids"], row["labels"], strict=True))
+    assert all(label in (-100, token) for token, label in pairs)
+    for labelled, run in groupby(pairs, key=lambda pair: pair[1] != -100):
+        if labelled:
+            runs.append(tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False))
+    return runs
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_labels_are_the_answers_with_their_end_of_turn(template, trim_offsets, data):
+    tokenizer = byte_tokenizer(template, trim_offsets)
+    content = st.text(alphabet="ab .\né漢", min_size=1, max_size=12)
+    turns = data.draw(st.lists(st.tuples(content, content), min_size=1, max_size=3))
+    messages = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    if data.draw(st.booleans()):
+        messages.insert(0, {"role": "system", "content": "be brief"})
+    if data.draw(st.booleans()):
+        messages.append({"role": "user", "content": "thanks"})
+
+    row = prepare_dataset([{"messages": messages}], tokenizer, 10_000)[0]
+
+    assert labelled_texts(tokenizer, row) == [answer + "<|im_end|>" for _, answer in turns]
+    assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_given_end_of_turn_ids_extend_a_span():
+    tokenizer = byte_tokenizer(marked_template("", "<|im_start|>\n"))
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    end = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    for eos_token_ids, expected in ((None, "b"), ([end], "b<|im_start|>")):
+        row = prepare_dataset([{"messages": messages}], tokenizer, 100, eos_token_ids=eos_token_ids)[0]
+        assert labelled_texts(tokenizer, row) == [expected]
+
+
+def test_answer_ids_are_kept_as_they_are():
+    tokenizer = byte_tokenizer()
+    answer = [5, 4, 200, 9]  # no text any tokenizer would write this way
+    rows = [
+        {"prompt": "hé", "answer_ids": answer},
+        {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "answer_ids": answer},
+    ]
+    dataset = prepare_dataset(rows, tokenizer, 1000)
+    texts = [
+        "<|im_start|>user\nhé<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n",
+    ]
+    for row, text, given_row in zip(dataset, texts, rows, strict=True):
+        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert encode_prompt(given_row["prompt"], tokenizer) == prompt
+        assert row["input_ids"] == prompt + answer
+        assert row["labels"] == [-100] * len(prompt) + answer
+
+
+def test_report_counts_what_is_cut_and_dropped():
+    rows = [
+        {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
+        {"input_ids": [1, 2, 3, 4, 5, 6], "labels": [-100, 2, 3, -100, 5, 6]},
+        {"input_ids": [1, 2, 3, 4, 5, 6], "labels": [-100, 2, 3, -100, -100, -100]},
+        {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, -100, -100, -100, 5]},
+        {"input_ids": [1, 2], "labels": [-100, -100]},
+        {"prompt": "hi", "answer_ids": []},
+    ]
+    report = DatasetReport()
+    dataset = prepare_dataset(rows, byte_tokenizer(), 4, report=report)
+    assert dataset["input_ids"][:] == [[1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4]]
+    assert dataset["labels"][:] == [[-100, 2, 3], [-100, 2, 3, -100], [-100, 2, 3, -100]]
+    assert sequence_lengths(dataset) == [3, 4, 4]
+    assert report == DatasetReport(
+        rows_in=6,
+        rows_kept=3,
+        dropped={"no assistant token in the first 4": 1, "no assistant token": 2},
+        answers_truncated=1,
+        tokens=11,
+        assistant_tokens=6,
+    )
+    report.vocabulary_coverage = 0.5
+    for part in ("3 kept of 6", "no assistant token: 2", "wrote 6", "50.00%"):
+        assert part in str(report)
+
+
+def test_many_rows_keep_their_order_and_prepared_rows_pass_through():
+    rows = [{"input_ids": [1, index % 200], "labels": [-100, index % 200]} for index in range(2500)]
+    dataset = prepare_dataset(iter(rows), byte_tokenizer(), 8)
+    assert dataset.to_list() == rows
+    assert prepare_dataset(dataset, byte_tokenizer(), 8).to_list() == rows
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a"}, r"Row 0: it has the fields \['text'\], expected 'messages'"),
+        ({"messages": "hello"}, "expected a non-empty list of messages"),
+        ({"messages": [{"content": "hello"}]}, "expected a message with a role"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "first message is the assistant's"),
+        ({"prompt": 3, "answer_ids": [1]}, "'prompt' is 3"),
+        ({"prompt": "a", "answer_ids": [999_999]}, "another tokenizer"),
+        ({"prompt": "a", "answer_ids": [1.5]}, "not integers"),
+        ({"input_ids": [1, 2], "labels": [2]}, "2 input_ids and 1 labels"),
+        ({"input_ids": [1, 2], "labels": [2, -100]}, "labels are not shifted"),
+        ({"input_ids": [1, -2], "labels": [-100, -2]}, "expected ids from 0"),
+    ],
+)
+def test_malformed_rows_are_refused(row, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_dataset([row], byte_tokenizer(), 100)
+
+
+def test_a_template_that_rewrites_history_is_refused():
+    # Like templates that drop the reasoning of earlier turns.
+    template = PLAIN_TEMPLATE.replace(
+        "{{ m['content'] }}", "{% if loop.last %}<think></think>{% endif %}{{ m['content'] }}"
+    )
+    messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+    with pytest.raises(ValueError, match=r"messages 0 to 1 differently .* generation"):
+        prepare_dataset([{"messages": messages}], byte_tokenizer(template), 100)
+
+
+def test_a_template_that_refuses_the_messages_is_named():
+    template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match=r"Row 0: .*refuses the messages: roles must alternate"):
+        prepare_dataset([{"prompt": "a", "answer_ids": [1]}], byte_tokenizer(template), 100)
+
+
+def test_a_missing_template_is_named():
+    with pytest.raises(ValueError, match="chat_template"):
+        prepare_dataset([{"prompt": "a", "answer_ids": [1]}], byte_tokenizer(None), 100)
+
+
+def test_nothing_left_is_an_error():
+    with pytest.raises(ValueError, match=r"None of 1 rows .*no assistant token in the first 3: 1"):
+        prepare_dataset([{"prompt": "a", "answer_ids": [1]}], byte_tokenizer(), 3)
+    with pytest.raises(ValueError, match="no row was given"):
+        prepare_dataset([], byte_tokenizer(), 3)
+    with pytest.raises(ValueError, match="max_length is 1"):
+        prepare_dataset([], byte_tokenizer(), 1)
+
+
+def test_load_jsonl(tmp_path):
+    rows = [{"a": "é\u2028"}, {"b": [1, 2]}]
+    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
+    (tmp_path / "a.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    assert load_jsonl(tmp_path / "a.jsonl") == rows
+    assert load_jsonl(str(tmp_path / "a.jsonl.gz")) == rows
+
+    for content, message in (
+        (b'{"a": 1}\n{"b": \n', r"bad\.jsonl, line 2 is not JSON"),
+        (b'{"a": 1}\n[1]\n', r"bad\.jsonl, line 2 holds a list"),
+        (b'\n"\xff"\n', r"bad\.jsonl, line 2 is not JSON"),
+    ):
+        (tmp_path / "bad.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_jsonl(tmp_path / "bad.jsonl")
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(text.encode())[:-10])
+    with pytest.raises(ValueError, match=r"torn\.jsonl\.gz cannot be decompressed"):
+        load_jsonl(tmp_path / "torn.jsonl.gz")
+
+
+@pytest.mark.parametrize("multiple", [None, 1, 4])
+@pytest.mark.parametrize("pad_token_id", [None, 9])
+def test_collator_pads_on_the_right(multiple, pad_token_id):
+    lengths = (3, 5, 1)
+    ids = [torch.arange(1, length + 1) for length in lengths]
+    rows = [{"input_ids": x.tolist(), "labels": (x + 10).tolist(), "other": "text"} for x in ids]
+    batch = ConFuDataCollator(pad_token_id, multiple)(rows)
+
+    extra = 3 if multiple == 4 else 0
+    for name, tensors, fill in (
+        ("input_ids", ids, pad_token_id or 0),
+        ("labels", [x + 10 for x in ids], -100),
+        ("attention_mask", [torch.ones_like(x) for x in ids], 0),
+    ):
+        expected = pad_sequence(tensors, batch_first=True, padding_value=fill)
+        expected = torch.nn.functional.pad(expected, (0, extra), value=fill)
+        assert batch[name].dtype == torch.long
+        assert torch.equal(batch[name], expected)
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_collator_refuses_bad_input():
+    with pytest.raises(ValueError, match="2 input_ids and 1 labels"):
+        ConFuDataCollator()([{"input_ids": [1, 2], "labels": [1]}])
+    with pytest.raises(ValueError, match="pad_to_multiple_of is 0"):
+        ConFuDataCollator(pad_to_multiple_of=0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=80),
+    budget=st.integers(1, 700),
+    seed=st.integers(0, 2**32),
+    shuffle=st.booleans(),
+)
+def test_sampler_properties(lengths, budget, seed, shuffle):
+    sampler = LengthGroupedTokenBatchSampler(lengths, budget, seed, shuffle)
+    twin = LengthGroupedTokenBatchSampler(lengths, budget, seed, shuffle)
+    for epoch in (0, 1, 7):
+        sampler.set_epoch(epoch)
+        twin.set_epoch(epoch)
+        batches = list(sampler)
+        assert batches == list(sampler) == list(twin)
+        assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+        assert len(batches) == len(sampler)
+        sizes = [len(batch) * max(lengths[index] for index in batch) for batch in batches]
+        assert all(size <= budget or len(batch) == 1 for size, batch in zip(sizes, batches, strict=True))
+        if shuffle:
+            assert sizes[0] == max(sizes)
+        else:
+            flat = [lengths[index] for batch in batches for index in batch]
+            assert flat == sorted(flat)
+
+
+def test_sampler_shuffles_rows_and_batches_between_epochs():
+    lengths = [10 + index % 90 for index in range(900)]
+    sampler = LengthGroupedTokenBatchSampler(lengths, 400, seed=3)
+    epochs = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    contents = [{frozenset(batch) for batch in batches} for batches in epochs]
+    assert len(contents[0] & contents[1]) < 0.1 * len(contents[0])
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert list(LengthGroupedTokenBatchSampler(lengths, 400, seed=4)) != epochs[0]
+    padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in epochs[0])
+    assert sum(lengths) / padded > 0.85
+    assert len(epochs[0]) < 1.3 * math.ceil(sum(lengths) / 400)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([], 10), "expected a non-empty list"),
+        (([1, 0], 10), "positive lengths"),
+        (([1], 0), "tokens_per_batch is 0"),
+        (([1], 1, -1), "seed is -1"),
+    ],
+)
+def test_sampler_refuses_bad_settings(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LengthGroupedTokenBatchSampler(*arguments)
+
+
+def test_rows_reach_a_data_loader():
+    rows = [{"input_ids": [1] * length, "labels": [1] * length} for length in (3, 30, 4, 31, 5)]
+    dataset = prepare_dataset(rows, byte_tokenizer(), 100)
+    sampler = LengthGroupedTokenBatchSampler(sequence_lengths(dataset), 64)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=ConFuDataCollator())
+    assert sorted(tuple(batch["input_ids"].shape) for batch in loader) == [(2, 31), (3, 5)]
