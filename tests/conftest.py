@@ -10,8 +10,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
-from helpers import make_tiny_target
 
+from helpers import make_tiny_target
 from transformers_confu.demo_target import load_demo_target
 
 

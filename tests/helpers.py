@@ -1,9 +1,11 @@
-"""Tiny random targets: the logic of decoding in milliseconds, in fp64 so that a difference is a fault, not rounding."""
+"""Tiny random targets: the logic of decoding in milliseconds, in fp64, where a difference is a fault, not rounding."""
 
 from typing import Literal
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from transformers_confu import ConFuConfig, ConFuDraftModel
 
 
 # The default 0.02 gives a greedy text that repeats one token for ever, on which wrong decoding looks right.
@@ -48,3 +50,31 @@ def make_tiny_target(
         torch.manual_seed(seed)
         model = model_class(config_class(**(settings | overrides)))
     return model.to(dtype).eval()
+
+
+def make_tiny_draft(
+    target: PreTrainedModel, dtype: torch.dtype | None = None, seed: int = 1, **overrides
+) -> ConFuDraftModel:
+    """
+    Build a random draft for a tiny target, with 3 taps, 4 soft prompts and no parameter left at zero.
+
+    Args:
+        target: Gives every size, and the dtype unless one is given.
+        dtype: The weights are drawn in fp32 and then cast.
+        seed: Of the weights. The caller's random state stays as it was.
+        overrides: Further entries of the config.
+
+    Returns:
+        The draft in eval mode on the CPU.
+    """
+    settings = {
+        "target_hidden_state_indices": [1, 2, 4],
+        "num_soft_prompts": 4,
+        "initializer_range": INITIALIZER_RANGE,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        draft = ConFuDraftModel(ConFuConfig.from_target(target.config, **(settings | overrides)))
+        if draft.future_channel.future_residual is not None:  # starts at zero, which would hide a fault in its use
+            torch.nn.init.normal_(draft.future_channel.future_residual.weight, std=INITIALIZER_RANGE)
+    return draft.to(dtype or target.dtype).eval()

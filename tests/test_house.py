@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 import transformers_confu
+from helpers import make_tiny_target
 
 
 PACKAGE = Path(transformers_confu.__file__).parent
@@ -26,18 +28,31 @@ ALLOWED_PACKAGES = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_mod
 inference_files = pytest.mark.parametrize("name", sorted(INFERENCE))
 
 
-def parse(name: str) -> list[ast.AST]:
-    return list(ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))))
+def parse(name: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
 
 
 def relative_imports(name: str) -> list[ast.ImportFrom]:
-    return [node for node in parse(name) if isinstance(node, ast.ImportFrom) and node.level > 0]
+    """All of them, also those in functions and under conditions."""
+    return [node for node in ast.walk(parse(name)) if isinstance(node, ast.ImportFrom) and node.level > 0]
+
+
+def imported_while_running(name: str) -> set[str]:
+    """The modules of [`relative_imports`] less those under `if TYPE_CHECKING:`, which only type checkers follow."""
+    for_types = [
+        node
+        for block in ast.walk(parse(name))
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    ]
+    lines = {node.lineno for node in for_types if isinstance(node, ast.ImportFrom)}
+    return {node.module for node in relative_imports(name) if node.lineno not in lines}
 
 
 @inference_files
 def test_inference_imports_only_torch_transformers_and_the_standard_library(name):
     imported = set()
-    for node in parse(name):
+    for node in ast.walk(parse(name)):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -63,7 +78,7 @@ def test_a_saved_checkpoint_carries_the_whole_engine():
 
 
 def test_inference_files_import_each_other_in_one_direction():
-    imports = {name: {node.module for node in relative_imports(name)} for name in INFERENCE}
+    imports = {name: imported_while_running(name) for name in INFERENCE}
     while leaves := {name for name, needed in imports.items() if not needed & imports.keys()}:
         imports = {name: needed for name, needed in imports.items() if name not in leaves}
     assert not imports, f"These files import each other in a circle: {sorted(imports)}."
@@ -80,13 +95,11 @@ def test_importing_the_package_loads_only_inference():
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_tiny_targets_write_varied_texts(kind):
-    # A target that repeats itself would let a draft that always proposes the same token pass for a good one.
-    import torch
-    from helpers import make_tiny_target
-
+    # On a text that falls into a loop, an engine that mixes up positions or branches can still look right.
     before = torch.random.get_rng_state()
     target = make_tiny_target(kind)
     assert torch.equal(before, torch.random.get_rng_state())
     text = target.generate(torch.tensor([[1, 5, 9]]), do_sample=False, max_new_tokens=60)[0, 3:]
     assert len(text) == 60
-    assert len(text.unique()) >= 20
+    assert len(text.unique()) >= 10
+    assert not any(torch.equal(text[-20:], text[-20 - period : -period]) for period in range(1, 30))

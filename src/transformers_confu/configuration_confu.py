@@ -1,11 +1,15 @@
 """What a ConFu checkpoint is: the sizes of the draft, of its target, and of the future channel between them."""
 
+import copy
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 
 # Kinds of RoPE whose frequencies do not depend on the sequence length, so that a cached key never goes stale.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @strict
@@ -78,7 +82,7 @@ class ConFuConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
+        if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.draft_vocab_size is None:
             self.draft_vocab_size = self.vocab_size
@@ -184,8 +188,12 @@ class ConFuConfig(PreTrainedConfig):
                 as wide as one layer of the target, so that it can start from the target's own weights.
 
         Raises:
-            ValueError: the target's configuration has no Llama-like sizes.
+            ValueError: the target is no decoder-only model, or its configuration has no Llama-like sizes.
         """
+        if target_config.is_encoder_decoder:
+            raise ValueError(
+                f"{type(target_config).__name__} is of an encoder-decoder model; ConFu drafts for decoder-only models."
+            )
         target = target_config.get_text_config(decoder=True)
         missing = [
             name
@@ -213,9 +221,8 @@ class ConFuConfig(PreTrainedConfig):
             "rms_norm_eps": getattr(target, "rms_norm_eps", 1e-6),
             "rope_parameters": rope or None,
             "max_position_embeddings": getattr(target, "max_position_embeddings", 2048),
-            "bos_token_id": target.bos_token_id,
-            "eos_token_id": target.eos_token_id,
-            "pad_token_id": target.pad_token_id,
+            # Copied, as a list of EOS tokens belongs to the target.
+            **{name: copy.copy(getattr(target, name, None)) for name in SPECIAL_TOKENS},
             "target_hidden_size": target.hidden_size,
             "target_num_hidden_layers": target.num_hidden_layers,
             "target_num_key_value_heads": num_key_value_heads,

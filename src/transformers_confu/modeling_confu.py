@@ -258,6 +258,10 @@ class ConFuPreTrainedModel(PreTrainedModel):
             if module.future_residual is not None:
                 # An untrained channel must not disturb a trained core.
                 init.zeros_(module.future_residual.weight)
+        elif isinstance(module, ConFuDraftModel):
+            # Loaded weights may come without these buffers, as those of EAGLE-3 drafts that predict every token do.
+            init.zeros_(module.d2t)
+            init.copy_(module.t2d, torch.arange(self.config.vocab_size) < self.config.draft_vocab_size)
 
 
 class ConFuDraftModel(ConFuPreTrainedModel, GenerationMixin):
@@ -310,9 +314,10 @@ class ConFuDraftModel(ConFuPreTrainedModel, GenerationMixin):
         size, vocab_size = self.config.draft_vocab_size, self.config.vocab_size
         token_ids = torch.as_tensor(token_ids, dtype=torch.long).unique().to(self.d2t.device)
         if token_ids.numel() != size or token_ids[0] < 0 or token_ids[-1] >= vocab_size:
+            found = f" in {token_ids[0].item()}..{token_ids[-1].item()}" if token_ids.numel() else ""
             raise ValueError(
                 f"A draft vocabulary of {size} needs {size} distinct token ids in 0..{vocab_size - 1}, got "
-                f"{token_ids.numel()} in {token_ids.min().item()}..{token_ids.max().item()}."
+                f"{token_ids.numel()}{found}."
             )
         self.d2t.copy_(token_ids - torch.arange(size, device=token_ids.device))
         self.t2d.zero_()
@@ -381,6 +386,11 @@ class ConFuDraftModel(ConFuPreTrainedModel, GenerationMixin):
     def confu_decode(self, target: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         """The decoding method that `target.generate(..., assistant_model=self)` runs. See `generation_confu`."""
         return confu_decode(self, target, *args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any):
+        # A generation config marked as derived from the model's would lose its ConFu knobs when it is loaded.
+        self.generation_config._from_model_config = False
+        return super().save_pretrained(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any):
         raise TypeError(

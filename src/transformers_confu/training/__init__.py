@@ -5,6 +5,9 @@ from typing import Any
 
 
 _MODULE_OF_NAME = {
+    "ConFuTrainer": "trainer",
+    "ConFuTrainingArguments": "arguments",
+    "warm_start": "warm_start",
     "ConFuDataCollator": "data",
     "DatasetReport": "data",
     "LengthGroupedTokenBatchSampler": "data",

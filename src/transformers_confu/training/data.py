@@ -87,7 +87,7 @@ def load_jsonl(path: str | Path) -> list[dict[str, Any]]:
         try:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    rows.append(_parse_json_object(line, path, number))
+                    rows.append(parse_json_object(line, path, number))
         except (EOFError, gzip.BadGzipFile) as error:
             raise ValueError(
                 f"{path} cannot be decompressed after line {number} ({error}): fetch or write the file again."
@@ -95,7 +95,8 @@ def load_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _parse_json_object(line: bytes, path: Path, number: int) -> dict[str, Any]:
+def parse_json_object(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    """The object of one line of a JSONL file; `path` and `number` (from 1) go into the ValueError of a bad line."""
     try:
         row = json.loads(line)
     except ValueError as error:  # covers bad JSON and bad UTF-8

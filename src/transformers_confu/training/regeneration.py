@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .data import Messages, encode_prompt, load_jsonl
+from .data import Messages, encode_prompt, load_jsonl, parse_json_object
 
 
 logger = logging.get_logger(__name__)
@@ -122,10 +122,7 @@ def regenerate(
     fitting = [prompt for prompt in encoded if len(prompt.input_ids) <= max_prompt_length]
     batches = _plan_batches(fitting, batch_size, temperatures, seed)
 
-    answered = set()
-    if output_path.exists():
-        _remove_torn_line(output_path)
-        answered = _check_resumed_rows(output_path, batches, max_new_tokens)
+    answered = _resume(output_path, batches, max_new_tokens) if output_path.exists() else set()
 
     report = RegenerationReport(prompts=len(encoded), too_long=len(encoded) - len(fitting), resumed=len(answered))
     start = time.perf_counter()
@@ -223,30 +220,30 @@ def _plan_batches(prompts: list[_Prompt], batch_size: int, temperatures: Sequenc
     return batches
 
 
-def _remove_torn_line(path: Path) -> None:
-    """Cuts off a last line without its line break: the writer was stopped in the middle of it."""
+def _resume(path: Path, batches: list[_Batch], max_new_tokens: int) -> set[str | int]:
+    """Ids answered in `path`. A last line without its line break, left by a stopped writer, is cut off."""
+    planned: dict[Any, tuple[str | Messages, float]] = {
+        prompt.id: (prompt.prompt, batch.temperature) for batch in batches for prompt in batch.prompts
+    }
+    answered: set[str | int] = set()
     with open(path, "r+b") as file:
-        whole = sum(len(line) for line in file if line.endswith(b"\n"))
-        removed = file.seek(0, 2) - whole
-        if removed:
-            file.truncate(whole)
-            logger.warning("Removed a torn last line of %d bytes from %s.", removed, path)
-
-
-def _check_resumed_rows(path: Path, batches: list[_Batch], max_new_tokens: int) -> set[str | int]:
-    """Ids answered in `path`, once it is sure that their rows belong to the planned run."""
-    planned = {prompt.id: (prompt.prompt, batch.temperature) for batch in batches for prompt in batch.prompts}
-    answered = set()
-    for row in load_jsonl(path):
-        length = len(row.get("answer_ids", ()))
-        complete = length <= max_new_tokens if row.get("finished") else length == max_new_tokens
-        known = planned.get(row.get("id")) == (row.get("prompt"), row.get("temperature"))
-        if not (known and complete) or row["id"] in answered:
-            raise ValueError(
-                f"{path} holds an answer (id {row.get('id')!r}) that this run would not write: repeat the earlier call "
-                f"with its prompts and settings, or choose another output."
-            )
-        answered.add(row["id"])
+        lines = file.readlines()
+        whole = [line for line in lines if line.endswith(b"\n")]
+        for number, line in enumerate(whole, start=1):
+            row = parse_json_object(line, path, number)
+            length = len(row.get("answer_ids", ()))
+            complete = length <= max_new_tokens if row.get("finished") else length == max_new_tokens
+            known = planned.get(row.get("id")) == (row.get("prompt"), row.get("temperature"))
+            if not (known and complete) or row["id"] in answered:
+                raise ValueError(
+                    f"{path}, line {number} is no answer (id {row.get('id')!r}) that this call would write: repeat "
+                    f"the earlier call with its prompts and settings, or choose another output."
+                )
+            answered.add(row["id"])
+        # Only now is it sure that the file is an output of this call and nobody else's.
+        if len(whole) < len(lines):
+            file.truncate(sum(len(line) for line in whole))
+            logger.warning("Removed a torn last line of %d bytes from %s.", len(lines[-1]), path)
     return answered
 
 

@@ -1,0 +1,171 @@
+"""`ConFuTrainer`: fine-tune a ConFu draft for a target, on Transformers' `Trainer`."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..modeling_confu import ConFuDraftModel
+from ..target_runner import check_target
+from .anchors import sample_anchors
+from .arguments import ConFuTrainingArguments
+from .data import ConFuDataCollator, LengthGroupedTokenBatchSampler, sequence_lengths
+from .objective import Objective, compute_objective
+
+
+class ConFuTrainer(Trainer):
+    r"""
+    Trains a draft against its frozen target.
+
+    ```python
+    >>> trainer = ConFuTrainer(
+    ...     model=draft,
+    ...     target_model=target,
+    ...     processing_class=tokenizer,
+    ...     args=ConFuTrainingArguments(output_dir="runs/draft", num_train_epochs=1),
+    ...     train_dataset=prepare_dataset(rows, tokenizer, max_length=512),
+    ... )
+    >>> trainer.train()
+    >>> trainer.save_model()
+    ```
+
+    The target is in neither checkpoints nor optimiser, and its parameters stop requiring gradients. Logged beside the
+    loss: accuracy by TTT step (`accuracy_0`, ...), `tau_greedy` (1 + expected number of leading right guesses of a
+    chain, teacher-forced) and `future_coverage` (share of draft rows that read a future prediction).
+
+    Args:
+        model ([`ConFuDraftModel`]): The draft, in float32; see [`warm_start`].
+        target_model ([`PreTrainedModel`]): The target, on the device and in the dtype it shall run in.
+        args ([`ConFuTrainingArguments`]).
+        train_dataset, eval_dataset: From [`prepare_dataset`].
+        kwargs: Whatever `Trainer` takes.
+    """
+
+    def __init__(
+        self,
+        model: ConFuDraftModel,
+        target_model: PreTrainedModel,
+        args: ConFuTrainingArguments,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ):
+        check_target(target_model, model.config)
+        if args.world_size > 1:
+            raise ValueError(
+                f"{args.world_size} processes: this version of ConFuTrainer trains in one; start it without a launcher."
+            )
+        if model.dtype != torch.float32:
+            raise ValueError(
+                f"The draft is in {model.dtype}; train it in float32 (`model.float()`) and set `bf16=True` for speed."
+            )
+        kwargs.setdefault("data_collator", ConFuDataCollator(pad_token_id=model.config.pad_token_id))
+        # Parameters that this run cannot teach are left out of the optimiser, whose weight decay would shrink them.
+        model.future_channel.requires_grad_(args.future_channel)
+        super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
+        # The loss below is already divided by the number of answer tokens of the whole accumulated batch.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self.target_model = target_model.eval().requires_grad_(False)
+        self._counts = {"train": _Counts(), "eval": _Counts()}
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.train_dataset is None:
+            raise ValueError("Training needs a `train_dataset`; make one with `prepare_dataset`.")
+        return self._token_batches(self.train_dataset, shuffle=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("Evaluation needs an `eval_dataset`; make one with `prepare_dataset`.")
+        return self._token_batches(dataset, shuffle=False)
+
+    def _token_batches(self, dataset: Any, shuffle: bool) -> DataLoader:
+        sampler = LengthGroupedTokenBatchSampler(
+            sequence_lengths(dataset), self.args.tokens_per_batch, seed=self.args.seed, shuffle=shuffle
+        )
+        return self.accelerator.prepare(
+            DataLoader(
+                dataset,
+                batch_sampler=sampler,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+            )
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Objective]:
+        anchors = None
+        if self.args.future_channel:
+            anchors = sample_anchors(inputs["labels"], self.args.replication, self.args.max_lag)
+        objective = compute_objective(
+            self.accelerator.unwrap_model(model),
+            self.target_model,
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            inputs["labels"],
+            anchors,
+            self.args.ttt_steps,
+            self.args.ttt_decay,
+        )
+        self._counts["train" if model.training else "eval"].add(objective)
+        items = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != -100).sum()
+        loss = objective.loss_sum / items
+        return (loss, objective) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None, None]:
+        # The same anchors at every evaluation, and none of training's random numbers spent on them.
+        with torch.no_grad(), torch.random.fork_rng(), self.compute_loss_context_manager():
+            torch.manual_seed(self.args.seed)
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._counts["eval"] = _Counts()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, value in self._counts["eval"].metrics().items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs = logs | self._counts["train"].metrics()
+            self._counts["train"] = _Counts()
+        super().log(logs, *args, **kwargs)
+
+
+class _Counts:
+    """Sums over batches of what the metrics are made of."""
+
+    def __init__(self) -> None:
+        self.counted: torch.Tensor | int = 0
+        self.correct: torch.Tensor | int = 0
+        self.correct_so_far: torch.Tensor | int = 0
+        self.rows = self.rows_with_future = 0
+
+    def add(self, objective: Objective) -> None:
+        self.counted = self.counted + objective.counted
+        self.correct = self.correct + objective.correct
+        self.correct_so_far = self.correct_so_far + objective.correct_so_far
+        self.rows += objective.rows
+        self.rows_with_future += objective.rows_with_future
+
+    def metrics(self) -> dict[str, float]:
+        if self.rows == 0:
+            return {}
+        counted = self.counted.clamp(min=1)
+        metrics = {
+            f"accuracy_{step}": round(value, 4) for step, value in enumerate((self.correct / counted).tolist())
+        }
+        metrics["tau_greedy"] = round(1 + float((self.correct_so_far / counted).sum()), 4)
+        metrics["future_coverage"] = round(self.rows_with_future / self.rows, 4)
+        return metrics

@@ -1,0 +1,136 @@
+"""Training-time test (TTT): the draft run on its own outputs, for all rows of a batch at once (EAGLE-3).
+
+Shapes: B batch, T tokens, R draft rows of a sequence (padded), H draft width, hd head_dim. At step s row i pairs its own
+output of step s-1 (its fused taps at s = 0) with the embedding of token i+1+s, at position i+s, and predicts token
+i+2+s. It attends to the true rows up to i, to its own rows of steps 1..s (the diagonal) and to its future token.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import repeat_kv
+
+from ..modeling_confu import ConFuAttention, ConFuDraftModel, rotate
+
+
+def unroll(
+    draft: ConFuDraftModel,
+    inputs_embeds: torch.Tensor,
+    taps: torch.Tensor,
+    position_ids: torch.LongTensor,
+    sees: torch.BoolTensor,
+    rows: torch.LongTensor,
+    future_states: torch.Tensor | None,
+    has_future: torch.BoolTensor | None,
+    num_steps: int,
+) -> Iterator[torch.Tensor]:
+    r"""
+    Draft features before `norm`, `(B, R, H)`, of one TTT step after the other.
+
+    Args:
+        draft ([`ConFuDraftModel`]): The draft.
+        inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): Token embeddings.
+        taps (`torch.FloatTensor` of shape `(batch, length, taps_size)`): The target's taps.
+        position_ids (`torch.LongTensor` of shape `(batch, length)`).
+        sees (`torch.BoolTensor` of shape `(batch, rows, length)`): True rows that a draft row sees: up to itself, of
+            its own document, no padding.
+        rows (`torch.LongTensor` of shape `(batch, rows)`): Positions in the sequence of the rows to draft from.
+        future_states (`torch.FloatTensor` of shape `(batch, rows, future_size)`, *optional*): The f of each row;
+            `None` is EAGLE-3 mode.
+        has_future (`torch.BoolTensor` of shape `(batch, rows)`, *optional*): Rows that have one; the others neither
+            see the slot nor add the residual.
+        num_steps (`int`): TTT steps; the depth used in decoding should not exceed it.
+    """
+    layer = draft.layers[0]
+    attention: ConFuAttention = layer.self_attn
+
+    def at(states: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
+        return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+
+    # True rows: keys and values of the whole sequence, queries of `rows` only. The last one pairs with no next token
+    # and is seen by no row that is trained.
+    features = draft.fc(taps)  # (B, T, H)
+    next_embeds = inputs_embeds.roll(-1, dims=1)
+    hidden_states = layer.attention_input(next_embeds, features)  # (B, T, 2H)
+    cos, sin = draft.rotary_emb(hidden_states, position_ids)
+    groups = attention.num_key_value_groups
+    true_keys = repeat_kv(rotate(attention.heads(attention.k_proj(hidden_states)), cos, sin), groups)  # (B, h, T, hd)
+    true_values = repeat_kv(attention.heads(attention.v_proj(hidden_states)), groups)
+
+    features = at(features, rows)  # (B, R, H)
+    row_positions = position_ids.gather(1, rows)
+    future = None
+    if future_states is not None:
+        future = draft.future(future_states, features)
+        if future.residual is not None:
+            future.residual = future.residual * has_future[..., None]
+    hidden_states = at(hidden_states, rows)
+
+    keys: list[torch.Tensor] = []  # the diagonal, each (B, h, R, hd)
+    values: list[torch.Tensor] = []
+    for step in range(num_steps):
+        if step > 0:
+            shifted = (rows + 1 + step).clamp(max=inputs_embeds.shape[1] - 1)
+            hidden_states = layer.attention_input(at(inputs_embeds, shifted), features)
+        cos, sin = draft.rotary_emb(hidden_states, row_positions + step)
+        queries = rotate(attention.heads(attention.q_proj(hidden_states)), cos, sin)  # (B, h, R, hd)
+        if step > 0:
+            keys.append(repeat_kv(rotate(attention.heads(attention.k_proj(hidden_states)), cos, sin), groups))
+            values.append(repeat_kv(attention.heads(attention.v_proj(hidden_states)), groups))
+        slot = None
+        if future is not None:
+            cos, sin = draft.rotary_emb(hidden_states, row_positions + step + 1)
+            slot = (repeat_kv(rotate(future.key, cos, sin), groups), repeat_kv(future.value, groups))
+        attended = diagonal_attention(
+            queries, true_keys, true_values, sees, keys, values, slot, has_future, attention.scaling
+        )
+        features = layer.finish(features, attention.o_proj(attended), future)
+        yield features
+
+
+def diagonal_attention(
+    queries: torch.Tensor,
+    true_keys: torch.Tensor,
+    true_values: torch.Tensor,
+    sees: torch.BoolTensor,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    slot: tuple[torch.Tensor, torch.Tensor] | None,
+    sees_slot: torch.BoolTensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    r"""
+    Attention of rows to the true rows, and of each row to its own earlier steps and slot.
+
+    What a row shares with no other costs one product each: a mask over rows x steps would be as large as the steps
+    are many, and nearly all of it hidden.
+
+    Args:
+        queries, keys, values: Rotated, `(batch, heads, rows, head_dim)`; keys and values one entry per earlier step.
+        true_keys, true_values (`torch.FloatTensor` of shape `(batch, heads, length, head_dim)`).
+        sees (`torch.BoolTensor` of shape `(batch, rows, length)`).
+        slot: Key and value of each row's future token, shaped like `queries`.
+        sees_slot (`torch.BoolTensor` of shape `(batch, rows)`).
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, rows, heads * head_dim)`.
+    """
+    lowest = torch.finfo(torch.float32).min
+    scores = [(queries @ true_keys.transpose(2, 3)).float().masked_fill(~sees[:, None], lowest)]  # (B, h, R, T)
+    scores += [(queries * key).sum(-1, keepdim=True).float() for key in keys]  # (B, h, R, 1)
+    own_values = list(values)
+    if slot is not None:
+        slot_key, slot_value = slot
+        score = (queries * slot_key).sum(-1, keepdim=True).float()
+        scores.append(score.masked_fill(~sees_slot[:, None, :, None], lowest))
+        own_values.append(slot_value)
+    weights = nn.functional.softmax(torch.cat(scores, dim=-1) * scaling, dim=-1).to(true_values.dtype)
+    length = true_keys.shape[2]
+    output = weights[..., :length] @ true_values
+    for index, value in enumerate(own_values):
+        output = output + weights[..., length + index, None] * value
+    return output.transpose(1, 2).flatten(2)
+
+
+__all__ = ["diagonal_attention", "unroll"]

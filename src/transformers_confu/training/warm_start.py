@@ -1,0 +1,97 @@
+"""A draft that starts from its target's own weights, which learns markedly faster than a random one."""
+
+import logging
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from ..configuration_confu import ConFuConfig
+from ..modeling_confu import ConFuDraftModel
+
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def warm_start(
+    target: PreTrainedModel,
+    draft_token_ids: torch.LongTensor,
+    config: ConFuConfig | None = None,
+    soft_prompt_ids: torch.LongTensor | None = None,
+) -> ConFuDraftModel:
+    r"""
+    A float32 draft initialised from a target.
+
+    Taken over where shapes allow: the final norm, the lm_head rows of the draft vocabulary, and the last layer's MLP,
+    norms and attention, the latter for the half of the input that is the feature; `fc` starts as the highest tap. What
+    could not be taken over is logged.
+
+    Args:
+        target ([`PreTrainedModel`]): The target, of Llama's module names.
+        draft_token_ids (`torch.LongTensor` of shape `(draft_vocab_size,)`): See [`build_draft_vocabulary`].
+        config ([`ConFuConfig`], *optional*): Defaults to [`ConFuConfig.from_target`].
+        soft_prompt_ids (`torch.LongTensor` of shape `(num_soft_prompts,)`, *optional*): A text whose keys and values
+            in the target become the soft prompts; random ones without it.
+    """
+    config = config or ConFuConfig.from_target(target.config, draft_vocab_size=len(draft_token_ids))
+    draft = ConFuDraftModel(config)
+    draft.set_draft_vocabulary(draft_token_ids)
+    draft_token_ids = draft.draft_token_ids
+
+    backbone = target.get_decoder()
+    last = backbone.layers[-1]
+    layer = draft.layers[0]
+    # The draft's feature starts as the highest tap: the other taps come in as training finds use for them.
+    nn.init.zeros_(draft.fc.weight)
+    if config.hidden_size == config.target_hidden_size:
+        nn.init.eye_(draft.fc.weight[:, -config.target_hidden_size :])
+    else:
+        nn.init.normal_(draft.fc.weight, std=config.taps_size**-0.5)
+
+    feature_half = slice(config.hidden_size, 2 * config.hidden_size)
+    pairs = [
+        ("norm", draft.norm.weight, _weight(backbone.norm)),
+        ("lm_head", draft.lm_head.weight, _weight(target.get_output_embeddings(), draft_token_ids)),
+        ("o_proj", layer.self_attn.o_proj.weight, _weight(last.self_attn.o_proj)),
+        ("hidden_norm", layer.hidden_norm.weight, _weight(last.input_layernorm)),
+        ("post_attention_layernorm", layer.post_attention_layernorm.weight, _weight(last.post_attention_layernorm)),
+    ]
+    for name in ("q_proj", "k_proj", "v_proj"):
+        weight = getattr(layer.self_attn, name).weight
+        pairs.append((name, weight[:, feature_half], _weight(getattr(last.self_attn, name))))
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        pairs.append((name, getattr(layer.mlp, name).weight, _weight(getattr(last.mlp, name, None))))
+    left = [name for name, ours, theirs in pairs if not _copy(ours, theirs)]
+    if left:
+        logger.warning("Warm start: %s of the target have other shapes or no weights; left random.", ", ".join(left))
+
+    if soft_prompt_ids is not None:
+        draft.future_channel.soft_prompts.copy_(_keys_and_values(target, soft_prompt_ids))
+    # `[con]` starts at the size of a real token's embedding, which differs between targets by orders of magnitude.
+    embedding = _weight(target.get_input_embeddings())
+    if embedding is not None:
+        draft.future_channel.contemplate_token.experts.normal_(std=float(embedding.float().std()))
+    return draft
+
+
+def _weight(module: nn.Module | None, rows: torch.LongTensor | None = None) -> torch.Tensor | None:
+    """A module's plain floating-point weight, or `None` (quantised ones have another, or none)."""
+    weight = getattr(module, "weight", None)
+    if weight is None or not weight.is_floating_point():
+        return None
+    return weight if rows is None else weight[rows.to(weight.device)]
+
+
+def _copy(ours: torch.Tensor, theirs: torch.Tensor | None) -> bool:
+    if theirs is None or ours.shape != theirs.shape:
+        return False
+    ours.copy_(theirs)
+    return True
+
+
+def _keys_and_values(target: PreTrainedModel, token_ids: torch.LongTensor) -> torch.Tensor:
+    """Cached keys and values of a text, `(layers, 2, num_key_value_heads, length, head_dim)`."""
+    cache = DynamicCache(config=target.config)
+    target(input_ids=token_ids[None].to(target.device), past_key_values=cache, use_cache=True)
+    return torch.stack([torch.stack([layer.keys[0], layer.values[0]]).float().cpu() for layer in cache.layers])

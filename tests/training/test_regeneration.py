@@ -1,0 +1,263 @@
+"""Batched answers against one-by-one `generate`, and interrupted runs against whole ones."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from transformers_confu.training import regeneration
+from transformers_confu.training.data import load_jsonl, prepare_dataset
+from transformers_confu.training.regeneration import regenerate
+
+
+TEMPLATE = (
+    "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
+MARKED_TEMPLATE = TEMPLATE.replace(
+    "{{ m['content'] }} </s>",
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} </s>{% endgeneration %}"
+    "{% else %}{{ m['content'] }} </s>{% endif %}",
+)
+WORDS = ["<s>", "</s>", "<unk>", "user", "assistant", *(f"w{index}" for index in range(27))]
+SETTINGS = {"max_new_tokens": 12, "batch_size": 3, "max_prompt_length": 12, "temperatures": (0.0, 0.8), "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def target() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = LlamaForCausalLM(config).double().eval()
+    # A random target hardly ever ends an answer: two ends make both finished and unfinished answers occur.
+    model.generation_config.eos_token_id = [1, 7]
+    return model
+
+
+@pytest.fixture(params=[TEMPLATE, MARKED_TEMPLATE], ids=["plain", "marked"])
+def tokenizer(request) -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = request.param
+    return fast
+
+
+def make_prompts(number: int = 20) -> list[dict]:
+    """Prompts of 1 to 6 words; the last one as messages, and one that is too long."""
+    prompts = [
+        {"id": f"p{index}", "prompt": " ".join(f"w{(index * 5 + word) % 27}" for word in range(1 + index % 6))}
+        for index in range(number)
+    ]
+    prompts[-1]["prompt"] = [{"role": "user", "content": prompts[-1]["prompt"]}]
+    prompts.insert(2, {"id": "long", "prompt": "w1 " * 30})
+    return prompts
+
+
+def test_greedy_rows_equal_single_row_generate(target, tokenizer, tmp_path):
+    prompts = make_prompts()
+    report = regenerate(target, tokenizer, prompts, tmp_path / "a.jsonl", **{**SETTINGS, "temperatures": (0.0,)})
+    rows = {row["id"]: row for row in load_jsonl(tmp_path / "a.jsonl")}
+
+    assert sorted(rows) == sorted(prompt["id"] for prompt in prompts if prompt["id"] != "long")
+    for prompt in prompts:
+        if prompt["id"] == "long":
+            continue
+        words = prompt["prompt"] if isinstance(prompt["prompt"], str) else prompt["prompt"][0]["content"]
+        ids = [WORDS.index(word) for word in f"<s> user {words} </s> <s> assistant".split()]
+        expected = target.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12, pad_token_id=1)[0]
+        row = rows[prompt["id"]]
+        assert row == {
+            "id": prompt["id"],
+            "prompt": prompt["prompt"],
+            "answer": tokenizer.decode(expected[len(ids) :], skip_special_tokens=True),
+            "answer_ids": expected[len(ids) :].tolist(),
+            "temperature": 0.0,
+            "finished": int(expected[-1]) in (1, 7),
+        }
+    finished = [row["finished"] for row in rows.values()]
+    assert any(finished) and not all(finished)
+    assert (report.prompts, report.too_long, report.resumed, report.written) == (21, 1, 0, 20)
+    assert report.unfinished == finished.count(False)
+    assert report.tokens == sum(len(row["answer_ids"]) for row in rows.values())
+    assert "20" in str(report)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"id": "p', b'{"id": "p3", "prompt": "w0"}'])
+@pytest.mark.parametrize("batches_before", [0, 1, 3])
+def test_interrupted_and_resumed_equals_uninterrupted(target, tokenizer, tmp_path, monkeypatch, batches_before, torn):
+    prompts = make_prompts()
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    regenerate(target, tokenizer, prompts, whole, **SETTINGS)
+
+    calls = 0
+    generate = LlamaForCausalLM.generate
+
+    def stops(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls > batches_before:
+            raise Interrupted
+        return generate(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "generate", stops)
+        with pytest.raises(Interrupted):
+            regenerate(target, tokenizer, prompts, parts, **SETTINGS)
+    assert len(load_jsonl(parts)) == 3 * batches_before
+    with open(parts, "ab") as file:
+        file.write(torn)
+    torch.manual_seed(99)  # the state of the process must not matter
+    report = regenerate(target, tokenizer, prompts, parts, **SETTINGS)
+
+    assert parts.read_bytes() == whole.read_bytes()
+    assert (report.resumed, report.written) == (3 * batches_before, 20 - 3 * batches_before)
+
+
+def test_a_half_written_batch_is_completed_and_a_complete_file_left_alone(target, tokenizer, tmp_path):
+    prompts = make_prompts()
+    path = tmp_path / "a.jsonl"
+    regenerate(target, tokenizer, prompts, path, **SETTINGS)
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:4]) + lines[4][:-7])  # the second batch (sampled) has one whole row
+    assert regenerate(target, tokenizer, prompts, path, **SETTINGS).written == 16
+    assert path.read_bytes() == whole
+    assert regenerate(target, tokenizer, prompts, path, **SETTINGS).written == 0
+    assert path.read_bytes() == whole
+
+
+def test_sampling_follows_the_seed_and_leaves_the_random_state(target, tokenizer, tmp_path):
+    prompts = make_prompts()
+    torch.manual_seed(3)
+    state = torch.random.get_rng_state()
+    rows = {}
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        regenerate(target, tokenizer, prompts, tmp_path / f"{name}.jsonl", **{**SETTINGS, "seed": seed})
+        rows[name] = load_jsonl(tmp_path / f"{name}.jsonl")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert rows["a"] == rows["b"]
+    for row, other in zip(rows["a"], rows["c"], strict=True):
+        assert (row["id"], row["temperature"]) == (other["id"], other["temperature"])
+        if row["temperature"] == 0:
+            assert row == other
+    assert rows["a"] != rows["c"]
+    # Sorted by length and three to a batch, the batches take the temperatures in turn.
+    assert [row["temperature"] for row in rows["a"]] == ([0.0] * 3 + [0.8] * 3) * 3 + [0.0] * 2
+    lengths = [
+        len(row["prompt"][0]["content"] if isinstance(row["prompt"], list) else row["prompt"]) for row in rows["a"]
+    ]
+    assert lengths[0] >= lengths[-1]
+
+
+def test_answers_load_into_prepare_dataset(target, tokenizer, tmp_path):
+    regenerate(target, tokenizer, make_prompts(), tmp_path / "a.jsonl", **SETTINGS)
+    rows = load_jsonl(tmp_path / "a.jsonl")
+    dataset = prepare_dataset(rows, tokenizer, 64)
+    for row, prepared in zip(rows, dataset, strict=True):
+        assert [label for label in prepared["labels"] if label != -100] == row["answer_ids"]
+        assert prepared["input_ids"][-len(row["answer_ids"]) :] == row["answer_ids"]
+
+
+def test_answers_of_another_run_are_refused(target, tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    prompts = make_prompts()
+    regenerate(target, tokenizer, prompts, path, **SETTINGS)
+    written = path.read_bytes()
+    for changed in ({"temperatures": (0.8, 0.0)}, {"max_new_tokens": 9}, {"max_new_tokens": 13}):
+        with pytest.raises(ValueError, match=r"line \d+ is no answer .* this call would write"):
+            regenerate(target, tokenizer, prompts, path, **{**SETTINGS, **changed})
+    with pytest.raises(ValueError, match=r"line \d+ is no answer .* this call would write"):
+        regenerate(target, tokenizer, prompts[:5], path, **SETTINGS)
+    path.write_bytes(written + written.splitlines(keepends=True)[0])
+    with pytest.raises(ValueError, match=r"line \d+ is no answer .* this call would write"):
+        regenerate(target, tokenizer, prompts, path, **SETTINGS)
+    for content, message in (
+        (b"{broken\n" + written, "line 1 is not JSON"),
+        (b'{"id": 1}\n{"id": 2}', "line 1 is no answer"),  # another file, its last line is not torn
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            regenerate(target, tokenizer, prompts, path, **SETTINGS)
+        assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompts", "message"),
+    [
+        ({"batch_size": 0}, [], "batch_size is 0"),
+        ({"max_new_tokens": 0}, [], "max_new_tokens is 0"),
+        ({"temperatures": ()}, [], "temperatures is"),
+        ({"temperatures": (-1.0,)}, [], "temperatures is"),
+        ({"max_new_tokens": 60}, [], "context of 64 tokens"),
+        ({}, [{"id": "a"}], "Prompt 0 has the fields"),
+        ({}, [{"prompt": "w1"}], "Prompt 0 has the fields"),
+        ({}, [{"id": 1, "prompt": "w1"}, {"id": 1, "prompt": "w2"}], "Prompt 1 has the id 1 of an earlier"),
+        ({}, [{"id": 1, "prompt": 5}], r"Prompt 0 \(id 1\): 'prompt' is 5"),
+    ],
+)
+def test_bad_settings_and_prompts_are_refused(target, tokenizer, tmp_path, settings, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        regenerate(target, tokenizer, prompts, tmp_path / "a.jsonl", **{**SETTINGS, **settings})
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_training_mode_and_compressed_output_are_refused(target, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"expected a \.jsonl file"):
+        regenerate(target, tokenizer, [], tmp_path / "a.jsonl.gz", **SETTINGS)
+    target.train()
+    try:
+        with pytest.raises(ValueError, match=r"call target\.eval\(\)"):
+            regenerate(target, tokenizer, [], tmp_path / "a.jsonl", **SETTINGS)
+    finally:
+        target.eval()
+
+
+def test_command_line(target, tokenizer, tmp_path, capsys):
+    target.save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    prompts = make_prompts()
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    arguments = {
+        "--target": tmp_path / "target",
+        "--prompts": tmp_path / "prompts.jsonl",
+        "--output": tmp_path / "out" / "answers.jsonl",
+        "--dtype": "float64",
+        "--device": "cpu",
+        "--max_new_tokens": 12,
+        "--batch_size": 3,
+        "--max_prompt_length": 12,
+        "--seed": 5,
+    }
+    argv = [str(part) for pair in arguments.items() for part in pair] + ["--temperatures", "0.0", "0.8"]
+    regeneration.main(argv)
+    assert "answers written: 20" in capsys.readouterr().out
+    regenerate(target, tokenizer, prompts, tmp_path / "direct.jsonl", **SETTINGS)
+    assert (tmp_path / "out" / "answers.jsonl").read_bytes() == (tmp_path / "direct.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="dtype is 'half-ish'"):
+        regeneration.main([*argv, "--dtype", "half-ish"])
+
+
+def test_module_runs_as_a_program():
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "transformers_confu.training.regeneration", "-h"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "--max_prompt_length" in result.stdout
