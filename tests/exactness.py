@@ -206,7 +206,7 @@ class Comparison:
 def compare(
     target: PreTrainedModel,
     draft: ConFuDraftModel,
-    input_ids: torch.LongTensor,
+    input_ids: torch.LongTensor | None,
     options: dict[str, Any],
     knobs: dict[str, int] | None = None,
     seed: int = 0,
@@ -223,7 +223,7 @@ def compare(
         knobs: ConFu's, for the assisted call; without the prefix `confu_`.
         seed: Set before each of the two calls.
         record: Whether the assisted call returns scores and hidden states too.
-        oracle: Let an [`Oracle`] propose instead of the draft.
+        oracle: Let an [`Oracle`] propose instead of the draft; needs `max_new_tokens` in `options`.
         call: Makes further arguments of `generate`, anew for each call since some keep a state.
         plain: What [`decode_plainly`] gave for the same case, to save time.
     """
@@ -236,10 +236,11 @@ def compare(
         **{f"confu_{name}": value for name, value in (knobs or {}).items()},
     )
     guide = None
+    prompt_length = 0 if input_ids is None else input_ids.shape[1]
     torch.manual_seed(seed)
     arguments = {"assistant_model": draft, "generation_config": config} | call()
     if oracle:
-        max_length = input_ids.shape[1] + options["max_new_tokens"]
+        max_length = prompt_length + options["max_new_tokens"]
         with Oracle(plain_output.sequences[0].tolist(), max_length, seed).proposing() as guide:
             assisted = target.generate(input_ids, **arguments)
     else:
@@ -250,7 +251,7 @@ def compare(
         plain_state,
         torch.get_rng_state(),
         draft.last_statistics,
-        input_ids.shape[1],
+        prompt_length,
         options,
         seed,
         guide,
@@ -259,7 +260,7 @@ def compare(
 
 def decode_plainly(
     target: PreTrainedModel,
-    input_ids: torch.LongTensor,
+    input_ids: torch.LongTensor | None,
     options: dict[str, Any],
     seed: int = 0,
     call: Callable[[], dict[str, Any]] = dict,

@@ -78,8 +78,8 @@ def test_shapes_of_the_future_channel(target):
         "future_token.norm.weight": (32,),
         "future_token.router.weight": (3, 32),
         "future_token.experts": (3, 32),
-        "future_projection.weight": (32, 96),
-        "future_residual.weight": (32, 96),
+        "future_projection.weight": (32, 64),
+        "future_residual.weight": (32, 64),
     }
     assert make_tiny_draft(target, use_future_residual=False).future_channel.future_residual is None
 

@@ -210,7 +210,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
         n_last_matches: int,
         **kwargs: Any,
     ) -> tuple[torch.LongTensor, None]:
-        """A chain of up to `depth` tokens behind `input_ids` `(1, length)`. No logits: candidates are matched, not weighed."""
+        """A chain of up to `depth` tokens behind `input_ids` `(1, length)`. No logits: the loop matches, not weighs."""
         if is_first_iteration:
             return input_ids, None  # the first forward is the prefill, which yields the first taps
         taps = torch.cat(
@@ -226,7 +226,11 @@ class ConFuCandidateGenerator(CandidateGenerator):
         taps = taps[:, :num_rows]
         if (attention_mask := model_kwargs.get("attention_mask")) is not None:
             real = attention_mask[0, -num_rows - 1 : -1].bool()
-            next_tokens, position_ids, taps = next_tokens[:, real], position_ids[:, real], taps[:, real.to(taps.device)]
+            next_tokens, position_ids, taps = (
+                next_tokens[:, real],
+                position_ids[:, real],
+                taps[:, real.to(taps.device)],
+            )
         self.observe(self.embed(next_tokens), taps, position_ids)
         chain = self.propose(input_ids[:, -1], tree_size=self.depth + 1, max_depth=self.depth, future_states=None)
         return torch.cat([input_ids, chain.tokens[:, 1:].to(input_ids.device)], dim=-1), None

@@ -43,11 +43,11 @@ class ConFuStatistics:
         accepted_by_depth (`list[int]`): Entry d - 1 counts the rounds that accepted a node at depth d.
         tree_nodes, contemplate_rows (`int`): Rows of both kinds that the target computed in rounds.
         prefill_seconds, draft_seconds, target_seconds, walk_seconds, compaction_seconds (`float`): Where the time
-            went. Read by the host's clock without waiting for the device: on a GPU, work that is queued in one part may
-            be waited for in a later one.
+            went. Read by the host's clock without waiting for the device: on a GPU, work that is queued in one part
+            may be waited for in a later one.
         draft_state (`str`): "new" (no cache was passed), "carried" (continued from the passed cache) or "restarted"
-            (the passed cache holds no state of this draft, so the draft only sees the new tokens; the text is the same,
-            acceptance may be lower).
+            (the passed cache holds no state of this draft, so the draft only sees the new tokens; the text is the
+            same, acceptance may be lower).
     """
 
     emitted: list[int] = field(default_factory=list)
@@ -393,7 +393,9 @@ class _Decoding:
         chunk_size = self.generation_config.prefill_chunk_size or length
         cache = model_kwargs["past_key_values"]
         mask = model_kwargs.get("attention_mask")
-        kwargs = {name: value for name, value in model_kwargs.items() if name not in ("inputs_embeds", "attention_mask")}
+        kwargs = {
+            name: value for name, value in model_kwargs.items() if name not in ("inputs_embeds", "attention_mask")
+        }
         kwargs["output_hidden_states"] = model_kwargs.get("output_hidden_states") or self.runner.recorded
         taps = []
         for start in range(0, length, chunk_size):
@@ -617,7 +619,7 @@ def install_dispatch() -> bool:
             return assistant_model.confu_decode(self, *args, **kwargs)
         return assisted_decoding(self, *args, **kwargs)
 
-    dispatch.dispatches_confu = True
+    setattr(dispatch, "dispatches_confu", True)  # noqa: B010 - a function has no such attribute to a type checker
     GenerationMixin._assisted_decoding = dispatch
     return True
 

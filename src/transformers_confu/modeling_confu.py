@@ -281,9 +281,7 @@ class ConFuDraftModel(ConFuPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ConFuConfig):
         super().__init__(config)
-        self.embed_tokens = (
-            nn.Embedding(config.vocab_size, config.hidden_size) if config.has_own_embeddings else None
-        )
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if config.has_own_embeddings else None
         self.fc = nn.Linear(config.taps_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList([ConFuDecoderLayer(config, layer_idx=0)])
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)

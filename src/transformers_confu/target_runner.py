@@ -255,8 +255,8 @@ def check_target(target: PreTrainedModel, config: ConFuConfig) -> None:
     implementation = target_config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise ValueError(
-            f"{name} uses `attn_implementation='{implementation}'`, which cannot take the mask of a tree; load it with "
-            "'sdpa' or 'eager'."
+            f"{name} uses `attn_implementation='{implementation}'`, which cannot take the mask of a tree; load it "
+            "with 'sdpa' or 'eager'."
         )
     layer_types = getattr(target_config, "layer_types", None) or []
     if unusual := sorted(set(layer_types) - {"full_attention"}):
@@ -266,14 +266,14 @@ def check_target(target: PreTrainedModel, config: ConFuConfig) -> None:
         )
     if not layer_types and getattr(target_config, "sliding_window", None) is not None:
         raise ValueError(
-            f"{name} has `sliding_window={target_config.sliding_window}`, and a sliding cache cannot hold a tree; ConFu "
-            "needs full attention (`sliding_window=None`)."
+            f"{name} has `sliding_window={target_config.sliding_window}`, and a sliding cache cannot hold a tree; "
+            "ConFu needs full attention (`sliding_window=None`)."
         )
     rope = getattr(target_config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in STATIC_ROPE_TYPES:
         raise ValueError(
-            f"{name} uses RoPE type '{rope['rope_type']}', whose frequencies change with the length of the forward, so "
-            f"cached keys would differ from plain decoding; types that work are {', '.join(STATIC_ROPE_TYPES)}."
+            f"{name} uses RoPE type '{rope['rope_type']}', whose frequencies change with the length of the forward, "
+            f"so cached keys would differ from plain decoding; types that work are {', '.join(STATIC_ROPE_TYPES)}."
         )
     if "mrope_section" in rope:
         raise ValueError(f"{name} uses 3-D positions (mrope), which a draft tree has not; use a text-only target.")

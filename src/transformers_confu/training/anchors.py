@@ -47,8 +47,8 @@ def sample_anchors(labels: torch.LongTensor, replication: int, max_lag: int) -> 
 
     Each run of draft rows is cut into blocks of `replication + 1` rows with one anchor in each, drawn uniformly; its
     first row, the last prompt token, is an anchor besides. An anchor serves itself and the `replication` rows behind
-    it unless a nearer anchor does: the rule by which nodes borrow in decoding. Single blocks thus leave about one row in
-    six without f, which keeps EAGLE-3 mode trained.
+    it unless a nearer anchor does: the rule by which nodes borrow in decoding. About one row in six is left without f
+    (the expected gap between uniform draws from neighbouring blocks), which keeps EAGLE-3 mode trained.
 
     In decoding the `[con]` of a node at depth d is routed by the newest token with a true hidden state, d + 1 before
     it. Here that lag is uniform in 1..`max_lag`, cut at the last prompt token, which itself has lag 0.

@@ -14,12 +14,15 @@ class ConFuTrainingArguments(TrainingArguments):
     """
 
     tokens_per_batch: int = field(
-        default=2048, metadata={"help": "Tokens per training batch, padding included. Many small steps beat few large."}
+        default=2048,
+        metadata={"help": "Tokens per training batch, padding included. Many small steps beat few large."},
     )
     ttt_steps: int = field(
         default=5, metadata={"help": "Steps that the draft is run on its own output; at least the depth in decoding."}
     )
-    ttt_decay: float = field(default=0.8, metadata={"help": "Weight of TTT step s in the loss is this to the power s."})
+    ttt_decay: float = field(
+        default=0.8, metadata={"help": "Weight of TTT step s in the loss is this to the power s."}
+    )
     future_channel: bool = field(
         default=True, metadata={"help": "Train with future predictions; without, this is EAGLE-3 training."}
     )

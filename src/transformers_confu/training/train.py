@@ -29,7 +29,7 @@ class DraftArguments:
     draft_vocab_size: int = field(default=8192, metadata={"help": "Target tokens that a new draft can predict."})
     num_soft_prompts: int = field(default=16, metadata={"help": "Soft prompts of a new draft."})
     instruction: str = field(
-        default="Think ahead: what will the assistant say next, after the coming word? The next words of the answer are",
+        default="Think ahead: what will the assistant say after the coming word? The next words of the answer are",
         metadata={"help": "Text whose keys and values a new draft's soft prompts start from; cut or repeated to fit."},
     )
     max_length: int = field(default=512, metadata={"help": "Longest row, in tokens; longer ones are cut."})
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def new_draft(target, tokenizer, dataset, arguments: DraftArguments) -> ConFuDraftModel:
-    """A draft warm-started from the target, with a vocabulary by answer frequency and decoding depth of the training."""
+    """A draft warm-started from the target, with a vocabulary by frequency in the answers."""
     eos = target.generation_config.eos_token_id
     vocabulary = build_draft_vocabulary(
         count_assistant_tokens(dataset, target.vocab_size),
@@ -89,9 +89,7 @@ def new_draft(target, tokenizer, dataset, arguments: DraftArguments) -> ConFuDra
     print(f"Draft vocabulary: {arguments.draft_vocab_size} tokens, {vocabulary.coverage:.1%} of the answers' tokens")
     ids = torch.tensor(tokenizer(arguments.instruction, add_special_tokens=False)["input_ids"])
     size = arguments.num_soft_prompts
-    config = ConFuConfig.from_target(
-        target.config, draft_vocab_size=arguments.draft_vocab_size, num_soft_prompts=size
-    )
+    config = ConFuConfig.from_target(target.config, draft_vocab_size=arguments.draft_vocab_size, num_soft_prompts=size)
     return warm_start(target, vocabulary.token_ids, config, soft_prompt_ids=ids.repeat(-(-size // len(ids)))[:size])
 
 

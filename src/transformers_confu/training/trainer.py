@@ -55,7 +55,7 @@ class ConFuTrainer(Trainer):
         check_target(target_model, model.config)
         if args.world_size > 1:
             raise ValueError(
-                f"{args.world_size} processes: this version of ConFuTrainer trains in one; start it without a launcher."
+                f"{args.world_size} processes: this version of ConFuTrainer trains in one; start it without launcher."
             )
         if model.dtype != torch.float32:
             raise ValueError(
@@ -126,8 +126,8 @@ class ConFuTrainer(Trainer):
         # The same anchors at every evaluation, and none of training's random numbers spent on them.
         with torch.no_grad(), torch.random.fork_rng(), self.compute_loss_context_manager():
             torch.manual_seed(self.args.seed)
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
+            loss, _ = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        return loss, None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self._counts["eval"] = _Counts()
@@ -147,9 +147,7 @@ class _Counts:
     """Sums over batches of what the metrics are made of."""
 
     def __init__(self) -> None:
-        self.counted: torch.Tensor | int = 0
-        self.correct: torch.Tensor | int = 0
-        self.correct_so_far: torch.Tensor | int = 0
+        self.counted = self.correct = self.correct_so_far = torch.zeros((), dtype=torch.long)
         self.rows = self.rows_with_future = 0
 
     def add(self, objective: Objective) -> None:
@@ -163,9 +161,7 @@ class _Counts:
         if self.rows == 0:
             return {}
         counted = self.counted.clamp(min=1)
-        metrics = {
-            f"accuracy_{step}": round(value, 4) for step, value in enumerate((self.correct / counted).tolist())
-        }
+        metrics = {f"accuracy_{step}": round(value, 4) for step, value in enumerate((self.correct / counted).tolist())}
         metrics["tau_greedy"] = round(1 + float((self.correct_so_far / counted).sum()), 4)
         metrics["future_coverage"] = round(self.rows_with_future / self.rows, 4)
         return metrics

@@ -1,7 +1,7 @@
 """Training-time test (TTT): the draft run on its own outputs, for all rows of a batch at once (EAGLE-3).
 
-Shapes: B batch, T tokens, R draft rows of a sequence (padded), H draft width, hd head_dim. At step s row i pairs its own
-output of step s-1 (its fused taps at s = 0) with the embedding of token i+1+s, at position i+s, and predicts token
+Shapes: B batch, T tokens, R draft rows of a sequence (padded), H draft width, hd head_dim. At step s row i pairs its
+own output of step s-1 (its fused taps at s = 0) with the embedding of token i+1+s, at position i+s, and predicts token
 i+2+s. It attends to the true rows up to i, to its own rows of steps 1..s (the diagonal) and to its future token.
 """
 

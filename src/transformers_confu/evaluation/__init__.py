@@ -1,0 +1,1 @@
+"""Measuring ConFu drafts. Run `python -m transformers_confu.evaluation.benchmark --help`."""
