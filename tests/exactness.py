@@ -302,7 +302,7 @@ def assert_close(expected: Any, actual: Any, tolerance: float) -> None:
 
 
 def prove_ties(comparison: Comparison, name: str, in_fp64: Callable[[], Comparison]) -> Tie | None:
-    """The fp32 promise: `None` for the same text, the tie for a difference that is proven to be one; else a failure."""
+    """The fp32 promise: `None` for the same text, the tie for a difference proven to be one; else a failure."""
     index = comparison.first_difference()
     if index is None:
         assert torch.equal(comparison.plain_state, comparison.assisted_state), "another number of random draws"
@@ -391,7 +391,7 @@ KNOBS: dict[str, dict[str, int]] = {
 PROCESSING: dict[str, Callable[[list[int]], dict[str, Any]]] = {
     # From the text that plain greedy decoding writes without them, so that each of them changes something.
     "none": lambda text: {},
-    "eos": lambda text: {"eos_token_id": [text[9], text[12]]},
+    "eos": lambda text: {"eos_token_id": [text[5], text[7]]},
     "repetition_penalty": lambda text: {"repetition_penalty": 1.4},
     "no_repeat_ngram_size": lambda text: {"no_repeat_ngram_size": 2},
     "min_new_tokens": lambda text: {"min_new_tokens": 8, "eos_token_id": text[3]},
@@ -402,7 +402,7 @@ PROCESSING: dict[str, Callable[[list[int]], dict[str, Any]]] = {
     "guidance_scale": lambda text: {"guidance_scale": 1.5},  # runs the target itself, with a cache of its own
     "exponential_decay_length_penalty": lambda text: {
         "exponential_decay_length_penalty": (4, 1.5),
-        "eos_token_id": text[11],
+        "eos_token_id": text[6],
     },
     "renormalize_logits": lambda text: {"renormalize_logits": True, "typical_p": 0.9},
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from exactness import (
     KNOBS,
     PROCESSING,
@@ -23,7 +24,6 @@ from exactness import (
     truly_fp64,
 )
 from helpers import make_tiny_draft, make_tiny_target
-
 from transformers_confu import ConFuDraftModel
 from transformers_confu.target_runner import TargetRunner
 
@@ -132,7 +132,7 @@ def test_greedy_decoding_draws_no_random_number():
 @pytest.mark.parametrize("sampling", ["greedy", "temperature"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_long_acceptances_through_later_siblings(kind, sampling):
-    # The oracle has to accept a lot, along nodes that are neither first children nor neighbours: else it proves little.
+    # Much has to be accepted, along nodes that are neither first children nor neighbours: else this proves little.
     target, draft = tiny_target(kind, "sdpa"), tiny_draft(kind)
     moved = later_siblings = deep = 0
     for seed in range(6):
@@ -288,7 +288,7 @@ def test_the_real_target_in_fp32(smollm2, real_drafts, real_prompts, tie_report,
     seeds = range(1 if exactness_scope == "sample" else 8)
     in_fp64 = functools.cache(lambda model: copy.deepcopy(model).double())
     undisturbed = {
-        name: target.generate(ids, do_sample=False, max_new_tokens=new_tokens)[0, ids.shape[1] :].tolist()
+        name: target.generate(ids, do_sample=False, min_new_tokens=16, max_new_tokens=16)[0, ids.shape[1] :].tolist()
         for name, ids in real_prompts.items()
     }
     accepted = 0
@@ -313,9 +313,7 @@ def test_the_real_target_in_fp32(smollm2, real_drafts, real_prompts, tie_report,
             comparison = run()
             name = f"seed {seed}, {', '.join(f'{factor} {level}' for factor, level in case.items())}"
             tie_report.add(
-                prove_ties(
-                    comparison, name, in_fp64=lambda run=run, draft=draft: run(in_fp64(target), in_fp64(draft))
-                )
+                prove_ties(comparison, name, in_fp64=lambda run=run, draft=draft: run(in_fp64(target), in_fp64(draft)))
             )
             accepted += sum(comparison.statistics.accepted)
-    assert accepted > 100
+    assert accepted > 20  # no proof by refusals alone

@@ -1,4 +1,4 @@
-"""Whatever plain `generate` returns, streams, calls or stops at, assisted decoding does the same. Tiny fp64 targets."""
+"""What plain `generate` returns, streams, calls and stops at, so does assisted decoding. Tiny targets in fp64."""
 
 import functools
 import math
@@ -6,9 +6,7 @@ import threading
 
 import pytest
 import torch
-from exactness import FP64_ROUNDING, Oracle, assert_close, assert_identical, compare, truly_fp64
-from helpers import make_tiny_draft, make_tiny_target
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DynamicCache,
     LogitsProcessor,
@@ -20,6 +18,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from exactness import FP64_ROUNDING, Oracle, assert_close, assert_identical, compare, truly_fp64
+from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuCandidateGenerator, confu_generation_config
 from transformers_confu.target_runner import TargetRunner
 
@@ -179,6 +179,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokens = ["<s>", "</s>", *letters, *(a + b for a in letters for b in letters)]
     vocabulary = {token: index for index, token in enumerate(tokens)} | {f"<{i}>": i for i in range(len(tokens), 97)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
@@ -294,7 +295,9 @@ def test_streaming(options, oracle):
         recorders.append(Recorder())
         return {"streamer": recorders[-1]}
 
-    comparison = compare(*tiny(), PROMPT, options | {"eos_token_id": greedy_text()[17]}, KNOBS, oracle=oracle, call=call)
+    comparison = compare(
+        *tiny(), PROMPT, options | {"eos_token_id": greedy_text()[17]}, KNOBS, oracle=oracle, call=call
+    )
     assert_identical(comparison)
     assert recorders[0].events == recorders[1].events
     assert recorders[1].events[-1] == "end"
@@ -337,7 +340,7 @@ MASKS = {
 @draft_and_oracle
 @greedy_and_sampled
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("mask", [name for name in MASKS if name != "nothing"])
+@pytest.mark.parametrize("mask", MASKS)
 def test_masked_prompts(mask, attention, options, oracle):
     def call():
         return {"attention_mask": torch.tensor([MASKS[mask]])}
@@ -530,7 +533,9 @@ def test_an_interrupt_leaves_an_empty_cache_usable():
             return scores
 
     with pytest.raises(KeyboardInterrupt):
-        assisted(target, draft, PROMPT, call={"past_key_values": cache, "logits_processor": [Interrupting()]}, **GREEDY)
+        assisted(
+            target, draft, PROMPT, call={"past_key_values": cache, "logits_processor": [Interrupting()]}, **GREEDY
+        )
     assert cache.get_seq_length() == 0
     expected = target.generate(PROMPT, **GREEDY)
     assert torch.equal(expected, target.generate(PROMPT, past_key_values=cache, **GREEDY))

@@ -9,7 +9,7 @@ from transformers.generation import CandidateGenerator
 from transformers.utils import ModelOutput
 
 from .draft_tree import DraftTree, TreeGrower
-from .target_runner import additive_mask
+from .target_runner import additive_mask, input_device
 
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class CarriedState:
     Args:
         draft_id (`str`): Which draft it belongs to.
         length (`int`): Rows in the target's cache, all of which the draft has seen.
-        last_key (`torch.FloatTensor`): The newest key of the target's first layer, since a cache of the same length
-            may hold another text by now.
+        last_key (`torch.FloatTensor`): The newest key of the target's last layer, which depends on the whole text: a
+            cache of the same length may hold another one by now.
         cache ([`DynamicCache`]): The draft's own keys and values: a row for every cached token but the newest.
         last_taps (`torch.FloatTensor` of shape `(batch, 1, taps_size)`), last_position (`torch.LongTensor` of shape
             `(batch, 1)`): The newest cached token, whose draft row waits for the token that follows.
@@ -66,7 +66,7 @@ class CarriedState:
         return (
             self.draft_id == draft_id
             and self.length == target_cache.get_seq_length()
-            and torch.equal(self.last_key, target_cache.layers[0].keys[..., -1, :])
+            and torch.equal(self.last_key, target_cache.layers[-1].keys[..., -1, :])
         )
 
 
@@ -99,7 +99,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
         self.branching = branching
         self.model_kwargs_overrides = {"output_hidden_states": list(draft.config.target_hidden_state_indices)}
         if draft.embed_tokens is None:
-            self._embed, self._embed_device = target.get_input_embeddings(), target.device
+            self._embed, self._embed_device = target.get_input_embeddings(), input_device(target)
         else:
             self._embed, self._embed_device = draft.embed_tokens, draft.device
         self._token_ids = draft.draft_token_ids
@@ -193,7 +193,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
         return CarriedState(
             draft_id=self.draft.instance_id,
             length=target_cache.get_seq_length(),
-            last_key=target_cache.layers[0].keys[..., -1, :].clone(),
+            last_key=target_cache.layers[-1].keys[..., -1, :].clone(),
             cache=self._cache,
             last_taps=last_taps,
             last_position=last_position,
@@ -210,7 +210,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
         n_last_matches: int,
         **kwargs: Any,
     ) -> tuple[torch.LongTensor, None]:
-        """A chain of up to `depth` tokens behind `input_ids` `(1, length)`. No logits: the loop matches, not weighs."""
+        """A chain of up to `depth` tokens behind `input_ids` `(1, length)`; no logits, so the loop only matches them."""
         if is_first_iteration:
             return input_ids, None  # the first forward is the prefill, which yields the first taps
         taps = torch.cat(

@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 
 from .candidate_generator_confu import CarriedState, ConFuCandidateGenerator
 from .draft_tree import DraftTree
-from .target_runner import TargetRunner, check_cache, check_target
+from .target_runner import TargetRunner, check_cache, check_target, crop
 
 
 if TYPE_CHECKING:
@@ -97,17 +97,20 @@ class ConFuKnobs:
         tree_size (`int`): Nodes of the tree, the root included, N.
         depth (`int`): Longest path of drafted tokens.
         branching (`int`): Nodes expanded per level, and children of each.
-        contemplation (`int`): Contemplate rows per round, C: 0 is EAGLE-3 mode, N or more the paper.
+        contemplation (`int`, *optional*): Contemplate rows per round, C: 0 is EAGLE-3 mode; as many as nodes, which is
+            the paper, by default.
     """
 
     tree_size: int = 30
     depth: int = 6
     branching: int = 10
-    contemplation: int = 30
+    contemplation: int | None = None
 
     PREFIX = "confu_"
 
     def __post_init__(self):
+        if self.contemplation is None:
+            self.contemplation = self.tree_size
         for name, least in (("tree_size", 1), ("depth", 1), ("branching", 1), ("contemplation", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -193,8 +196,8 @@ def confu_decode(
         ValueError: the call, the target or the cache is one that tree decoding cannot serve; before any work.
     """
     knobs = ConFuKnobs.resolve(generation_config, draft.generation_config)
-    check_call(generation_config, input_ids, synced_gpus, model_kwargs)
     check_target(target, draft.config)
+    check_call(generation_config, input_ids, synced_gpus, model_kwargs)
     check_cache(model_kwargs["past_key_values"], draft.config)
     decoding = _Decoding(draft, target, input_ids, knobs, logits_processor, stopping_criteria, generation_config)
     output = decoding.run(model_kwargs, streamer)
@@ -245,7 +248,8 @@ def check_call(
             "`assistant_ensemble_weight` mixes the draft's distribution into the text; ConFu keeps the target's own. "
             "Leave it unset."
         )
-    present = {name for name, value in model_kwargs.items() if value is not None}
+    # Transformers gives models of text and images an empty dictionary where there are no images.
+    present = {name for name, value in model_kwargs.items() if value is not None and value != {}}
     if foreign := sorted(present - SUPPORTED_MODEL_KWARGS):
         raise ValueError(
             f"A ConFu draft cannot pass {', '.join(f'`{name}`' for name in foreign)} on to the target's tree forward; "
@@ -272,7 +276,6 @@ class _Decoding:
         self.draft, self.target, self.knobs = draft, target, knobs
         self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
         self.generation_config = generation_config
-        self.runner = TargetRunner(target, draft.config, draft.future_channel)
         self.generator = ConFuCandidateGenerator(draft, target, knobs.depth, knobs.branching)
         self.statistics = ConFuStatistics()
 
@@ -283,16 +286,29 @@ class _Decoding:
         self.logits: tuple | None = () if wanted and generation_config.output_logits else None
         self.attentions: tuple | None = () if wanted and generation_config.output_attentions else None
         self.hidden_states: tuple | None = () if wanted and generation_config.output_hidden_states else None
+        self.returned_states = selected_hidden_states(
+            generation_config.output_hidden_states if wanted else None, draft.config.target_num_hidden_layers + 1
+        )
+        self.runner = TargetRunner(target, draft.config, draft.future_channel, also_recorded=self.returned_states)
 
     def run(
         self, model_kwargs: dict[str, Any], streamer: BaseStreamer | None
     ) -> GenerateDecoderOnlyOutput | torch.LongTensor:
         self.streamer = streamer
         cache: DynamicCache = model_kwargs["past_key_values"]
-        carried = CarriedState.take_from(cache)
-        future = self._prefill(cache, carried, model_kwargs)
-        while not self.finished:
-            future = self._round(cache, future)
+        length, carried = cache.get_seq_length(), CarriedState.take_from(cache)
+        draft_length = 0 if carried is None else carried.cache.get_seq_length()
+        try:
+            future = self._prefill(cache, carried, model_kwargs)
+            while not self.finished:
+                future = self._round(cache, future)
+        except BaseException:
+            # Some layers may hold rows that others lack, or refused ones: give the caller's cache back as it was.
+            crop(cache, length)
+            if carried is not None:
+                crop(carried.cache, draft_length)
+                carried.put_on(cache)
+            raise
         if self.generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False):
             self.generator.carried_state(cache, self.last_taps, self.root_positions[:, None] - 1).put_on(cache)
         if streamer is not None:
@@ -331,6 +347,8 @@ class _Decoding:
 
         # The draft reads real tokens only; each row waits for the embedding of the next real token.
         real = self.visible[0, -taps.shape[1] :].nonzero()[:, 0]  # batch 1: all rows have the same real columns
+        if real.shape[0] == 0:
+            real = real.new_tensor([taps.shape[1] - 1])  # everything is masked; plain decoding goes on all the same
         taps, position_ids = taps[:, real], prompt["position_ids"].to(taps.device)[:, real]
         if "inputs_embeds" in prompt:
             embeddings = prompt["inputs_embeds"].to(self.draft.device, self.draft.dtype)[:, real]
@@ -345,7 +363,7 @@ class _Decoding:
         if self.attentions is not None:
             self.attentions += (outputs.attentions,)
         if self.hidden_states is not None:
-            self.hidden_states += (outputs.hidden_states,)
+            self.hidden_states += (self._returned(outputs.hidden_states),)
         self._observe_newest()
         future = None
         if self.knobs.contemplation > 0 and not self.finished:
@@ -396,7 +414,7 @@ class _Decoding:
         kwargs = {
             name: value for name, value in model_kwargs.items() if name not in ("inputs_embeds", "attention_mask")
         }
-        kwargs["output_hidden_states"] = model_kwargs.get("output_hidden_states") or self.runner.recorded
+        kwargs["output_hidden_states"] = self.runner.recorded
         taps = []
         for start in range(0, length, chunk_size):
             chunk = {name: value[:, start : start + chunk_size] for name, value in prompt.items()}
@@ -433,7 +451,6 @@ class _Decoding:
             self.root_positions,
             self.visible,
             output_attentions=self.attentions is not None,
-            output_hidden_states=self.hidden_states is not None,
         )
         verified = time.perf_counter()
 
@@ -516,7 +533,8 @@ class _Decoding:
         """Add the last path node's attentions and hidden states, in the shapes of a one-token forward."""
         node = path[-1]
         if self.hidden_states is not None:
-            self.hidden_states += (tuple(states[:, node : node + 1] for states in outputs.hidden_states),)
+            states = self._returned(outputs.hidden_states)
+            self.hidden_states += (tuple(None if s is None else s[:, node : node + 1] for s in states),)
         if self.attentions is not None:
             seen = [*range(prefix_length), *(prefix_length + row for row in path)]
             self.attentions += (
@@ -524,6 +542,18 @@ class _Decoding:
                     None if weights is None else weights[:, :, node : node + 1, seen] for weights in outputs.attentions
                 ),
             )
+
+    def _returned(self, hidden_states: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+        """Only those that the caller asked for, out of all that were recorded."""
+        return tuple(states if index in self.returned_states else None for index, states in enumerate(hidden_states))
+
+
+def selected_hidden_states(output_hidden_states: bool | int | list[int] | None, count: int) -> set[int]:
+    """Indices that `output_hidden_states` selects among `count` hidden states: all, none, or those it names."""
+    if output_hidden_states is None or isinstance(output_hidden_states, bool):
+        return set(range(count)) if output_hidden_states else set()
+    named = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+    return {index % count for index in named if -count <= index < count}
 
 
 class ConFuGenerate:

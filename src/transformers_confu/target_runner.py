@@ -5,6 +5,7 @@ modules are called and no weight is read, so quantised, offloaded, split and LoR
 """
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -76,14 +77,23 @@ class TargetRunner:
         target ([`PreTrainedModel`]): The target, see [`check_target`].
         config ([`ConFuConfig`]): The draft's configuration.
         channel: The draft's future channel; soft prompts and `[con]`.
+        also_recorded: Indices of further hidden states that the caller of a forward wants.
     """
 
-    def __init__(self, target: PreTrainedModel, config: ConFuConfig, channel: "ConFuFutureChannel"):
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        config: ConFuConfig,
+        channel: "ConFuFutureChannel",
+        also_recorded: Iterable[int] = (),
+    ):
         self.target = target
         self.config = config
         self.channel = channel
         self.embed = target.get_input_embeddings()
-        self.recorded = sorted({*config.target_hidden_state_indices, *config.future_hidden_state_indices})
+        self.recorded = sorted(
+            {*config.target_hidden_state_indices, *config.future_hidden_state_indices, *also_recorded}
+        )
         """Indices of the hidden states to record, for `output_hidden_states`."""
 
     def taps(self, hidden_states: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
@@ -110,13 +120,30 @@ class TargetRunner:
         Returns:
             `torch.FloatTensor` of shape `(batch, rows, future_size)`.
         """
+        outputs = self._contemplate(cache, routed_by, position_ids, visible, logits_to_keep=1)
+        return self._select(outputs.hidden_states, self.config.future_hidden_state_indices)
+
+    def foresee(
+        self, cache: DynamicCache, routed_by: torch.Tensor, position_ids: torch.LongTensor, visible: torch.BoolTensor
+    ) -> torch.Tensor:
+        """What the target itself would predict after contemplate rows, logits `(B, rows, V)`; see `contemplate`."""
+        return self._contemplate(cache, routed_by, position_ids, visible, logits_to_keep=0).logits
+
+    def _contemplate(
+        self,
+        cache: DynamicCache,
+        routed_by: torch.Tensor,
+        position_ids: torch.LongTensor,
+        visible: torch.BoolTensor,
+        logits_to_keep: int,
+    ) -> ModelOutput:
         # Any token's embedding tells where and in what dtype the target wants its input.
-        like = self.embed(torch.zeros(1, 1, dtype=torch.long, device=self.target.device))
+        like = self.embed(torch.zeros(1, 1, dtype=torch.long, device=input_device(self.target)))
         embeddings = self.channel.contemplate_token(routed_by).to(like.device, like.dtype)
         num_rows = embeddings.shape[1]
         itself = torch.eye(num_rows, dtype=torch.bool, device=visible.device).expand(visible.shape[0], -1, -1)
         slots = visible.new_ones(visible.shape[0], num_rows, self.config.num_soft_prompts)
-        outputs = self.target(
+        return self.target(
             inputs_embeds=embeddings,
             attention_mask=additive_mask(torch.cat([visible, itself, slots], dim=-1), like=embeddings),
             position_ids=position_ids.to(embeddings.device),
@@ -124,9 +151,8 @@ class TargetRunner:
             use_cache=True,
             output_hidden_states=self.config.future_hidden_state_indices,
             return_dict=True,
-            **({"logits_to_keep": 1} if self.target._supports_logits_to_keep() else {}),
+            **({"logits_to_keep": logits_to_keep} if self.target._supports_logits_to_keep() else {}),
         )
-        return self._select(outputs.hidden_states, self.config.future_hidden_state_indices)
 
     def verify(
         self,
@@ -137,7 +163,6 @@ class TargetRunner:
         root_positions: torch.LongTensor,
         visible: torch.BoolTensor,
         output_attentions: bool = False,
-        output_hidden_states: bool = False,
     ) -> Verification:
         r"""
         One forward over [root and drafted nodes | contemplate rows]; all rows and slots end up in the cache.
@@ -154,11 +179,11 @@ class TargetRunner:
             cache ([`DynamicCache`]): P rows of the accepted prefix.
             root_positions (`torch.LongTensor` of shape `(batch,)`): Position n of the root.
             visible (`torch.BoolTensor` of shape `(batch, P)`): Cached rows that are no padding.
-            output_attentions, output_hidden_states (`bool`): Return all of them, for the caller.
+            output_attentions (`bool`): Return them, for the caller.
         """
         prefix_length = visible.shape[1]
         num_nodes = tree.size
-        inputs_embeds = self.embed(tree.tokens.to(self.target.device))  # (B, N, Ht)
+        inputs_embeds = self.embed(tree.tokens.to(input_device(self.target)))  # (B, N, Ht)
         depths, sees = tree.depths, tree.ancestors
         past_key_values: Cache = cache
         if nodes is not None:
@@ -169,26 +194,21 @@ class TargetRunner:
             sees = self._rows_see(sees, nodes)
             past_key_values = SlotCache(cache, self.channel, keep=True)
         prefix = visible[:, None, :].expand(-1, depths.shape[1], -1)
-        try:
-            outputs = self.target(
-                inputs_embeds=inputs_embeds,
-                attention_mask=additive_mask(torch.cat([prefix, sees], dim=-1), like=inputs_embeds),
-                position_ids=(root_positions[:, None] + depths).to(inputs_embeds.device),
-                past_key_values=past_key_values,
-                use_cache=True,
-                output_hidden_states=output_hidden_states or self.recorded,
-                return_dict=True,
-                **({"output_attentions": True} if output_attentions else {}),
-                **(
-                    {"logits_to_keep": torch.arange(num_nodes, device=inputs_embeds.device)}
-                    if self.target._supports_logits_to_keep()
-                    else {}
-                ),
-            )
-        except BaseException:
-            # Interrupted halfway, some layers hold tree rows and some do not: give the caller's cache back as it was.
-            crop(cache, prefix_length)
-            raise
+        outputs = self.target(
+            inputs_embeds=inputs_embeds,
+            attention_mask=additive_mask(torch.cat([prefix, sees], dim=-1), like=inputs_embeds),
+            position_ids=(root_positions[:, None] + depths).to(inputs_embeds.device),
+            past_key_values=past_key_values,
+            use_cache=True,
+            output_hidden_states=self.recorded,
+            return_dict=True,
+            **({"output_attentions": True} if output_attentions else {}),
+            **(
+                {"logits_to_keep": torch.arange(num_nodes, device=inputs_embeds.device)}
+                if self.target._supports_logits_to_keep()
+                else {}
+            ),
+        )
         return Verification(
             outputs=outputs,
             taps=self.taps(outputs.hidden_states)[:, :num_nodes],
@@ -221,9 +241,15 @@ class TargetRunner:
 
 
 def crop(cache: DynamicCache, length: int) -> None:
-    """Cut every layer to its first `length` rows."""
+    """Cut every layer to its first `length` rows, also where layers differ in length."""
     for layer in cache.layers:
-        layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+        if layer.is_initialized:
+            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+
+
+def input_device(target: PreTrainedModel) -> torch.device:
+    """Where to put inputs. An offloaded target has its weights on `meta`, and moves inputs from wherever they are."""
+    return torch.device("cpu") if target.device.type == "meta" else target.device
 
 
 def additive_mask(sees: torch.BoolTensor, like: torch.Tensor) -> torch.Tensor:
@@ -268,6 +294,16 @@ def check_target(target: PreTrainedModel, config: ConFuConfig) -> None:
         raise ValueError(
             f"{name} has `sliding_window={target_config.sliding_window}`, and a sliding cache cannot hold a tree; "
             "ConFu needs full attention (`sliding_window=None`)."
+        )
+    if getattr(target_config, "attention_layers", None) is not None:
+        raise ValueError(
+            f"{name} masks attention by the order of rows in every layer, whatever mask it is given, and the rows of a "
+            "tree are in no such order; ConFu needs a target that follows the mask."
+        )
+    if getattr(target_config, "alibi", False):
+        raise ValueError(
+            f"{name} counts rows for its positions (`alibi=True`), and branches of a tree share positions; ConFu needs "
+            "a target that follows `position_ids`."
         )
     rope = getattr(target_config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in STATIC_ROPE_TYPES:
@@ -321,12 +357,13 @@ def check_cache(cache: Any, config: ConFuConfig) -> None:
             for layer in cache.layers:
                 if layer.get_seq_length() == 0:
                     continue
-                got = (layer.keys.shape[1], layer.keys.shape[3])
-                if got != (config.target_num_key_value_heads, config.target_head_dim):
+                ours = (config.target_num_key_value_heads, config.target_head_dim)
+                keys, values = ((states.shape[1], states.shape[3]) for states in (layer.keys, layer.values))
+                if keys != ours or values != ours:
+                    of_values = "" if keys == values else f", and values of {values[0]} heads of size {values[1]}"
                     raise ValueError(
-                        f"The target caches {got[0]} key/value heads of size {got[1]}, but the draft's soft prompts "
-                        f"are for {config.target_num_key_value_heads} of size {config.target_head_dim}; use the "
-                        "target that the draft was made for."
+                        f"The target caches {keys[0]} key/value heads of size {keys[1]}{of_values}, but the draft's "
+                        f"soft prompts are for {ours[0]} of size {ours[1]}; use the target that the draft was made for."
                     )
             return
         found = ", ".join(sorted(layer_type.__name__ for layer_type in layer_types - {DynamicLayer}))

@@ -69,7 +69,8 @@ def compute_objective(
     token_ids = draft.draft_token_ids.to(teacher_logits.device)
     # `max` and not `argmax`, which is three times slower in bfloat16 on a CPU.
     best_tokens = teacher_logits.max(dim=-1).indices.to(labels.device)  # (teachers,), over the full vocabulary
-    teacher_logits = teacher_logits[:, token_ids].to(draft.device).float()  # (teachers, Vd)
+    dtype = torch.promote_types(draft.dtype, torch.float32)  # of the loss
+    teacher_logits = teacher_logits[:, token_ids].to(draft.device, dtype)  # (teachers, Vd)
     teacher_probabilities = teacher_logits.softmax(dim=-1)
     # The part of KL that does not depend on the draft.
     teacher_entropies = torch.logsumexp(teacher_logits, dim=-1) - (teacher_probabilities * teacher_logits).sum(dim=-1)
@@ -106,7 +107,7 @@ def compute_objective(
         num_steps=num_steps,
     )
 
-    loss_sum = torch.zeros((), device=draft.device)
+    loss_sum = torch.zeros((), device=draft.device, dtype=dtype)
     counted, correct, correct_so_far = [], [], []
     # A row counts at step s while all tokens up to i + 2 + s belong to the same answer.
     counts = row_exists
@@ -115,7 +116,7 @@ def compute_objective(
         teacher = teacher_of.gather(1, (rows + 1 + step).clamp(max=length - 1))
         counts = counts & (teacher >= 0) & (rows + 1 + step < length)
         index = teacher[counts]
-        logits = draft.lm_head(draft.norm(features[counts])).float()  # (counted, Vd)
+        logits = draft.lm_head(draft.norm(features[counts])).to(dtype)  # (counted, Vd)
         cross_entropies = torch.logsumexp(logits, dim=-1) - (teacher_probabilities[index] * logits).sum(dim=-1)
         loss_sum = loss_sum + decay**step * (cross_entropies - teacher_entropies[index]).sum()
         is_correct = torch.zeros_like(counts)
@@ -145,6 +146,7 @@ def _target_forward(
     """Taps `(B, T, taps_size)`, logits of the teaching positions `(teachers, V)`, and the cache if asked for."""
     target = runner.target
     cache = DynamicCache(config=target.config) if keep_cache else None
+    keeps_logits = target._supports_logits_to_keep()
     with torch.autocast(device_type=target.device.type, enabled=False):
         outputs = target(
             input_ids=input_ids,
@@ -153,9 +155,10 @@ def _target_forward(
             past_key_values=cache,
             use_cache=keep_cache,
             output_hidden_states=runner.config.target_hidden_state_indices,
-            logits_to_keep=is_teacher,
+            **({"logits_to_keep": is_teacher} if keeps_logits else {}),
         )
-    return runner.taps(outputs.hidden_states), outputs.logits, cache
+    logits = outputs.logits if keeps_logits else outputs.logits[is_teacher.to(outputs.logits.device)]
+    return runner.taps(outputs.hidden_states), logits, cache
 
 
 def _padded_index(mask: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:

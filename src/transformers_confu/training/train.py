@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
 
     report = DatasetReport()
     rows = [row for path in arguments.data for row in load_jsonl(path)]
-    dataset = prepare_dataset(rows, tokenizer, arguments.max_length, vocab_size=target.vocab_size, report=report)
+    vocab_size = target.config.get_text_config(decoder=True).vocab_size
+    dataset = prepare_dataset(rows, tokenizer, arguments.max_length, vocab_size=vocab_size, report=report)
     print(report)
     held_out = range(0, len(dataset), max(1, len(dataset) // max(1, arguments.eval_rows)))[: arguments.eval_rows]
     train_rows = sorted(set(range(len(dataset))) - set(held_out))
@@ -82,7 +83,7 @@ def new_draft(target, tokenizer, dataset, arguments: DraftArguments) -> ConFuDra
     """A draft warm-started from the target, with a vocabulary by frequency in the answers."""
     eos = target.generation_config.eos_token_id
     vocabulary = build_draft_vocabulary(
-        count_assistant_tokens(dataset, target.vocab_size),
+        count_assistant_tokens(dataset, target.config.get_text_config(decoder=True).vocab_size),
         arguments.draft_vocab_size,
         always_include=[eos] if isinstance(eos, int) else eos or (),
     )

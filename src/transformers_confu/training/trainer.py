@@ -61,6 +61,9 @@ class ConFuTrainer(Trainer):
             raise ValueError(
                 f"The draft is in {model.dtype}; train it in float32 (`model.float()`) and set `bf16=True` for speed."
             )
+        # Several GPUs in one process would mean `DataParallel`, which splits a forward that training never calls and
+        # scales the loss by their number.
+        args._n_gpu = min(args.n_gpu, 1)
         kwargs.setdefault("data_collator", ConFuDataCollator(pad_token_id=model.config.pad_token_id))
         # Parameters that this run cannot teach are left out of the optimiser, whose weight decay would shrink them.
         model.future_channel.requires_grad_(args.future_channel)
@@ -115,25 +118,29 @@ class ConFuTrainer(Trainer):
             self.args.ttt_steps,
             self.args.ttt_decay,
         )
-        self._counts["train" if model.training else "eval"].add(objective)
-        items = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != -100).sum()
-        loss = objective.loss_sum / items
+        answer_tokens = (inputs["labels"] != -100).sum()
+        self._counts["train" if model.training else "eval"].add(objective, answer_tokens)
+        items = num_items_in_batch if num_items_in_batch is not None else answer_tokens
+        loss = objective.loss_sum / max(items, 1)  # a batch without an answer teaches nothing, and must not give NaN
         return (loss, objective) if return_outputs else loss
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None, None]:
-        # The same anchors at every evaluation, and none of training's random numbers spent on them.
-        with torch.no_grad(), torch.random.fork_rng(), self.compute_loss_context_manager():
-            torch.manual_seed(self.args.seed)
+        with torch.no_grad(), self.compute_loss_context_manager():
             loss, _ = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
         return loss, None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self._counts["eval"] = _Counts()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        for name, value in self._counts["eval"].metrics().items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        # The same anchors at every evaluation, and none of training's random numbers spent on them; iterating over a
+        # DataLoader alone would spend one. Anchors are drawn on the CPU.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.args.seed)
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # Trainer's own average weighs a batch of few tokens like one of many.
+        metrics = {"loss": self._counts["eval"].loss} | self._counts["eval"].metrics()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -148,14 +155,22 @@ class _Counts:
 
     def __init__(self) -> None:
         self.counted = self.correct = self.correct_so_far = torch.zeros((), dtype=torch.long)
+        self.loss_sum = torch.zeros(())
+        self.answer_tokens = torch.zeros((), dtype=torch.long)
         self.rows = self.rows_with_future = 0
 
-    def add(self, objective: Objective) -> None:
+    def add(self, objective: Objective, answer_tokens: torch.Tensor) -> None:
+        self.loss_sum = self.loss_sum + objective.loss_sum.detach()
+        self.answer_tokens = self.answer_tokens + answer_tokens
         self.counted = self.counted + objective.counted
         self.correct = self.correct + objective.correct
         self.correct_so_far = self.correct_so_far + objective.correct_so_far
         self.rows += objective.rows
         self.rows_with_future += objective.rows_with_future
+
+    @property
+    def loss(self) -> float:
+        return float(self.loss_sum / self.answer_tokens.clamp(min=1))
 
     def metrics(self) -> dict[str, float]:
         if self.rows == 0:

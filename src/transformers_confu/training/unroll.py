@@ -116,13 +116,15 @@ def diagonal_attention(
     Returns:
         `torch.FloatTensor` of shape `(batch, rows, heads * head_dim)`.
     """
-    lowest = torch.finfo(torch.float32).min
-    scores = [(queries @ true_keys.transpose(2, 3)).float().masked_fill(~sees[:, None], lowest)]  # (B, h, R, T)
-    scores += [(queries * key).sum(-1, keepdim=True).float() for key in keys]  # (B, h, R, 1)
+    # The softmax in float32 at least.
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    lowest = torch.finfo(dtype).min
+    scores = [(queries @ true_keys.transpose(2, 3)).to(dtype).masked_fill(~sees[:, None], lowest)]  # (B, h, R, T)
+    scores += [(queries * key).sum(-1, keepdim=True).to(dtype) for key in keys]  # (B, h, R, 1)
     own_values = list(values)
     if slot is not None:
         slot_key, slot_value = slot
-        score = (queries * slot_key).sum(-1, keepdim=True).float()
+        score = (queries * slot_key).sum(-1, keepdim=True).to(dtype)
         scores.append(score.masked_fill(~sees_slot[:, None, :, None], lowest))
         own_values.append(slot_value)
     weights = nn.functional.softmax(torch.cat(scores, dim=-1) * scaling, dim=-1).to(true_values.dtype)

@@ -12,6 +12,8 @@ from ..modeling_confu import ConFuDraftModel
 
 logger = logging.getLogger(__name__)
 
+PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @torch.no_grad()
 def warm_start(
@@ -50,23 +52,26 @@ def warm_start(
         nn.init.normal_(draft.fc.weight, std=config.taps_size**-0.5)
 
     feature_half = slice(config.hidden_size, 2 * config.hidden_size)
+    lm_head = _weight(target.get_output_embeddings())
     pairs = [
-        ("norm", draft.norm.weight, _weight(backbone.norm)),
-        ("lm_head", draft.lm_head.weight, _weight(target.get_output_embeddings(), draft_token_ids)),
-        ("o_proj", layer.self_attn.o_proj.weight, _weight(last.self_attn.o_proj)),
-        ("hidden_norm", layer.hidden_norm.weight, _weight(last.input_layernorm)),
-        ("post_attention_layernorm", layer.post_attention_layernorm.weight, _weight(last.post_attention_layernorm)),
+        ("norm", draft.norm.weight, _weight(backbone, "norm")),
+        ("lm_head", draft.lm_head.weight, None if lm_head is None else lm_head[draft_token_ids.to(lm_head.device)]),
+        ("hidden_norm", layer.hidden_norm.weight, _weight(last, "input_layernorm")),
     ]
-    for name in ("q_proj", "k_proj", "v_proj"):
-        weight = getattr(layer.self_attn, name).weight
-        pairs.append((name, weight[:, feature_half], _weight(getattr(last.self_attn, name))))
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        pairs.append((name, getattr(layer.mlp, name).weight, _weight(getattr(last.mlp, name, None))))
+    for name in ("post_attention_layernorm", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+        pairs.append((name, layer.get_submodule(name).weight, _weight(last, name)))
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        pairs.append((name, layer.get_submodule(name).weight[:, feature_half], _weight(last, name)))
     left = [name for name, ours, theirs in pairs if not _copy(ours, theirs)]
     if left:
         logger.warning("Warm start: %s of the target have other shapes or no weights; left random.", ", ".join(left))
 
-    if soft_prompt_ids is not None:
+    if soft_prompt_ids is not None and config.num_soft_prompts > 0:
+        if len(soft_prompt_ids) != config.num_soft_prompts:
+            raise ValueError(
+                f"`soft_prompt_ids` holds {len(soft_prompt_ids)} tokens; the draft has {config.num_soft_prompts} soft "
+                "prompts, one for each."
+            )
         draft.future_channel.soft_prompts.copy_(_keys_and_values(target, soft_prompt_ids))
     # `[con]` starts at the size of a real token's embedding, which differs between targets by orders of magnitude.
     embedding = _weight(target.get_input_embeddings())
@@ -75,12 +80,16 @@ def warm_start(
     return draft
 
 
-def _weight(module: nn.Module | None, rows: torch.LongTensor | None = None) -> torch.Tensor | None:
-    """A module's plain floating-point weight, or `None` (quantised ones have another, or none)."""
+def _weight(module: nn.Module, path: str = "") -> torch.Tensor | None:
+    """Weight of the submodule at `path`, or `None` where there is no plain one.
+
+    Quantised modules have none, a packed or a scaled one (FP8); offloaded ones hold theirs on the meta device.
+    """
+    for name in path.split(".") if path else ():
+        module = getattr(module, name, None)
     weight = getattr(module, "weight", None)
-    if weight is None or not weight.is_floating_point():
-        return None
-    return weight if rows is None else weight[rows.to(weight.device)]
+    plain = isinstance(weight, torch.Tensor) and weight.dtype in PLAIN_DTYPES and not weight.is_meta
+    return weight if plain else None
 
 
 def _copy(ours: torch.Tensor, theirs: torch.Tensor | None) -> bool:

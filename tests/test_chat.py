@@ -1,0 +1,351 @@
+"""Continuing a text with a returned cache gives what plain `generate` gives with the same arguments.
+
+Where the draft's state could be carried along, its proposals are those of a call without a cache, too.
+"""
+
+import copy
+import functools
+from unittest import mock
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from exactness import FP64_ROUNDING, assert_close, truly_fp64
+from helpers import make_tiny_draft, make_tiny_target
+from transformers_confu import ConFuCandidateGenerator, confu_generation_config
+
+
+KNOBS = {"tree_size": 16, "depth": 5, "branching": 4, "contemplation": 6}
+PADDING = 4
+
+both_ways = pytest.mark.parametrize("ids", ["all", "new"])
+
+
+@pytest.fixture(autouse=True)
+def wide():
+    with truly_fp64():
+        yield
+
+
+@functools.cache
+def tiny(kind: str = "llama"):
+    """A target and a draft that knows its whole vocabulary."""
+    target = make_tiny_target(kind)
+    return target, make_tiny_draft(target)
+
+
+def random_ids(length: int, seed: int = 0) -> torch.LongTensor:
+    return torch.randint(2, 97, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def decode(
+    ids,
+    draft=None,
+    target=None,
+    knobs=KNOBS,
+    do_sample=False,
+    max_new_tokens=20,
+    seed=0,
+    prefill_chunk_size=None,
+    **call,
+):
+    """One turn, by plain `generate` if there is no draft; with one, `proposed` of the output lists its trees."""
+    target = target or tiny()[0]
+    torch.manual_seed(seed)
+    options = {"do_sample": do_sample, "max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
+    options |= {"prefill_chunk_size": prefill_chunk_size} if prefill_chunk_size else {}
+    if draft is None:
+        return target.generate(ids, **options, **call)
+    options |= {f"confu_{name}": value for name, value in knobs.items()}
+    proposed, propose = [], ConFuCandidateGenerator.propose
+
+    def note(*args, **kwargs):
+        tree = propose(*args, **kwargs)
+        proposed.append((tree.tokens.tolist(), tree.parents.tolist()))
+        return tree
+
+    with mock.patch.object(ConFuCandidateGenerator, "propose", note):
+        output = target.generate(
+            ids, assistant_model=draft, generation_config=confu_generation_config(target, **options), **call
+        )
+    output.proposed = proposed
+    return output
+
+
+def continued(text: torch.LongTensor, cache: DynamicCache, ids: str, mask: torch.LongTensor | None = None) -> dict:
+    """Arguments that continue `text`: all of its ids, or those that are not cached with a mask for all."""
+    mask = torch.ones_like(text) if mask is None else mask
+    if ids == "all":
+        return {"ids": text, "past_key_values": cache, "attention_mask": mask}
+    return {"ids": text[:, cache.get_seq_length() :], "past_key_values": cache, "attention_mask": mask}
+
+
+def assert_continues(arguments: dict, draft, state: str, **options) -> torch.LongTensor:
+    """Both decodings of the same arguments agree, in ids and in the cache they return; the assisted text."""
+    plain = decode(**(arguments | {"past_key_values": copy.deepcopy(arguments["past_key_values"])}), **options)
+    other = decode(**arguments, draft=draft, **options)
+    assert draft.last_statistics.draft_state == state
+    assert torch.equal(plain.sequences, other.sequences)
+    for one, two in zip(plain.past_key_values.layers, other.past_key_values.layers, strict=True):
+        assert_close((one.keys, one.values), (two.keys, two.values), FP64_ROUNDING)
+    return other
+
+
+@both_ways
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_three_turns(kind, do_sample, ids):
+    target, draft = tiny(kind)
+    text, cache = random_ids(6), None
+    for turn in range(3):
+        if cache is None:
+            output = decode(text, draft, target, do_sample=do_sample)
+        else:
+            arguments = continued(text, cache, ids)
+            output = assert_continues(arguments, draft, "carried", do_sample=do_sample, target=target)
+        rounds = draft.last_statistics
+        scratch = decode(text, draft, target, do_sample=do_sample)
+        # With its state carried along, the draft proposes what it would have after reading everything anew.
+        assert output.proposed == scratch.proposed
+        assert draft.last_statistics.draft_state == "new"
+        assert draft.last_statistics.emitted == rounds.emitted
+        assert draft.last_statistics.tau == rounds.tau
+        assert draft.last_statistics.contemplate_rows == rounds.contemplate_rows
+        new = output.sequences if ids == "all" or turn == 0 else output.sequences[:, arguments["ids"].shape[1] :]
+        whole = new if ids == "all" or turn == 0 else torch.cat([text, new], dim=-1)
+        assert torch.equal(whole, scratch.sequences)
+        text, cache = torch.cat([whole, random_ids(3 + turn, seed=turn)], dim=-1), output.past_key_values
+
+
+def test_a_restarted_draft_proposes_otherwise():
+    # Else the equal proposals above would say nothing.
+    _, draft = tiny()
+    first = decode(random_ids(6), draft)
+    text = torch.cat([first.sequences, random_ids(3)], dim=-1)
+    del first.past_key_values.confu_state
+    restarted = assert_continues(continued(text, first.past_key_values, "all"), draft, "restarted")
+    assert restarted.proposed[0] != decode(text, draft).proposed[0]
+
+
+@both_ways
+def test_a_cache_of_plain_generate(ids):
+    _, draft = tiny()
+    first = decode(random_ids(6))
+    text = torch.cat([first.sequences, random_ids(4)], dim=-1)
+    second = assert_continues(continued(text, first.past_key_values, ids), draft, "restarted")
+    # From there on the draft has a state to carry.
+    whole = second.sequences if ids == "all" else torch.cat([text[:, : -second_new(second, 20)], second.sequences], -1)
+    text = torch.cat([whole, random_ids(2)], dim=-1)
+    assert_continues(continued(text, second.past_key_values, ids), draft, "carried")
+
+
+def second_new(output, max_new_tokens: int) -> int:
+    """How many ids were passed to the call that returned `output`."""
+    return output.sequences.shape[1] - max_new_tokens
+
+
+@both_ways
+@pytest.mark.parametrize("removed", [1, 5, 19])
+def test_a_cropped_cache(removed, ids):
+    _, draft = tiny()
+    first = decode(random_ids(6), draft)
+    cache = first.past_key_values
+    cache.crop(-removed)
+    text = torch.cat([first.sequences[:, : cache.get_seq_length()], random_ids(4)], dim=-1)
+    assert_continues(continued(text, cache, ids), draft, "restarted")
+
+
+def test_a_cropped_cache_that_has_grown_again():
+    # As long as before and with the same newest token, but another text: the carried state is not of this one.
+    target, draft = tiny()
+    # Forwards of one row each, here and below, so that rounding cannot tell the texts apart.
+    first = decode(random_ids(6), draft, knobs=KNOBS | {"tree_size": 1, "contemplation": 0})
+    cache, length = first.past_key_values, first.past_key_values.get_seq_length()
+    cache.crop(-4)
+    other = torch.cat([random_ids(3, seed=9), first.sequences[:, length - 1 : length]], dim=-1)
+    assert not torch.equal(other, first.sequences[:, length - 4 : length])
+    with torch.no_grad():
+        for token in other.T:
+            target(token[None], past_key_values=cache)
+    assert cache.get_seq_length() == length
+    text = torch.cat([first.sequences[:, : length - 4], other, random_ids(2)], dim=-1)
+    assert_continues(continued(text, cache, "all"), draft, "restarted")
+
+
+@both_ways
+def test_deep_copies_go_separate_ways(ids):
+    _, draft = tiny()
+    first = decode(random_ids(6), draft)
+    texts = [torch.cat([first.sequences, random_ids(3, seed=seed)], dim=-1) for seed in (1, 2, 3)]
+    caches = [copy.deepcopy(first.past_key_values), copy.deepcopy(first.past_key_values), first.past_key_values]
+    for text, cache in zip(texts, caches, strict=True):
+        second = assert_continues(continued(text, cache, ids), draft, "carried")
+        assert second.proposed == decode(text, draft).proposed
+
+
+@both_ways
+@pytest.mark.parametrize("new", [0, 3])
+def test_a_changed_last_token(new, ids):
+    # The newest token is not cached yet, so it may be replaced; nothing may remember the old one.
+    _, draft = tiny()
+    first = decode(random_ids(6), draft)
+    text = torch.cat([first.sequences[:, :-1], (first.sequences[:, -1:] + 1) % 97, random_ids(new)], dim=-1)
+    second = assert_continues(continued(text, first.past_key_values, ids), draft, "carried")
+    assert second.proposed == decode(text, draft).proposed
+
+
+@both_ways
+def test_going_on_without_new_tokens(ids):
+    _, draft = tiny()
+    whole = decode(random_ids(6), max_new_tokens=30).sequences
+    first = decode(random_ids(6), draft, max_new_tokens=12)
+    second = assert_continues(
+        continued(first.sequences, first.past_key_values, ids), draft, "carried", max_new_tokens=18
+    )
+    assert torch.equal(second.sequences[:, -18:], whole[:, -18:])
+
+
+def test_nothing_but_cached_tokens():
+    _, draft = tiny()
+    first = decode(random_ids(6), draft)
+    with pytest.raises(ValueError, match="holds 25 tokens and the inputs add none"):
+        decode(first.sequences[:, :-1], draft, past_key_values=first.past_key_values)
+
+
+@both_ways
+@pytest.mark.parametrize("max_new_tokens", [1, 2])
+def test_a_first_turn_of_few_tokens(max_new_tokens, ids):
+    # One token is emitted by prefill: no round, no tree.
+    _, draft = tiny()
+    first = decode(random_ids(6), draft, max_new_tokens=max_new_tokens)
+    text = torch.cat([first.sequences, random_ids(3)], dim=-1)
+    second = assert_continues(continued(text, first.past_key_values, ids), draft, "carried")
+    assert second.proposed == decode(text, draft).proposed
+
+
+def test_a_prompt_of_one_token():
+    _, draft = tiny()
+    first = decode(random_ids(1), draft, max_new_tokens=1)
+    text = torch.cat([first.sequences, random_ids(3)], dim=-1)
+    assert_continues(continued(text, first.past_key_values, "all"), draft, "carried")
+
+
+@both_ways
+@pytest.mark.parametrize("holes", [False, True])
+def test_a_padded_first_turn(holes, ids):
+    _, draft = tiny()
+    prompt = torch.cat([torch.zeros(1, PADDING, dtype=torch.long), random_ids(6)], dim=-1)
+    mask = torch.ones_like(prompt)
+    mask[:, :PADDING] = 0
+    if holes:
+        mask[:, [PADDING + 2, PADDING + 3]] = 0
+    first = decode(prompt, draft, attention_mask=mask)
+    text = torch.cat([first.sequences, random_ids(5)], dim=-1)
+    mask = torch.nn.functional.pad(mask, (0, text.shape[1] - mask.shape[1]), value=1)
+    if holes:
+        mask[:, [-3, -5]] = 0
+    second = assert_continues(continued(text, first.past_key_values, ids, mask), draft, "carried")
+    assert second.proposed == decode(text, draft, attention_mask=mask).proposed
+    if not holes:
+        assert second.proposed == decode(text[:, PADDING:], draft).proposed
+
+
+@pytest.mark.parametrize("knobs", [{"contemplation": 0}, {"contemplation": 16}, {"tree_size": 1}])
+def test_other_knobs_in_the_next_turn(knobs):
+    _, draft = tiny()
+    for before, after in ((KNOBS, KNOBS | knobs), (KNOBS | knobs, KNOBS)):
+        first = decode(random_ids(6), draft, knobs=before)
+        text = torch.cat([first.sequences, random_ids(3)], dim=-1)
+        second = decode(text, draft, knobs=after, past_key_values=first.past_key_values)
+        assert draft.last_statistics.draft_state == "carried"
+        assert torch.equal(second.sequences, decode(text).sequences)
+        assert second.proposed == decode(text, draft, knobs=after).proposed
+
+
+def test_another_draft_starts_anew():
+    target, draft = tiny()
+    other_draft = make_tiny_draft(target, seed=5)
+    first = decode(random_ids(6), draft)
+    text = torch.cat([first.sequences, random_ids(3)], dim=-1)
+    assert_continues(continued(text, first.past_key_values, "all"), other_draft, "restarted")
+
+
+def test_the_callers_own_cache():
+    # Passed empty and kept by the caller: the state has to travel on it though no dict is returned.
+    target, draft = tiny()
+    cache = DynamicCache()
+    first = target.generate(
+        random_ids(6), assistant_model=draft, past_key_values=cache, do_sample=False, max_new_tokens=20
+    )
+    assert torch.equal(first, decode(random_ids(6)).sequences)
+    text = torch.cat([first, random_ids(3)], dim=-1)
+    assert_continues(continued(text, cache, "all"), draft, "carried")
+
+
+@both_ways
+@pytest.mark.parametrize("turns", [1, 2])
+def test_the_returned_cache_in_plain_generate(turns, ids):
+    _, draft = tiny()
+    output = decode(random_ids(6), draft)
+    for turn in range(turns - 1):
+        text = torch.cat([output.sequences, random_ids(3, seed=turn)], dim=-1)
+        output = decode(text, draft, past_key_values=output.past_key_values)
+    text = torch.cat([output.sequences, random_ids(4, seed=7)], dim=-1)
+    second = decode(**continued(text, output.past_key_values, ids))
+    assert torch.equal(second.sequences[:, -20:], decode(text).sequences[:, -20:])
+    # And after that with the draft again, which has not seen what was written meanwhile.
+    whole = decode(text).sequences
+    text = torch.cat([whole, random_ids(2, seed=8)], dim=-1)
+    assert_continues(continued(text, second.past_key_values, ids), draft, "restarted")
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_chunked_prefill_behind_a_cache(chunk_size):
+    _, draft = tiny()
+    first = decode(random_ids(6), draft)
+    text = torch.cat([first.sequences, random_ids(5)], dim=-1)
+    arguments = continued(text, first.past_key_values, "all")
+    second = assert_continues(arguments, draft, "carried", prefill_chunk_size=chunk_size)
+    assert second.proposed == decode(text, draft).proposed
+
+
+def test_embeddings_behind_a_cache():
+    # Always the whole text, says Transformers, with the cached part cut off.
+    target, draft = tiny()
+    first = decode(random_ids(6), draft)
+    text = torch.cat([first.sequences, random_ids(4)], dim=-1)
+    with torch.no_grad():
+        embeddings = target.get_input_embeddings()(text)
+    cache = first.past_key_values
+    plain = decode(text, inputs_embeds=embeddings, past_key_values=copy.deepcopy(cache))
+    other = decode(text, draft, inputs_embeds=embeddings, past_key_values=cache)
+    assert torch.equal(plain.sequences, other.sequences)
+    assert draft.last_statistics.draft_state == "carried"
+
+
+def test_an_interrupted_turn_can_be_repeated():
+    target, draft = tiny()
+    first = decode(random_ids(6), draft)
+    text = torch.cat([first.sequences, random_ids(3)], dim=-1)
+    cache = first.past_key_values
+    proposed = decode(text, draft, past_key_values=copy.deepcopy(cache)).proposed
+    for number in (0, 1, 4, 9):
+
+        def interrupt(batch_id, input_ids, number=number):
+            if input_ids.shape[0] >= text.shape[1] + number:
+                raise KeyboardInterrupt
+            return list(range(97))
+
+        with pytest.raises(KeyboardInterrupt):
+            decode(text, draft, past_key_values=cache, prefix_allowed_tokens_fn=interrupt)
+    assert assert_continues(continued(text, cache, "all"), draft, "carried").proposed == proposed
+
+
+def test_a_cache_holds_one_state_of_the_draft():
+    _, draft = tiny()
+    first = decode(random_ids(6), draft)
+    state = first.past_key_values.confu_state
+    assert state.length == first.past_key_values.get_seq_length() == 25
+    assert state.cache.get_seq_length() == 24  # the newest token waits for the one that follows it
+    assert not draft.__dict__.keys() & {"cache", "confu_state", "past_key_values"}

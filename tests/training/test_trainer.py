@@ -1,0 +1,447 @@
+"""`ConFuTrainer` and the training command on tiny targets: what is taught, saved, resumed, measured and refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from helpers import make_tiny_target
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+
+from transformers_confu import ConFuConfig, ConFuDraftModel
+from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
+from transformers_confu.training.train import main
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    return make_tiny_target(dtype=torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def keep_random_state():
+    """Training seeds the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def make_draft(target: PreTrainedModel, seed: int = 0, **overrides) -> ConFuDraftModel:
+    settings = {"target_hidden_state_indices": [1, 2, 4], "num_soft_prompts": 4, "draft_vocab_size": 60}
+    torch.manual_seed(seed)
+    return ConFuDraftModel(ConFuConfig.from_target(target.config, **(settings | overrides)))
+
+
+def make_rows(target: PreTrainedModel, lengths: list[int], prompt: int = 4, seed: int = 0) -> Dataset:
+    """Greedy answers of the target to random prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(97, (len(lengths), prompt), generator=generator)
+    texts = target.generate(prompts, do_sample=False, max_new_tokens=max(lengths) - prompt).tolist()
+    ids = [text[:length] for text, length in zip(texts, lengths, strict=True)]
+    return Dataset.from_dict({"input_ids": ids, "labels": [[-100] * prompt + text[prompt:] for text in ids]})
+
+
+@pytest.fixture(scope="module")
+def rows(target) -> Dataset:
+    return make_rows(target, [12, 30, 18, 24, 9, 30, 15, 21, 27, 10])
+
+
+def make_trainer(target: PreTrainedModel, folder: Path, draft: ConFuDraftModel | None = None, **settings):
+    datasets = {name: settings.pop(name) for name in ("train_dataset", "eval_dataset") if name in settings}
+    callbacks = settings.pop("callbacks", None)
+    arguments = {
+        "output_dir": str(folder),
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "tokens_per_batch": 64,
+        "ttt_steps": 3,
+        "max_lag": 4,
+        "learning_rate": 3e-3,
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    return ConFuTrainer(
+        model=draft or make_draft(target),
+        target_model=target,
+        args=ConFuTrainingArguments(**(arguments | settings)),
+        callbacks=callbacks,
+        **datasets,
+    )
+
+
+def weights(draft: ConFuDraftModel) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in draft.named_parameters()}
+
+
+def logged(trainer: ConFuTrainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+# Learning
+
+
+@pytest.mark.parametrize("mode", ["confu", "eagle3", "own embeddings"])
+def test_the_loss_falls(target, rows, tmp_path, mode):
+    draft = make_draft(target, **({"hidden_size": 24, "head_dim": 6} if mode == "own embeddings" else {}))
+    before = weights(draft)
+    trainer = make_trainer(
+        target,
+        tmp_path,
+        draft,
+        train_dataset=rows,
+        tokens_per_batch=1024,  # all of them
+        max_steps=20,
+        learning_rate=1e-2,
+        future_channel=mode != "eagle3",
+    )
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert losses[-1] < 0.7 * losses[0]
+    coverage = logged(trainer, "future_coverage")
+    assert all(share == 0 for share in coverage) if mode == "eagle3" else min(coverage) > 0.5
+    assert len(logged(trainer, "accuracy_2")) == len(logged(trainer, "tau_greedy")) == 20
+    for name, value in weights(draft).items():
+        taught = mode != "eagle3" or not name.startswith("future_channel.")
+        assert torch.equal(value, before[name]) != taught, name
+
+
+def test_bf16_trains(target, rows, tmp_path):
+    losses = {}
+    for bf16 in (False, True):
+        trainer = make_trainer(target, tmp_path, train_dataset=rows, max_steps=8, bf16=bf16)
+        trainer.train()
+        losses[bf16] = logged(trainer, "loss")
+        assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    torch.testing.assert_close(torch.tensor(losses[True]), torch.tensor(losses[False]), rtol=0.05, atol=0)
+
+
+def test_the_target_stays_as_it_was(rows, tmp_path):
+    target = make_tiny_target(dtype=torch.float32).train()
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    trainer = make_trainer(target, tmp_path, train_dataset=rows, max_steps=2, weight_decay=0.1)
+    trainer.train()
+    assert not target.training
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in target.parameters())
+
+
+@pytest.mark.parametrize("future_channel", [True, False])
+def test_the_optimiser_holds_what_this_run_teaches(target, rows, tmp_path, future_channel):
+    trainer = make_trainer(target, tmp_path, train_dataset=rows, max_steps=1, future_channel=future_channel)
+    trainer.train()
+    held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    expected = {
+        id(parameter)
+        for name, parameter in trainer.model.named_parameters()
+        if future_channel or not name.startswith("future_channel.")
+    }
+    assert held == expected
+
+
+def test_logged_metrics_are_those_of_the_steps_since_the_last_log(target, rows, tmp_path):
+    every, third = (
+        make_trainer(target, tmp_path, train_dataset=rows, max_steps=6, logging_steps=n, tokens_per_batch=32)
+        for n in (1, 3)
+    )
+    for trainer in (every, third):
+        torch.manual_seed(0)
+        trainer.train()
+    losses = logged(every, "loss")
+    assert logged(third, "loss") == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3], rel=1e-5)
+    shares = logged(every, "accuracy_0")
+    for group, share in enumerate(logged(third, "accuracy_0")):
+        of_group = shares[3 * group : 3 * group + 3]
+        assert min(of_group) <= share <= max(of_group)
+
+
+# The size of a step
+
+
+def gradient_of_one_step(target: PreTrainedModel, folder: Path, dataset: Dataset, **settings) -> dict:
+    """Gradients as the optimiser sees them in the only step of an epoch."""
+    gradients = {}
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            assert not gradients
+            gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    trainer = make_trainer(
+        target, folder, train_dataset=dataset, num_train_epochs=1, max_grad_norm=0, callbacks=[Keep()], **settings
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
+    return gradients | {"loss": torch.tensor(logged(trainer, "loss"))}
+
+
+@pytest.mark.parametrize("future_channel", [True, False])
+def test_accumulated_small_batches_are_one_large_batch(target, tmp_path, future_channel):
+    # The loss is the sum over rows and steps, divided by the answer tokens of all accumulated batches together: the
+    # same step, whatever the batches, even of unequal content. It is exact where the anchors are the same; with
+    # `replication=0` and `max_lag=1` nothing is left to chance.
+    dataset = make_rows(target, [28, 16, 22, 32], prompt=5)
+    settings = {"future_channel": future_channel, "replication": 0, "max_lag": 1}
+    large = gradient_of_one_step(target, tmp_path, dataset, tokens_per_batch=4 * 32, **settings)
+    for small in ({"tokens_per_batch": 32}, {"tokens_per_batch": 64}):
+        steps = 128 // small["tokens_per_batch"]
+        accumulated = gradient_of_one_step(
+            target, tmp_path, dataset, gradient_accumulation_steps=steps, **small, **settings
+        )
+        # In float32 the order of a sum shows.
+        assert_equal(accumulated, large, tolerance=2e-5)
+    assert ("future_channel.soft_prompts" in large) == future_channel
+
+
+def test_the_loss_is_divided_by_answer_tokens(target, tmp_path):
+    # The same answers behind a longer prompt count as many tokens; twice the rows give the same loss.
+    dataset = make_rows(target, [20, 20])
+    twice = Dataset.from_dict({name: list(dataset[name]) * 2 for name in dataset.column_names})
+    settings = {"future_channel": False, "tokens_per_batch": 1024}
+    one = gradient_of_one_step(target, tmp_path, dataset, **settings)
+    two = gradient_of_one_step(target, tmp_path, twice, **settings)
+    assert_equal(one, two, tolerance=2e-5)
+    assert one["loss"] > 0
+
+
+def test_rows_without_an_answer_do_not_spoil_the_weights(target, tmp_path):
+    dataset = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 2, "labels": [[-100] * 4] * 2})
+    trainer = make_trainer(target, tmp_path, train_dataset=dataset, eval_dataset=dataset, max_steps=1)
+    trainer.train()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    assert trainer.evaluate()["eval_loss"] == 0
+
+
+def test_several_gpus_in_one_process_are_one(target, rows, tmp_path):
+    draft = make_draft(target)
+    args = ConFuTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    args._n_gpu = 4  # what a machine with four of them sets
+    trainer = ConFuTrainer(model=draft, target_model=target, args=args, train_dataset=rows)
+    assert trainer.args.n_gpu == 1
+
+
+# Saving and resuming
+
+
+def test_a_checkpoint_is_the_draft_alone(target, rows, tmp_path):
+    trainer = make_trainer(target, tmp_path, train_dataset=rows, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert saved.keys() == trainer.model.state_dict().keys()
+    optimizer = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    assert len(optimizer["state"]) == len(list(trainer.model.parameters()))
+
+    trainer.save_model(str(tmp_path / "final"))
+    loaded = ConFuDraftModel.from_pretrained(tmp_path / "final")
+    assert_equal(loaded.state_dict(), trainer.model.state_dict())
+    for field in ("draft_vocab_size", "target_hidden_state_indices", "num_soft_prompts", "future_hidden_state_indices"):
+        assert getattr(loaded.config, field) == getattr(trainer.model.config, field)
+    ids = torch.tensor([[3, 14, 15]])
+    plain = target.generate(ids, do_sample=False, max_new_tokens=12)
+    assert torch.equal(target.generate(ids, do_sample=False, max_new_tokens=12, assistant_model=loaded), plain)
+
+
+@pytest.mark.parametrize("at", [2, 7], ids=["in the first epoch", "in the second epoch"])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(target, rows, tmp_path, at):
+    settings = {"train_dataset": rows, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": at}
+    whole = make_trainer(target, tmp_path, **settings)
+    whole.train()
+    steps_of_an_epoch = whole.state.global_step // 3
+    assert at % steps_of_an_epoch != 0 and at // steps_of_an_epoch == (at > 2)
+    resumed = make_trainer(target, tmp_path, make_draft(target, seed=9), **settings)
+    torch.manual_seed(1234)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+    assert_equal(weights(resumed.model), weights(whole.model))
+    assert logged(resumed, "loss") == logged(whole, "loss")
+
+
+def test_epochs_differ_in_order(target, rows, tmp_path):
+    trainer = make_trainer(target, tmp_path, train_dataset=rows, num_train_epochs=2)
+    orders = []
+    loader = trainer.get_train_dataloader()
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        orders.append([batch["input_ids"].tolist() for batch in loader])
+    assert orders[0] != orders[1]
+
+
+# Evaluating
+
+
+def test_evaluation_measures_and_repeats(target, rows, tmp_path):
+    trainer = make_trainer(target, tmp_path, train_dataset=rows, eval_dataset=rows)
+    first = trainer.evaluate()
+    torch.manual_seed(99)
+    second = trainer.evaluate()
+    measured = {"eval_loss", "eval_accuracy_0", "eval_accuracy_2", "eval_tau_greedy", "eval_future_coverage"}
+    assert measured <= first.keys()
+    assert {name: first[name] for name in measured} == {name: second[name] for name in measured}
+    assert 0.5 < first["eval_future_coverage"] < 1
+    assert 1 <= first["eval_tau_greedy"] <= 1 + sum(first[f"eval_accuracy_{step}"] for step in range(3))
+    assert measured <= trainer.state.log_history[-1].keys()
+    assert "test_tau_greedy" in trainer.evaluate(metric_key_prefix="test")
+
+
+def test_evaluation_weighs_tokens_not_batches(target, rows, tmp_path):
+    results = []
+    for tokens_per_batch in (16, 64, 1024):
+        trainer = make_trainer(
+            target, tmp_path, eval_dataset=rows, future_channel=False, tokens_per_batch=tokens_per_batch
+        )
+        metrics = trainer.evaluate()
+        results.append([metrics[name] for name in ("eval_loss", "eval_accuracy_0", "eval_tau_greedy")])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    assert results[0] == pytest.approx(results[2], rel=1e-5)
+
+
+def test_evaluating_does_not_change_training(target, rows, tmp_path):
+    trained = []
+    for evaluation in ({}, {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": rows}):
+        trainer = make_trainer(target, tmp_path, train_dataset=rows, max_steps=4, **evaluation)
+        trainer.train()
+        trained.append((weights(trainer.model), logged(trainer, "loss"), logged(trainer, "accuracy_0")))
+    assert len(logged(trainer, "eval_tau_greedy")) == 4
+    assert_equal(trained[0][0], trained[1][0])
+    assert trained[0][1:] == trained[1][1:]
+
+
+# Refusals
+
+
+def test_a_draft_in_half_precision_is_refused(target, tmp_path):
+    with pytest.raises(ValueError, match=r"The draft is in torch.bfloat16; train it in float32 \(`model.float\(\)`\)"):
+        make_trainer(target, tmp_path, make_draft(target).bfloat16())
+
+
+def test_several_processes_are_refused(target, tmp_path, monkeypatch):
+    monkeypatch.setattr(ConFuTrainingArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match="2 processes: this version of ConFuTrainer trains in one"):
+        make_trainer(target, tmp_path)
+
+
+@pytest.mark.parametrize("field, value", [("vocab_size", 98), ("hidden_size", 40), ("num_hidden_layers", 6)])
+def test_another_target_is_refused(target, tmp_path, field, value):
+    other = make_tiny_target(dtype=torch.float32, **{field: value})
+    with pytest.raises(ValueError, match=f"made for a target with `{field}=.*`, but LlamaForCausalLM has {value}"):
+        make_trainer(other, tmp_path, make_draft(target))
+
+
+def test_missing_datasets_are_refused(target, tmp_path):
+    trainer = make_trainer(target, tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match="Training needs a `train_dataset`; make one with `prepare_dataset`."):
+        trainer.train()
+    with pytest.raises(ValueError, match="Evaluation needs an `eval_dataset`; make one with `prepare_dataset`."):
+        trainer.evaluate()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"tokens_per_batch": 0}, "`tokens_per_batch` is 0; it must be at least 1."),
+        ({"ttt_steps": 0}, "`ttt_steps` is 0; it must be at least 1."),
+        ({"replication": -1}, "`replication` is -1; it must be at least 0."),
+        ({"max_lag": 0}, "`max_lag` is 0; it must be at least 1."),
+        ({"ttt_decay": 0.0}, "`ttt_decay` is 0.0; it must be above 0 and at most 1."),
+        ({"ttt_decay": 1.5}, "`ttt_decay` is 1.5; it must be above 0 and at most 1."),
+        ({"remove_unused_columns": True}, "`remove_unused_columns` must be False: `input_ids` and `labels` feed"),
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path, arguments, message):
+    with pytest.raises(ValueError) as error:
+        ConFuTrainingArguments(output_dir=str(tmp_path), **arguments)
+    assert str(error.value).startswith(message)
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def saved_target(tmp_path_factory) -> Path:
+    """A tiny target and a tokenizer of its 97 tokens, in one folder."""
+    folder = tmp_path_factory.mktemp("target")
+    target = make_tiny_target(dtype=torch.float32, eos_token_id=96)
+    target.save_pretrained(folder)
+    vocabulary = {chr(32 + index): index for index in range(96)} | {"<end>": 96}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    fast.save_pretrained(folder)
+    return folder
+
+
+def write_run(folder: Path, saved_target: Path, **options) -> str:
+    """A YAML file of options for the training command, over a few rows of data."""
+    generator = torch.Generator().manual_seed(0)
+    with open(folder / "data.jsonl", "w") as file:
+        for number in range(12):
+            answer = torch.randint(96, (12 + number,), generator=generator).tolist()
+            print(json.dumps({"prompt": f"question {number}", "answer_ids": answer + [96]}), file=file)
+    settings = {
+        "target": str(saved_target),
+        "target_dtype": "float32",
+        "data": [str(folder / "data.jsonl")],
+        "draft_vocab_size": 50,
+        "num_soft_prompts": 5,
+        "instruction": "abc",
+        "eval_rows": 3,
+        "output_dir": str(folder / "draft"),
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "tokens_per_batch": 128,
+        "ttt_steps": 2,
+        "max_steps": 3,
+        "save_strategy": "no",
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings | options))
+    return str(folder / "run.yaml")
+
+
+def test_the_command_trains_a_new_draft_and_continues_it(saved_target, tmp_path, capsys):
+    main([write_run(tmp_path, saved_target)])
+    printed = capsys.readouterr().out
+    assert "rows: 12 kept of 12" in printed and "Draft vocabulary: 50 tokens" in printed
+    assert "eval_tau_greedy" in printed
+    first = ConFuDraftModel.from_pretrained(tmp_path / "draft")
+    assert (first.config.draft_vocab_size, first.config.num_soft_prompts) == (50, 5)
+    assert first.t2d[96], "a draft that cannot propose the end loses the last round of each answer"
+    assert (tmp_path / "draft" / "tokenizer.json").exists()
+
+    target = make_tiny_target(dtype=torch.float32, eos_token_id=96)
+    ids = torch.tensor([[3, 14, 15]])
+    plain = target.generate(ids, do_sample=False, max_new_tokens=10)
+    assert torch.equal(target.generate(ids, do_sample=False, max_new_tokens=10, assistant_model=first), plain)
+
+    draft = str(tmp_path / "draft")
+    main([write_run(tmp_path, saved_target, draft=draft, learning_rate=0.0, output_dir=str(tmp_path / "second"))])
+    second = ConFuDraftModel.from_pretrained(tmp_path / "second")
+    assert_equal(second.state_dict(), first.state_dict())
+
+
+def test_the_command_can_hold_out_nothing(saved_target, tmp_path, capsys):
+    main([write_run(tmp_path, saved_target, eval_rows=0, max_steps=1, num_soft_prompts=0)])
+    assert "eval_" not in capsys.readouterr().out
+    assert (tmp_path / "draft" / "model.safetensors").exists()
+
+
+def test_the_command_takes_options_too(saved_target, tmp_path):
+    write_run(tmp_path, saved_target)
+    options = yaml.safe_load((tmp_path / "run.yaml").read_text()) | {"max_steps": 1}
+    arguments = []
+    for name, value in options.items():
+        arguments += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    main(arguments)
+    assert (tmp_path / "draft" / "model.safetensors").exists()

@@ -1,0 +1,171 @@
+"""The unrolled draft against the draft as it decodes: row by row, step by step, with a real cache."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import make_tiny_draft, make_tiny_target
+from transformers import DynamicCache
+
+from transformers_confu import ConFuDraftModel
+from transformers_confu.training.unroll import unroll
+
+
+BATCH, LENGTH, STEPS = 2, 13, 4
+
+DRAFTS = {
+    "grouped heads": ("llama", {}),
+    "heads wider than the hidden size": ("qwen3", {}),
+    "own width and embeddings": ("llama", {"hidden_size": 24, "num_key_value_heads": 1, "head_dim": 10}),
+    "five taps": ("llama", {"target_hidden_state_indices": [0, 1, 2, 3, 5]}),
+    "no residual": ("llama", {"use_future_residual": False}),
+    "single experts": ("llama", {"num_future_experts_per_token": 1}),
+    "attention with bias": ("llama", {"attention_bias": True}),
+}
+
+
+def make_draft(name: str = "grouped heads") -> ConFuDraftModel:
+    kind, overrides = DRAFTS[name]
+    draft = make_tiny_draft(make_tiny_target(kind), **overrides)
+    if draft.config.attention_bias:  # starts at zero
+        for projection in (draft.layers[0].self_attn.q_proj, draft.layers[0].self_attn.k_proj):
+            torch.nn.init.normal_(projection.bias, generator=torch.Generator().manual_seed(3))
+    return draft
+
+
+def make_inputs(draft: ConFuDraftModel, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Arbitrary embeddings, taps and futures for all rows of two texts, the second of which starts at position 5."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(width: int) -> torch.Tensor:
+        return torch.randn(BATCH, LENGTH, width, generator=generator, dtype=draft.dtype)
+
+    config = draft.config
+    rows = torch.arange(LENGTH).expand(BATCH, -1)
+    return {
+        "inputs_embeds": normal(config.hidden_size),
+        "taps": normal(config.taps_size),
+        "position_ids": rows + torch.tensor([[0], [5]]),
+        "sees": rows[:, None] <= rows[..., None],
+        "rows": rows,
+        "future_states": normal(config.future_size),
+        "has_future": torch.rand(BATCH, LENGTH, generator=generator) < 0.6,
+    }
+
+
+def decode_row(
+    draft: ConFuDraftModel, inputs: dict[str, torch.Tensor], text: int, row: int, first: int = 0
+) -> Iterator[torch.Tensor]:
+    """Features `(H,)` of the steps that start from one row, as decoding computes them: true rows `first`..`row`, then
+    one drafted row after the other, fed the true next token."""
+    embeds, taps = inputs["inputs_embeds"][text, None], inputs["taps"][text, None]
+    positions = inputs["position_ids"][text, None]
+    cache = DynamicCache(config=draft.config)
+    features = draft.fc(taps[:, first : row + 1])
+    future = None
+    if inputs["future_states"] is not None and inputs["has_future"][text, row]:
+        future = draft.future(inputs["future_states"][text, row][None, None], features[:, -1:])
+    if row > first:  # what earlier rounds have stored
+        draft(
+            inputs_embeds=embeds[:, first + 1 : row + 1],
+            features=features[:, :-1],
+            position_ids=positions[:, first:row],
+            past_key_values=cache,
+            num_queries=1,
+        )
+    features, next_token = features[:, -1:], row + 1
+    while next_token < LENGTH:
+        output = draft(
+            inputs_embeds=embeds[:, next_token, None],
+            features=features,
+            position_ids=positions[:, next_token - 1, None],
+            past_key_values=cache,
+            future=future,
+        )
+        features = output.features
+        yield features[0, 0]
+        next_token += 1
+
+
+def assert_steps_decode(draft: ConFuDraftModel, inputs: dict[str, torch.Tensor], first: tuple[int, ...] = (0, 0)):
+    steps = list(unroll(draft, **inputs, num_steps=STEPS))
+    assert len(steps) == STEPS
+    compared = 0
+    for text in range(BATCH):
+        for number, row in enumerate(inputs["rows"][text].tolist()):
+            if row < first[text]:
+                continue
+            for step, expected in zip(range(STEPS), decode_row(draft, inputs, text, row, first[text]), strict=False):
+                torch.testing.assert_close(steps[step][text, number], expected, rtol=1e-9, atol=1e-9)
+                compared += 1
+    assert compared >= BATCH * 12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("has_future", [True, False], ids=["with f", "without f"])
+@pytest.mark.parametrize("name", DRAFTS)
+def test_training_steps_are_decoding_steps(name, has_future):
+    draft = make_draft(name)
+    inputs = make_inputs(draft)
+    assert inputs["has_future"].any() and not inputs["has_future"].all()
+    if not has_future:
+        inputs |= {"future_states": None, "has_future": None}
+    assert_steps_decode(draft, inputs)
+
+
+@torch.no_grad()
+def test_only_the_asked_rows_are_drafted_from():
+    draft = make_draft()
+    inputs = make_inputs(draft)
+    rows = torch.tensor([[1, 4, 5, 9], [2, 3, 11, 0]])  # in any order, padded by any row
+    inputs["rows"] = rows
+    inputs["sees"] = inputs["sees"].gather(1, rows[..., None].expand(-1, -1, LENGTH))
+    for name in ("future_states", "has_future"):
+        index = rows[..., None].expand(-1, -1, inputs[name].shape[-1]) if inputs[name].ndim == 3 else rows
+        inputs[name] = inputs[name].gather(1, index)
+    steps = list(unroll(draft, **inputs, num_steps=STEPS))
+
+    everything = list(unroll(draft, **make_inputs(draft), num_steps=STEPS))
+    for step in range(STEPS):
+        for text in range(BATCH):
+            # Steps that run out of the text draft from arbitrary tokens.
+            inside = rows[text] + 1 + step < LENGTH
+            got, expected = steps[step][text, inside], everything[step][text, rows[text, inside]]
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_hidden_true_rows_might_as_well_not_be_there():
+    draft = make_draft()
+    inputs = make_inputs(draft)
+    inputs["sees"] = inputs["sees"].clone()
+    inputs["sees"][1, :, :4] = False  # another document, or padding, before the second text
+    assert_steps_decode(draft, inputs, first=(0, 4))
+
+
+@torch.no_grad()
+def test_a_row_depends_on_no_other_rows_future():
+    draft = make_draft()
+    inputs = make_inputs(draft)
+    before = list(unroll(draft, **inputs, num_steps=STEPS))
+    inputs["future_states"] = inputs["future_states"].clone()
+    inputs["future_states"][0, 3] += 1
+    inputs["has_future"][0, 3] = True
+    after = list(unroll(draft, **inputs, num_steps=STEPS))
+    for step in range(STEPS):
+        changed = (before[step] != after[step]).any(dim=-1).nonzero().tolist()
+        assert changed == [[0, 3]]
+
+
+def test_gradients_flow_through_all_steps_of_a_row():
+    draft = make_draft()
+    inputs = make_inputs(draft)
+    inputs["taps"].requires_grad_(True)
+    inputs["future_states"].requires_grad_(True)
+    *_, last = unroll(draft, **inputs, num_steps=STEPS)
+    row = int(inputs["has_future"][0, :8].nonzero()[-1])
+    last[0, row].sum().backward()
+    # Its own output is fed back, not a copy without a graph; and what it sees is taught too.
+    assert (inputs["taps"].grad[0, : row + 1].abs().sum(dim=-1) > 0).all()
+    assert (inputs["taps"].grad[0, row + 1 :] == 0).all() and (inputs["taps"].grad[1] == 0).all()
+    assert inputs["future_states"].grad[0].abs().sum(dim=-1).nonzero().tolist() == [[row]]

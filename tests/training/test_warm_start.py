@@ -1,0 +1,203 @@
+"""A draft that starts from its target: what is taken over, what is not and says so, and that it helps."""
+
+import logging
+
+import pytest
+import torch
+from helpers import make_tiny_target
+from torch import nn
+from transformers import DynamicCache
+
+from transformers_confu import ConFuConfig, ConFuDraftModel
+from transformers_confu.training.objective import compute_objective
+from transformers_confu.training.warm_start import warm_start
+
+
+TOKENS = torch.tensor([90, 3, 41, 7, 66, 15, 23, 58, 80, 11])
+TAPS = {"target_hidden_state_indices": [1, 2, 4]}
+
+
+def config_for(target, **overrides) -> ConFuConfig:
+    return ConFuConfig.from_target(
+        target.config, **(TAPS | {"draft_vocab_size": len(TOKENS), "num_soft_prompts": 3} | overrides)
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_weights_of_the_target_are_taken_over(kind, caplog):
+    target = make_tiny_target(kind, dtype=torch.float32)
+    for parameter in target.parameters():  # norms start at 1 on both sides
+        parameter.data += 0.01 * torch.rand_like(parameter)
+    with caplog.at_level(logging.WARNING):
+        draft = warm_start(target, TOKENS, config_for(target))
+    assert not caplog.records
+    assert {parameter.dtype for parameter in draft.parameters()} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in draft.parameters())
+
+    assert draft.draft_token_ids.tolist() == sorted(TOKENS.tolist())
+    assert draft.t2d.nonzero()[:, 0].tolist() == sorted(TOKENS.tolist())
+    ours, theirs, width = draft.layers[0], target.model.layers[-1], target.config.hidden_size
+    expected = {
+        draft.norm.weight: target.model.norm.weight,
+        draft.lm_head.weight: target.lm_head.weight[sorted(TOKENS.tolist())],
+        ours.hidden_norm.weight: theirs.input_layernorm.weight,
+        ours.post_attention_layernorm.weight: theirs.post_attention_layernorm.weight,
+        ours.self_attn.o_proj.weight: theirs.self_attn.o_proj.weight,
+        **{getattr(ours.mlp, f"{p}_proj").weight: getattr(theirs.mlp, f"{p}_proj").weight for p in ("gate", "up", "down")},
+    }
+    for taken, source in expected.items():
+        torch.testing.assert_close(taken, source, rtol=0, atol=0)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        taken = getattr(ours.self_attn, name).weight
+        torch.testing.assert_close(taken[:, width:], getattr(theirs.self_attn, name).weight, rtol=0, atol=0)
+        assert 0 < taken[:, :width].std() < 0.1, "the embedding half stays random"
+
+    taps = torch.randn(4, draft.config.taps_size)
+    torch.testing.assert_close(draft.fc(taps), taps[:, -width:])  # the highest tap
+    torch.testing.assert_close(
+        draft.future_channel.contemplate_token.experts.std(),
+        target.get_input_embeddings().weight.std(),
+        rtol=0.2,
+        atol=0,
+    )
+
+
+def test_it_shares_nothing_with_the_target():
+    target = make_tiny_target(dtype=torch.float32)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    draft = warm_start(target, TOKENS, config_for(target), soft_prompt_ids=torch.tensor([4, 8, 15]))
+    for parameter in draft.parameters():
+        parameter.data.zero_()
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_soft_prompts_are_the_keys_and_values_of_a_text():
+    target = make_tiny_target(dtype=torch.float32)
+    ids = torch.tensor([4, 8, 15])
+    channel = warm_start(target, TOKENS, config_for(target), soft_prompt_ids=ids).future_channel
+    cache = DynamicCache(config=target.config)
+    target(ids[None], past_key_values=cache)
+    for layer_idx, layer in enumerate(cache.layers):
+        keys, values = channel.slots(layer_idx, like=layer.keys)
+        torch.testing.assert_close(keys, layer.keys)
+        torch.testing.assert_close(values, layer.values)
+
+
+def test_soft_prompts_need_as_many_tokens():
+    target = make_tiny_target()
+    for ids in ([4], [4, 8], [4, 8, 15, 16]):  # a single one would be broadcast
+        with pytest.raises(ValueError, match=rf"`soft_prompt_ids` holds {len(ids)} tokens; the draft has 3 soft prompts"):
+            warm_start(target, TOKENS, config_for(target), soft_prompt_ids=torch.tensor(ids))
+    no_prompts = config_for(target, num_soft_prompts=0)
+    assert warm_start(target, TOKENS, no_prompts, torch.tensor([], dtype=torch.long)) is not None
+
+
+def test_the_configuration_has_a_default():
+    target = make_tiny_target(num_hidden_layers=7)
+    draft = warm_start(target, TOKENS)
+    assert draft.config.draft_vocab_size == len(TOKENS)
+    assert draft.config.target_hidden_state_indices == [2, 3, 4]
+
+
+class WithoutWeight(nn.Module):
+    """A quantised linear layer, as far as its attributes go: packed numbers and no weight."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self._packed = linear.weight.detach().clone()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden_states, self._packed)
+
+
+class WithWeightMethod(WithoutWeight):
+    """As PyTorch's own quantised layers: the weight is a method."""
+
+    def weight(self) -> torch.Tensor:
+        return self._packed
+
+
+class WithScaledWeight(WithoutWeight):
+    """FP8: a floating-point weight that means nothing without its scale."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        self.weight = nn.Parameter((self._packed * 100).to(torch.float8_e4m3fn), requires_grad=False)
+
+
+class WithMetaWeight(WithoutWeight):
+    """Offloaded: the weight is elsewhere."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        self.weight = nn.Parameter(linear.weight.to("meta"))
+
+
+@pytest.mark.parametrize("kind", [WithoutWeight, WithWeightMethod, WithScaledWeight, WithMetaWeight])
+def test_quantised_and_offloaded_layers_are_left_out_with_a_warning(kind, caplog):
+    target = make_tiny_target(dtype=torch.float32)
+    last = target.model.layers[-1]
+    last.self_attn.q_proj = kind(last.self_attn.q_proj)
+    last.mlp.down_proj = kind(last.mlp.down_proj)
+    target.lm_head = kind(target.lm_head)
+    with caplog.at_level(logging.WARNING):
+        draft = warm_start(target, TOKENS, config_for(target), soft_prompt_ids=torch.tensor([4, 8, 15]))
+    (record,) = caplog.records
+    for name in ("q_proj", "down_proj", "lm_head"):
+        assert name in record.message
+    for name in ("k_proj", "up_proj", "hidden_norm"):
+        assert name not in record.message
+    for parameter in draft.parameters():
+        assert parameter.isfinite().all()
+    assert 0 < draft.lm_head.weight.std() < 0.1
+    torch.testing.assert_close(draft.layers[0].mlp.up_proj.weight, last.mlp.up_proj.weight)
+
+
+def test_a_target_of_other_module_names_gives_what_it_has(caplog):
+    target = make_tiny_target(dtype=torch.float32)
+    attention = target.model.layers[-1].self_attn
+    attention.qkv_proj = nn.Identity()
+    del attention.q_proj, attention.k_proj, attention.v_proj
+    with caplog.at_level(logging.WARNING):
+        draft = warm_start(target, TOKENS, config_for(target))
+    (record,) = caplog.records
+    assert record.message.count("_proj") == 3
+    torch.testing.assert_close(draft.norm.weight, target.model.norm.weight)
+
+
+def test_a_draft_of_another_width_starts_random_where_it_must(caplog):
+    target = make_tiny_target(dtype=torch.float32)
+    config = config_for(target, hidden_size=24, num_attention_heads=2, num_key_value_heads=1, head_dim=12)
+    with caplog.at_level(logging.WARNING):
+        draft = warm_start(target, TOKENS, config, soft_prompt_ids=torch.tensor([4, 8, 15]))
+    assert "left random" in caplog.text and "lm_head" in caplog.text
+    assert draft.embed_tokens.weight.shape == (97, 24)
+    taps = torch.randn(200, config.taps_size)
+    assert 0.8 < draft.fc(taps).std() < 1.25  # of the size of its input
+
+
+def test_it_starts_ahead_of_a_random_draft():
+    # A target with a preference for some tokens whatever the text, as any real one has: all embeddings share a part,
+    # which the layers pass on.
+    target = make_tiny_target(dtype=torch.float32).requires_grad_(False)
+    target.model.embed_tokens.weight += 2 * target.model.embed_tokens.weight[0]
+    for layer in target.model.layers:
+        layer.self_attn.o_proj.weight.mul_(0.3)
+        layer.mlp.down_proj.weight.mul_(0.3)
+    ids = torch.randint(97, (4, 24), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    config = config_for(target, draft_vocab_size=97)
+
+    @torch.no_grad()
+    def loss(draft: ConFuDraftModel) -> float:
+        objective = compute_objective(
+            draft, target, ids, torch.ones_like(ids), labels, anchors=None, num_steps=2, decay=1.0
+        )
+        return float(objective.loss_sum / objective.counted.sum())
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        untouched, started = ConFuDraftModel(config), warm_start(target, torch.arange(97), config)
+    assert loss(started) < 0.8 * loss(untouched)
