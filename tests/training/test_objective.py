@@ -1,18 +1,18 @@
-"""The loss of one batch against a naive one: every token followed by its own contemplate row, loops over rows and steps.
+"""The loss of one batch against a naive one: a contemplate row behind every token, loops over rows and steps.
 
-All in fp64, where a difference is a fault. The reference shares only the draft's and the channel's own modules with the
-training code: no cache, no anchors' batch, no unrolling, no padding.
+All in fp64, where a difference is a fault. The reference shares only the draft's and the channel's own modules with
+the training code: no cache of the text, no batch of anchors, no unrolling, no padding.
 """
 
 from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import make_tiny_draft, make_tiny_target
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuDraftModel
 from transformers_confu.draft_tree import DraftTree
 from transformers_confu.target_runner import TargetRunner
@@ -36,8 +36,11 @@ PAIRS = {
 
 
 def make_pair(name: str = "llama", **more) -> tuple[PreTrainedModel, ConFuDraftModel]:
-    """Target and draft in fp64. The target mostly likes 4 tokens, 3 of them among the 5 that the draft predicts, so that
-    the draft is right now and then by chance."""
+    """Target and draft in fp64.
+
+    The target mostly likes 4 tokens, 3 of them among the 5 that the draft predicts, so that the draft is right now and
+    then by chance.
+    """
     kind, overrides = PAIRS[name]
     target = make_tiny_target(kind).requires_grad_(False)
     target.lm_head.weight[[13, 40, 71, 90]] *= 4
@@ -486,6 +489,7 @@ def test_every_soft_prompt_is_taught():
 
 def test_only_contemplate_rows_carry_a_graph_through_the_target():
     target, draft = make_pair()
+    target.requires_grad_(True)  # so that the prefix would have a graph if it were let
     batch = mixed_batch()
     anchors = anchors_of(batch)
     calls = []

@@ -8,11 +8,11 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from helpers import make_tiny_target
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
+from helpers import make_tiny_target
 from transformers_confu import ConFuConfig, ConFuDraftModel
 from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
 from transformers_confu.training.train import main
@@ -255,7 +255,7 @@ def test_a_checkpoint_is_the_draft_alone(target, rows, tmp_path):
     trainer.save_model(str(tmp_path / "final"))
     loaded = ConFuDraftModel.from_pretrained(tmp_path / "final")
     assert_equal(loaded.state_dict(), trainer.model.state_dict())
-    for field in ("draft_vocab_size", "target_hidden_state_indices", "num_soft_prompts", "future_hidden_state_indices"):
+    for field in ("draft_vocab_size", "target_hidden_state_indices", "num_soft_prompts"):
         assert getattr(loaded.config, field) == getattr(trainer.model.config, field)
     ids = torch.tensor([[3, 14, 15]])
     plain = target.generate(ids, do_sample=False, max_new_tokens=12)
@@ -387,7 +387,7 @@ def saved_target(tmp_path_factory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}>"
     fast.save_pretrained(folder)
     return folder
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import make_tiny_draft, make_tiny_target
 from transformers import DynamicCache
 
+from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuDraftModel
 from transformers_confu.training.unroll import unroll
 

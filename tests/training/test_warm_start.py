@@ -4,10 +4,10 @@ import logging
 
 import pytest
 import torch
-from helpers import make_tiny_target
 from torch import nn
 from transformers import DynamicCache
 
+from helpers import make_tiny_target
 from transformers_confu import ConFuConfig, ConFuDraftModel
 from transformers_confu.training.objective import compute_objective
 from transformers_confu.training.warm_start import warm_start
@@ -43,7 +43,9 @@ def test_weights_of_the_target_are_taken_over(kind, caplog):
         ours.hidden_norm.weight: theirs.input_layernorm.weight,
         ours.post_attention_layernorm.weight: theirs.post_attention_layernorm.weight,
         ours.self_attn.o_proj.weight: theirs.self_attn.o_proj.weight,
-        **{getattr(ours.mlp, f"{p}_proj").weight: getattr(theirs.mlp, f"{p}_proj").weight for p in ("gate", "up", "down")},
+        ours.mlp.gate_proj.weight: theirs.mlp.gate_proj.weight,
+        ours.mlp.up_proj.weight: theirs.mlp.up_proj.weight,
+        ours.mlp.down_proj.weight: theirs.mlp.down_proj.weight,
     }
     for taken, source in expected.items():
         torch.testing.assert_close(taken, source, rtol=0, atol=0)
@@ -87,7 +89,7 @@ def test_soft_prompts_are_the_keys_and_values_of_a_text():
 def test_soft_prompts_need_as_many_tokens():
     target = make_tiny_target()
     for ids in ([4], [4, 8], [4, 8, 15, 16]):  # a single one would be broadcast
-        with pytest.raises(ValueError, match=rf"`soft_prompt_ids` holds {len(ids)} tokens; the draft has 3 soft prompts"):
+        with pytest.raises(ValueError, match=rf"`soft_prompt_ids` holds {len(ids)} tokens; the draft has 3 soft"):
             warm_start(target, TOKENS, config_for(target), soft_prompt_ids=torch.tensor(ids))
     no_prompts = config_for(target, num_soft_prompts=0)
     assert warm_start(target, TOKENS, no_prompts, torch.tensor([], dtype=torch.long)) is not None
