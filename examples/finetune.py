@@ -19,8 +19,8 @@ from transformers_confu.training import (
     load_jsonl,
     prepare_dataset,
     regenerate,
+    warm_start,
 )
-from transformers_confu.training.warm_start import warm_start
 
 
 parser = example_arguments(__doc__)

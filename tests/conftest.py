@@ -1,18 +1,26 @@
 """Fixtures and options shared by all tests."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from functools import partial
 
 
 # Before transformers is imported, which reads them once.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# Code that tests load from checkpoints goes here, not into the user's cache.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="confu-tests-")
 
 import pytest
 import torch
 
 from helpers import make_tiny_target
 from transformers_confu.demo_target import load_demo_target
+
+
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 def pytest_addoption(parser):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import transformers
-from helpers import make_tiny_draft, make_tiny_target
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +15,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuConfig, ConFuDraftModel, ConFuGenerate, confu_generation_config
 
 
@@ -79,7 +79,9 @@ class QuantisedLayer(DynamicLayer):
 
 def cache_of(layer_class, layers: int = 5) -> DynamicCache:
     cache = DynamicCache()
-    cache.layers = [layer_class(4) if layer_class is DynamicSlidingWindowLayer else layer_class() for _ in range(layers)]
+    cache.layers = [
+        layer_class(4) if layer_class is DynamicSlidingWindowLayer else layer_class() for _ in range(layers)
+    ]
     return cache
 
 
@@ -127,7 +129,7 @@ CALLS = {
             None,
             inputs_embeds=torch.zeros(1, 5, 32, dtype=torch.float64),
         ),
-        "This draft embeds tokens itself (hidden_size 16, target 32) and cannot read `inputs_embeds`; pass `input_ids`.",
+        "This draft embeds tokens itself (hidden_size 16, target 32) and cannot read `inputs_embeds`; pass",
     ),
     "tokenizers of an equal vocabulary": (
         lambda t, d: generate(t, d, assistant_tokenizer=object(), tokenizer=object()),
@@ -135,7 +137,10 @@ CALLS = {
     ),
     # Caches
     "static cache": (lambda t, d: generate(t, d, cache_implementation="static"), "got a StaticCache; leave"),
-    "static cache in route B": (lambda t, d: generate_b(t, d, cache_implementation="static"), "got a StaticCache; leave"),
+    "static cache in route B": (
+        lambda t, d: generate_b(t, d, cache_implementation="static"),
+        "got a StaticCache; leave",
+    ),
     "offloaded cache": (
         lambda t, d: generate(t, d, past_key_values=DynamicCache(offloading=True)),
         "ConFu decoding needs a plain, non-offloaded DynamicCache of full-attention layers, got an offloaded",
@@ -149,9 +154,7 @@ CALLS = {
         "got a DynamicCache with layers of type DynamicSlidingWindowLayer",
     ),
     "cache of another target": (
-        lambda t, d: generate(
-            t, make_tiny_draft(t, target_num_key_value_heads=1), past_key_values=filled_cache(t, 2)
-        ),
+        lambda t, d: generate(t, make_tiny_draft(t, target_num_key_value_heads=1), past_key_values=filled_cache(t, 2)),
         "The target caches 2 key/value heads of size 8, but the draft's soft prompts are for 1 of size 8",
     ),
     "cache that holds all inputs": (
@@ -251,12 +254,19 @@ def test_a_target_with_other_heads_is_refused_as_soon_as_they_are_known(llama, c
 
 def test_keys_and_values_of_different_sizes_are_refused():
     """Multi-head latent attention caches something else than heads."""
-    settings = LLAMA_SIZES | {"num_key_value_heads": 4, "first_k_dense_replace": 5, "kv_lora_rank": 16}
+    settings = LLAMA_SIZES | {"num_key_value_heads": 4, "first_k_dense_replace": 5}
+    settings |= {
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    }
     del settings["head_dim"]
-    target = AutoModelForCausalLM.from_config(
-        transformers.DeepseekV3Config(**settings, q_lora_rank=None, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8)
-    )
-    with pytest.raises(ValueError, match="The target caches 1 key/value heads of size 16, and values of 1 heads of size"):
+    target = AutoModelForCausalLM.from_config(transformers.DeepseekV3Config(**settings))
+    with pytest.raises(
+        ValueError, match="The target caches 1 key/value heads of size 16, and values of 1 heads of size"
+    ):
         generate(target, make_tiny_draft(target))
 
 
@@ -344,7 +354,7 @@ TARGETS = {
     ),
     "row order instead of a mask": (
         from_config("GPTNeo", **GPT_SIZES, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
-        "GPTNeoForCausalLM masks attention by the order of rows in every layer",
+        "GPTNeoForCausalLM masks attention by the order of rows, whatever mask it is given",
     ),
     "ALiBi": (
         from_config("Falcon", **GPT_SIZES, num_hidden_layers=5, num_attention_heads=4, alibi=True),

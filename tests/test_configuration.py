@@ -146,7 +146,7 @@ def test_a_configuration_survives_the_disk(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "confu"
 
 
-def test_a_configuration_loads_where_the_package_is_not_installed(tmp_path):
+def test_a_configuration_loads_with_its_own_code(tmp_path):
     config = ConFuConfig.from_target(LlamaConfig(**LLAMA), draft_vocab_size=40)
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
@@ -175,7 +175,10 @@ INVALID = {
     ),
     "tap behind the last": ({"target_hidden_state_indices": [2, 13]}, "a target of 12 layers has hidden states 0"),
     "negative tap": ({"target_hidden_state_indices": [-1, 2]}, "a target of 12 layers has hidden states 0"),
-    "unsorted taps": ({"target_hidden_state_indices": [6, 2]}, "must be a non-empty list of rising, distinct indices."),
+    "unsorted taps": (
+        {"target_hidden_state_indices": [6, 2]},
+        "must be a non-empty list of rising, distinct indices.",
+    ),
     "doubled tap": ({"target_hidden_state_indices": [2, 2]}, "must be a non-empty list of rising, distinct indices."),
     "no tap": ({"target_hidden_state_indices": []}, "`target_hidden_state_indices` is []; it must be a non-empty"),
     "no future state": ({"future_hidden_state_indices": []}, "`future_hidden_state_indices` is []; it must be"),

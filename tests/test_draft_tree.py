@@ -99,9 +99,7 @@ def eagle2(draft: Draft, branching: int, depth: int) -> dict[tuple[int, ...], np
 def shapes(styles: list[str]):
     """Strategy: a draft, branching, depth and tree size."""
     return st.tuples(
-        st.builds(
-            Draft, seed=st.integers(0, 10**6), vocab_size=st.integers(1, 6), style=st.sampled_from(styles)
-        ),
+        st.builds(Draft, seed=st.integers(0, 10**6), vocab_size=st.integers(1, 6), style=st.sampled_from(styles)),
         st.integers(1, 5),
         st.integers(1, 5),
         st.integers(1, 40),
@@ -184,9 +182,7 @@ def test_a_walk_by_children_finds_what_a_search_finds(shape, seed):
     while True:
         token = int(random.integers(shape[0].vocab_size))
         found = [
-            child
-            for child in range(1, tree.size)
-            if tree.parents[0, child] == node and tree.tokens[0, child] == token
+            child for child in range(1, tree.size) if tree.parents[0, child] == node and tree.tokens[0, child] == token
         ]
         assert len(found) <= 1 and children.get((node, token)) == (found[0] if found else None)
         if not found:
@@ -267,8 +263,7 @@ def chance_to_be_last(tree: DraftTree) -> list[float]:
     """Probability that each node is accepted and none of its children is."""
     probabilities = tree.log_probs[0].double().exp().tolist()
     return [
-        probability
-        - sum(probabilities[child] for child in range(1, tree.size) if tree.parents[0, child] == node)
+        probability - sum(probabilities[child] for child in range(1, tree.size) if tree.parents[0, child] == node)
         for node, probability in enumerate(probabilities)
     ]
 

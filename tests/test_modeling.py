@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from helpers import make_tiny_draft, make_tiny_target
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, DynamicCache
 
+from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import (
     ConFuCandidateGenerator,
     ConFuConfig,
@@ -405,8 +405,7 @@ def test_buffers_that_a_checkpoint_lacks_are_initialised(target, tmp_path):
     assert loaded.rotary_emb.original_inv_freq.tolist() == pytest.approx(expected)
 
 
-def test_a_checkpoint_decodes_where_the_package_is_not_installed(target, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_a_checkpoint_decodes_with_its_own_code(target, tmp_path):
     make_tiny_draft(target).save_pretrained(tmp_path / "checkpoint")
     entries = json.loads((tmp_path / "checkpoint" / "config.json").read_text())["auto_map"]
     assert entries == {

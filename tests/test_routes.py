@@ -1,5 +1,6 @@
-"""The ways into `generate`: A `assistant_model`, B `custom_generate`, D the stock assisted loop; and what stays native."""
+"""Ways into `generate`: A `assistant_model`, B `custom_generate`, D the stock assisted loop; and what stays native."""
 
+import copy
 import inspect
 import itertools
 import json
@@ -9,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import make_tiny_draft, make_tiny_target
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import DynamicCache, GenerationMixin, PreTrainedTokenizerFast, pipeline
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedTokenizerFast, pipeline
 from transformers.generation.streamers import BaseStreamer
 
+from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuCandidateGenerator, ConFuGenerate, confu_generation_config
 from transformers_confu.generation_confu import ASSISTED_DECODING_PARAMETERS, install_dispatch
 
@@ -101,9 +102,7 @@ def test_the_knobs_of_call_target_and_draft(target, draft, do_sample):
 
 def test_beams_ignore_the_draft_as_they_ignore_any_assistant(target, draft):
     options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 2}
-    assert torch.equal(
-        target.generate(PROMPT, assistant_model=draft, **options), target.generate(PROMPT, **options)
-    )
+    assert torch.equal(target.generate(PROMPT, assistant_model=draft, **options), target.generate(PROMPT, **options))
     assert draft.last_statistics is None
 
 
@@ -179,6 +178,19 @@ def chains(monkeypatch):
     return proposed
 
 
+def chain_config(target) -> GenerationConfig:
+    """What makes the ConFu loop propose the chains of the stock loop."""
+    return confu_generation_config(
+        target, **GREEDY, confu_tree_size=5, confu_depth=4, confu_branching=1, confu_contemplation=0
+    )
+
+
+def assert_same_chains(chains: list[list[int]], expected: list[list[int]]) -> None:
+    assert len(chains) == len(expected) > 3
+    for chain, other in zip(chains, expected, strict=True):
+        assert chain[: len(other)] == other  # near its end the ConFu loop proposes no more than there is room for
+
+
 PADDED = {
     "input_ids": torch.tensor([[0, 0, 0, 3, 4, 5, 2, 7]]),
     "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]]),
@@ -191,38 +203,31 @@ def test_the_stock_loop_writes_the_same_greedy_text(target, inputs, narrow, chai
     """And it is offered the same chains as the ConFu loop in EAGLE-3 mode, so no row of the draft is misplaced."""
     draft = make_tiny_draft(target, **({"hidden_size": 16, "head_dim": 4} if narrow else {}))
     plain = target.generate(**inputs, **GREEDY)
-    config = confu_generation_config(
-        target, **GREEDY, confu_tree_size=5, confu_depth=4, confu_branching=1, confu_contemplation=0
-    )
-    target.generate(**inputs, assistant_model=draft, generation_config=config)
+    target.generate(**inputs, assistant_model=draft, generation_config=chain_config(target))
     expected, accepted = chains.copy(), draft.last_statistics.accepted
     assert sum(accepted) > 2
     chains.clear()
     use_stock_loop(target, draft)
     assert torch.equal(target.generate(**inputs, **ASSISTED, **GREEDY), plain)
-    # Near its end the ConFu loop proposes no more than there is room for.
-    assert len(chains) == len(expected)
-    for chain, other in zip(chains, expected, strict=True):
-        assert chain[: len(other)] == other
+    assert_same_chains(chains, expected)
 
 
-def test_the_stock_loop_continues_a_cache(target, draft):
+def test_the_stock_loop_continues_a_cache(target, draft, chains):
     """By the new ids alone: given all of them, that loop computes the cached ones once more, with any assistant."""
     first = target.generate(PROMPT, return_dict_in_generate=True, **GREEDY)
     ids = torch.cat([first.sequences, torch.tensor([[5, 6]])], dim=1)
     plain = target.generate(ids, **GREEDY)
     cached = first.past_key_values.get_seq_length()
-    made = use_stock_loop(target, draft)
-    continued = target.generate(
-        ids[:, cached:],
-        attention_mask=torch.ones_like(ids),
-        past_key_values=first.past_key_values,
-        **ASSISTED,
-        **GREEDY,
-    )
+    new = {"inputs": ids[:, cached:], "attention_mask": torch.ones_like(ids)}
+    cache = copy.deepcopy(first.past_key_values)
+    target.generate(**new, past_key_values=cache, assistant_model=draft, generation_config=chain_config(target))
+    assert draft.last_statistics.draft_state == "restarted"  # it sees the new tokens only, as here
+    expected = chains.copy()
+    chains.clear()
+    use_stock_loop(target, draft)
+    continued = target.generate(**new, past_key_values=first.past_key_values, **ASSISTED, **GREEDY)
     assert torch.equal(continued, plain[:, cached:])
-    # The draft has seen the new tokens only.
-    assert 0 < made[0]._cache.get_seq_length() < plain.shape[1] - cached
+    assert_same_chains(chains, expected)
 
 
 def test_the_stock_loop_fills_a_cache(target, draft):

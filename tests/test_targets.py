@@ -6,12 +6,12 @@ import pytest
 import torch
 import transformers
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from exactness import compare
-from helpers import make_tiny_draft, make_tiny_target
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 
+from exactness import compare
+from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuDraftModel, confu_generation_config
 from transformers_confu.draft_tree import DraftTree
 from transformers_confu.target_runner import TargetRunner, check_cache, check_target
@@ -171,7 +171,7 @@ def prefill(target, runner: TargetRunner, ids: torch.LongTensor):
 
 
 def future_by_prefix(target, draft: ConFuDraftModel, ids: torch.LongTensor, routed_by: torch.Tensor) -> torch.Tensor:
-    """f behind `ids`, computed without any code of the runner: the soft prompts are ordinary cached rows before them."""
+    """f behind `ids` without any code of the runner: the soft prompts are ordinary cached rows before them."""
     cache, with_slots = DynamicCache(config=target.config), DynamicCache(config=target.config)
     target(ids, past_key_values=cache)
     for index, layer in enumerate(cache.layers):

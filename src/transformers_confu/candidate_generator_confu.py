@@ -210,7 +210,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
         n_last_matches: int,
         **kwargs: Any,
     ) -> tuple[torch.LongTensor, None]:
-        """A chain of up to `depth` tokens behind `input_ids` `(1, length)`; no logits, so the loop only matches them."""
+        """A chain of up to `depth` tokens behind `input_ids` `(1, length)`; no logits, so they are only matched."""
         if is_first_iteration:
             return input_ids, None  # the first forward is the prefill, which yields the first taps
         taps = torch.cat(

@@ -297,13 +297,13 @@ def check_target(target: PreTrainedModel, config: ConFuConfig) -> None:
         )
     if getattr(target_config, "attention_layers", None) is not None:
         raise ValueError(
-            f"{name} masks attention by the order of rows in every layer, whatever mask it is given, and the rows of a "
-            "tree are in no such order; ConFu needs a target that follows the mask."
+            f"{name} masks attention by the order of rows, whatever mask it is given, and the rows of a tree are in "
+            "no such order; ConFu needs a target that follows the mask."
         )
     if getattr(target_config, "alibi", False):
         raise ValueError(
-            f"{name} counts rows for its positions (`alibi=True`), and branches of a tree share positions; ConFu needs "
-            "a target that follows `position_ids`."
+            f"{name} counts rows for its positions (`alibi=True`), and branches of a tree share positions; ConFu "
+            "needs a target that follows `position_ids`."
         )
     rope = getattr(target_config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in STATIC_ROPE_TYPES:
@@ -363,7 +363,8 @@ def check_cache(cache: Any, config: ConFuConfig) -> None:
                     of_values = "" if keys == values else f", and values of {values[0]} heads of size {values[1]}"
                     raise ValueError(
                         f"The target caches {keys[0]} key/value heads of size {keys[1]}{of_values}, but the draft's "
-                        f"soft prompts are for {ours[0]} of size {ours[1]}; use the target that the draft was made for."
+                        f"soft prompts are for {ours[0]} of size {ours[1]}; use the target that the draft was made "
+                        "for."
                     )
             return
         found = ", ".join(sorted(layer_type.__name__ for layer_type in layer_types - {DynamicLayer}))

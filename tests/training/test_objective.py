@@ -220,7 +220,10 @@ def row_of(anchors: Anchors, number: int) -> Anchors:
     """The anchors of one text of a batch, without padding."""
     count = int(anchors.of_row[number].max()) + 1
     return Anchors(
-        anchors.positions[number, None, :count], anchors.routed_by[number, None, :count], anchors.of_row[number, None]
+        anchors.positions[number, None, :count],
+        anchors.exists[number, None, :count],
+        anchors.routed_by[number, None, :count],
+        anchors.of_row[number, None],
     )
 
 
@@ -269,6 +272,7 @@ def test_more_padding_changes_nothing(mode):
     wider = make_batch(*(batch.text(number) for number in range(len(batch))), padding=5)
     wider_anchors = anchors and Anchors(
         nn.functional.pad(anchors.positions, (0, 2)),
+        nn.functional.pad(anchors.exists, (0, 2)),
         nn.functional.pad(anchors.routed_by, (0, 2)),
         nn.functional.pad(anchors.of_row, (0, 5), value=-1),
     )
@@ -439,16 +443,17 @@ def test_training_and_decoding_foresee_the_same(name, monkeypatch):
 
     # Training: an anchor at each of these tokens, routed by the last prompt token, that is with lag d + 1 at depth d.
     positions = torch.arange(root - 1, root + depth + 1)[None]
+    exists = torch.ones_like(positions, dtype=torch.bool)
     of_row = torch.full_like(ids, -1)
     of_row[:, root - 1 : root + depth + 1] = torch.arange(depth + 2)
     recorded = record_futures(monkeypatch)
-    objective_of(target, draft, text, Anchors(positions, torch.full_like(positions, root - 1), of_row))
+    objective_of(target, draft, text, Anchors(positions, exists, torch.full_like(positions, root - 1), of_row))
     (futures,) = recorded
     torch.testing.assert_close(futures[0, 0], of_prompt, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(futures[0, 1:], of_nodes, rtol=1e-10, atol=1e-10)
     # The routing is not without effect on this target and draft, else the lag would be untested.
     other = torch.full_like(positions, root - 2)
-    objective_of(target, draft, text, Anchors(positions, other, of_row))
+    objective_of(target, draft, text, Anchors(positions, exists, other, of_row))
     assert (recorded[-1] - futures).abs().max() > 1e-3
 
 

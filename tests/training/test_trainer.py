@@ -113,7 +113,7 @@ def test_the_loss_falls(target, rows, tmp_path, mode):
         tokens_per_batch=1024,  # all of them
         max_steps=20,
         learning_rate=1e-2,
-        future_channel=mode != "eagle3",
+        stage="core" if mode == "eagle3" else "joint",
     )
     trainer.train()
     losses = logged(trainer, "loss")
@@ -147,17 +147,39 @@ def test_the_target_stays_as_it_was(rows, tmp_path):
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in target.parameters())
 
 
-@pytest.mark.parametrize("future_channel", [True, False])
-def test_the_optimiser_holds_what_this_run_teaches(target, rows, tmp_path, future_channel):
-    trainer = make_trainer(target, tmp_path, train_dataset=rows, max_steps=1, future_channel=future_channel)
+TAUGHT_BY_WARM_UP = ("future_channel.soft_prompts", "future_channel.contemplate_token.")
+
+
+@pytest.mark.parametrize("stage", ["core", "warm_up", "joint"])
+def test_the_optimiser_holds_what_this_stage_teaches(target, rows, tmp_path, stage):
+    trainer = make_trainer(target, tmp_path, train_dataset=rows, max_steps=1, stage=stage)
     trainer.train()
     held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
     expected = {
         id(parameter)
         for name, parameter in trainer.model.named_parameters()
-        if future_channel or not name.startswith("future_channel.")
+        if {
+            "core": not name.startswith("future_channel."),
+            "warm_up": name.startswith(TAUGHT_BY_WARM_UP),
+            "joint": True,
+        }[stage]
     }
     assert held == expected
+    before = weights(trainer.model)
+    make_trainer(target, tmp_path, trainer.model, train_dataset=rows, max_steps=1, stage="joint")
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    assert_equal(weights(trainer.model), before)
+
+
+def test_the_warm_up_teaches_contemplate_rows(target, tmp_path):
+    # Every answer repeats one token: what comes after the next is easily learned, through the target alone.
+    rows = Dataset.from_dict({"input_ids": [[5, 9, *[11] * 14]] * 4, "labels": [[-100, -100, *[11] * 14]] * 4})
+    trainer = make_trainer(target, tmp_path, train_dataset=rows, max_steps=30, stage="warm_up", learning_rate=5e-2)
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert losses[-1] < 0.3 * losses[0]
+    assert logged(trainer, "accuracy_0")[0] < 0.5 and logged(trainer, "accuracy_0")[-1] == 1
+    assert 0 < logged(trainer, "contemplate_load_max")[-1] <= 1
 
 
 def test_logged_metrics_are_those_of_the_steps_since_the_last_log(target, rows, tmp_path):
@@ -196,13 +218,13 @@ def gradient_of_one_step(target: PreTrainedModel, folder: Path, dataset: Dataset
     return gradients | {"loss": torch.tensor(logged(trainer, "loss"))}
 
 
-@pytest.mark.parametrize("future_channel", [True, False])
-def test_accumulated_small_batches_are_one_large_batch(target, tmp_path, future_channel):
+@pytest.mark.parametrize("stage", ["joint", "core"])
+def test_accumulated_small_batches_are_one_large_batch(target, tmp_path, stage):
     # The loss is the sum over rows and steps, divided by the answer tokens of all accumulated batches together: the
     # same step, whatever the batches, even of unequal content. It is exact where the anchors are the same; with
     # `replication=0` and `max_lag=1` nothing is left to chance.
     dataset = make_rows(target, [28, 16, 22, 32], prompt=5)
-    settings = {"future_channel": future_channel, "replication": 0, "max_lag": 1}
+    settings = {"stage": stage, "replication": 0, "max_lag": 1}
     large = gradient_of_one_step(target, tmp_path, dataset, tokens_per_batch=4 * 32, **settings)
     for small in ({"tokens_per_batch": 32}, {"tokens_per_batch": 64}):
         steps = 128 // small["tokens_per_batch"]
@@ -211,14 +233,14 @@ def test_accumulated_small_batches_are_one_large_batch(target, tmp_path, future_
         )
         # In float32 the order of a sum shows.
         assert_equal(accumulated, large, tolerance=2e-5)
-    assert ("future_channel.soft_prompts" in large) == future_channel
+    assert ("future_channel.soft_prompts" in large) == (stage == "joint")
 
 
 def test_the_loss_is_divided_by_answer_tokens(target, tmp_path):
     # The same answers behind a longer prompt count as many tokens; twice the rows give the same loss.
     dataset = make_rows(target, [20, 20])
     twice = Dataset.from_dict({name: list(dataset[name]) * 2 for name in dataset.column_names})
-    settings = {"future_channel": False, "tokens_per_batch": 1024}
+    settings = {"stage": "core", "tokens_per_batch": 1024}
     one = gradient_of_one_step(target, tmp_path, dataset, **settings)
     two = gradient_of_one_step(target, tmp_path, twice, **settings)
     assert_equal(one, two, tolerance=2e-5)
@@ -306,9 +328,7 @@ def test_evaluation_measures_and_repeats(target, rows, tmp_path):
 def test_evaluation_weighs_tokens_not_batches(target, rows, tmp_path):
     results = []
     for tokens_per_batch in (16, 64, 1024):
-        trainer = make_trainer(
-            target, tmp_path, eval_dataset=rows, future_channel=False, tokens_per_batch=tokens_per_batch
-        )
+        trainer = make_trainer(target, tmp_path, eval_dataset=rows, stage="core", tokens_per_batch=tokens_per_batch)
         metrics = trainer.evaluate()
         results.append([metrics[name] for name in ("eval_loss", "eval_accuracy_0", "eval_tau_greedy")])
     assert results[0] == pytest.approx(results[1], rel=1e-5)
@@ -361,6 +381,8 @@ def test_missing_datasets_are_refused(target, tmp_path):
         ({"tokens_per_batch": 0}, "`tokens_per_batch` is 0; it must be at least 1."),
         ({"ttt_steps": 0}, "`ttt_steps` is 0; it must be at least 1."),
         ({"replication": -1}, "`replication` is -1; it must be at least 0."),
+        ({"stage": "third"}, "`stage` is 'third'; it must be one of core, warm_up, joint."),
+        ({"weight_without_future": -1.0}, "`weight_without_future` is -1.0; it must not be negative."),
         ({"max_lag": 0}, "`max_lag` is 0; it must be at least 1."),
         ({"ttt_decay": 0.0}, "`ttt_decay` is 0.0; it must be above 0 and at most 1."),
         ({"ttt_decay": 1.5}, "`ttt_decay` is 1.5; it must be above 0 and at most 1."),

@@ -7,7 +7,7 @@ from typing import Any
 _MODULE_OF_NAME = {
     "ConFuTrainer": "trainer",
     "ConFuTrainingArguments": "arguments",
-    "warm_start": "warm_start",
+    "warm_start": "initialisation",
     "ConFuDataCollator": "data",
     "DatasetReport": "data",
     "LengthGroupedTokenBatchSampler": "data",

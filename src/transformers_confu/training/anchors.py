@@ -18,12 +18,14 @@ class Anchors:
     r"""
     Args:
         positions (`torch.LongTensor` of shape `(batch, anchors)`): Token positions a that a contemplate row stands
-            behind. Padded at the end of each row; what padding computes is read by no draft row.
+            behind. Padded; what padding computes is read by no draft row.
+        exists (`torch.BoolTensor` of shape `(batch, anchors)`): False on padding.
         routed_by (`torch.LongTensor` of shape `(batch, anchors)`): Position whose taps route the `[con]` of the row.
         of_row (`torch.LongTensor` of shape `(batch, length)`): For each draft row the index of its anchor, or -1.
     """
 
     positions: torch.LongTensor
+    exists: torch.BoolTensor
     routed_by: torch.LongTensor
     of_row: torch.LongTensor
 
@@ -89,6 +91,9 @@ def sample_anchors(labels: torch.LongTensor, replication: int, max_lag: int) -> 
     pad = torch.nn.utils.rnn.pad_sequence
     return Anchors(
         positions=pad(positions, batch_first=True).to(labels.device),
+        exists=pad([torch.ones_like(anchors, dtype=torch.bool) for anchors in positions], batch_first=True).to(
+            labels.device
+        ),
         routed_by=pad(routed_by, batch_first=True).to(labels.device),
         of_row=of_row.to(labels.device).masked_fill(~rows, -1),
     )

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 
+STAGES = ["core", "warm_up", "joint"]
+
+
 @dataclass
 class ConFuTrainingArguments(TrainingArguments):
     r"""
@@ -18,19 +21,28 @@ class ConFuTrainingArguments(TrainingArguments):
         metadata={"help": "Tokens per training batch, padding included. Many small steps beat few large."},
     )
     ttt_steps: int = field(
-        default=5, metadata={"help": "Steps that the draft is run on its own output; at least the depth in decoding."}
+        default=6, metadata={"help": "Steps that the draft is run on its own output; at least the depth in decoding."}
     )
     ttt_decay: float = field(
         default=0.8, metadata={"help": "Weight of TTT step s in the loss is this to the power s."}
     )
-    future_channel: bool = field(
-        default=True, metadata={"help": "Train with future predictions; without, this is EAGLE-3 training."}
+    stage: str = field(
+        default="joint",
+        metadata={
+            "help": "core: the EAGLE-3 draft alone. warm_up: soft prompts and [con] alone learn to foresee, through "
+            "the target's own head. joint: everything, as in the paper.",
+            "choices": STAGES,
+        },
+    )
+    weight_without_future: float = field(
+        default=1.0, metadata={"help": "Weight in the loss of the rows that read no future prediction."}
     )
     replication: int = field(
         default=4, metadata={"help": "Rows behind an anchor that use its future prediction too (l of the paper)."}
     )
-    max_lag: int = field(
-        default=6, metadata={"help": "Greatest lag of the [con] router: depth of the tree in decoding plus 1."}
+    max_lag: int | None = field(
+        default=None,
+        metadata={"help": "Greatest lag of the [con] router: depth of the tree in decoding plus 1; ttt_steps + 1."},
     )
 
     learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate of AdamW."})
@@ -45,6 +57,12 @@ class ConFuTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.max_lag is None:
+            self.max_lag = self.ttt_steps + 1
+        if self.stage not in STAGES:
+            raise ValueError(f"`stage` is {self.stage!r}; it must be one of {', '.join(STAGES)}.")
+        if self.weight_without_future < 0:
+            raise ValueError(f"`weight_without_future` is {self.weight_without_future}; it must not be negative.")
         for name, least in (("tokens_per_batch", 1), ("ttt_steps", 1), ("replication", 0), ("max_lag", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {least}.")

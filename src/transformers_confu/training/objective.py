@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..modeling_confu import ConFuDraftModel
+from ..modeling_confu import ConFuDraftModel, ConFuExpertMixture
 from ..target_runner import TargetRunner
 from .anchors import Anchors, draft_rows
 from .unroll import unroll
@@ -24,6 +24,8 @@ class Objective:
             outside the draft vocabulary is a miss.
         correct_so_far (`torch.LongTensor` of shape `(steps,)`): Rows that are right at this step and all before.
         rows, rows_with_future (`int`): Draft rows, and how many read a future prediction.
+        contemplate_load, future_load (`torch.LongTensor` of shape `(experts,)`, *optional*): How often the router of
+            `[con]`, and that of `[f]`, chose each expert.
     """
 
     loss_sum: torch.Tensor
@@ -32,6 +34,8 @@ class Objective:
     correct_so_far: torch.LongTensor
     rows: int
     rows_with_future: int
+    contemplate_load: torch.LongTensor | None = None
+    future_load: torch.LongTensor | None = None
 
 
 def compute_objective(
@@ -43,6 +47,7 @@ def compute_objective(
     anchors: Anchors | None,
     num_steps: int,
     decay: float,
+    weight_without_future: float = 1.0,
 ) -> Objective:
     r"""
     Args:
@@ -53,6 +58,7 @@ def compute_objective(
             -100 outside of answers.
         anchors ([`Anchors`], *optional*): Without them the draft trains in EAGLE-3 mode.
         num_steps (`int`), decay (`float`): TTT steps, and the weight of step s as `decay ** s`.
+        weight_without_future (`float`): Weight of the rows that no anchor serves.
     """
     runner = TargetRunner(target, draft.config, draft.future_channel)
     is_row = draft_rows(labels)
@@ -65,7 +71,7 @@ def compute_objective(
     # Position j of the target says what token j + 1 should be. Row i at step s is taught by j = i + 1 + s.
     is_teacher = torch.zeros_like(is_row)
     is_teacher[:, 1:] = is_row[:, :-1]
-    taps, teacher_logits, cache = _target_forward(runner, input_ids, attention_mask, is_teacher, anchors is not None)
+    taps, teacher_logits, cache = target_forward(runner, input_ids, attention_mask, is_teacher, anchors is not None)
     token_ids = draft.draft_token_ids.to(teacher_logits.device)
     # `max` and not `argmax`, which is three times slower in bfloat16 on a CPU.
     best_tokens = teacher_logits.max(dim=-1).indices.to(labels.device)  # (teachers,), over the full vocabulary
@@ -82,15 +88,26 @@ def compute_objective(
     position_ids = torch.arange(length, device=input_ids.device).expand_as(input_ids)
     real = attention_mask.bool()
     future_states = has_future = None
+    row_weights = torch.ones(rows.shape, device=draft.device, dtype=dtype)
+    load = {}
     if anchors is not None:
         sees_prefix = (position_ids[:, None] <= anchors.positions[..., None]) & real[:, None]  # (B, K, T)
         with torch.autocast(device_type=draft.device.type, enabled=False):
             at_anchors = runner.contemplate(
-                cache, _at(taps, anchors.routed_by), anchors.positions + 1, sees_prefix
+                cache, gather_rows(taps, anchors.routed_by), anchors.positions + 1, sees_prefix
             )  # (B, K, F)
         anchor_of_row = anchors.of_row.gather(1, rows)
         has_future = (anchor_of_row >= 0) & row_exists
-        future_states = _at(at_anchors, anchor_of_row.clamp(min=0))  # (B, R, F)
+        future_states = gather_rows(at_anchors, anchor_of_row.clamp(min=0))  # (B, R, F)
+        row_weights = row_weights.masked_fill(~has_future.to(draft.device), weight_without_future)
+        load = {
+            "contemplate_load": expert_load(
+                draft.future_channel.contemplate_token, gather_rows(taps, anchors.routed_by)[anchors.exists]
+            ),
+            "future_load": expert_load(
+                draft.future_channel.future_token, draft.fc(gather_rows(taps, rows)[has_future])
+            ),
+        }
 
     embed = draft.embed_tokens or target.get_input_embeddings()
     with torch.no_grad() if draft.embed_tokens is None else torch.enable_grad():
@@ -118,7 +135,7 @@ def compute_objective(
         index = teacher[counts]
         logits = draft.lm_head(draft.norm(features[counts])).to(dtype)  # (counted, Vd)
         cross_entropies = torch.logsumexp(logits, dim=-1) - (teacher_probabilities[index] * logits).sum(dim=-1)
-        loss_sum = loss_sum + decay**step * (cross_entropies - teacher_entropies[index]).sum()
+        loss_sum = loss_sum + decay**step * (row_weights[counts] * (cross_entropies - teacher_entropies[index])).sum()
         is_correct = torch.zeros_like(counts)
         is_correct[counts] = token_ids.to(logits.device)[logits.detach().argmax(dim=-1)] == best_tokens[index]
         all_correct = all_correct & is_correct
@@ -132,11 +149,19 @@ def compute_objective(
         correct_so_far=torch.stack(correct_so_far),
         rows=int(row_exists.sum()),
         rows_with_future=0 if has_future is None else int(has_future.sum()),
+        **load,
     )
 
 
 @torch.no_grad()
-def _target_forward(
+def expert_load(mixture: ConFuExpertMixture, hidden_states: torch.Tensor) -> torch.LongTensor:
+    """How often each expert is chosen for inputs `(rows, input_size)`; `(experts,)`."""
+    _, chosen = mixture.route(hidden_states)
+    return chosen.flatten().bincount(minlength=mixture.experts.shape[0])
+
+
+@torch.no_grad()
+def target_forward(
     runner: TargetRunner,
     input_ids: torch.LongTensor,
     attention_mask: torch.LongTensor,
@@ -168,9 +193,9 @@ def _padded_index(mask: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolT
     return order.indices[:, :most], order.values[:, :most].bool()
 
 
-def _at(states: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
+def gather_rows(states: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
     """Rows `index` `(B, R)` of `states` `(B, T, D)`."""
     return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
 
-__all__ = ["Objective", "compute_objective"]
+__all__ = ["Objective", "compute_objective", "gather_rows", "target_forward"]

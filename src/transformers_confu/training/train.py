@@ -11,9 +11,9 @@ from ..demo_target import load_demo_target
 from ..modeling_confu import ConFuDraftModel
 from .arguments import ConFuTrainingArguments
 from .data import DatasetReport, load_jsonl, prepare_dataset
+from .initialisation import warm_start
 from .trainer import ConFuTrainer
 from .vocabulary import build_draft_vocabulary, count_assistant_tokens
-from .warm_start import warm_start
 
 
 @dataclass
@@ -76,6 +76,9 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
     if len(held_out):
         print(trainer.evaluate())
+    if training_arguments.stage != "warm_up" and not hasattr(draft.generation_config, "confu_depth"):
+        # Steps beyond those it was trained for get worse.
+        draft.generation_config.confu_depth = training_arguments.ttt_steps
     trainer.save_model()
 
 

@@ -14,6 +14,7 @@ from .anchors import sample_anchors
 from .arguments import ConFuTrainingArguments
 from .data import ConFuDataCollator, LengthGroupedTokenBatchSampler, sequence_lengths
 from .objective import Objective, compute_objective
+from .warm_up import compute_foresight
 
 
 class ConFuTrainer(Trainer):
@@ -34,7 +35,9 @@ class ConFuTrainer(Trainer):
 
     The target is in neither checkpoints nor optimiser, and its parameters stop requiring gradients. Logged beside the
     loss: accuracy by TTT step (`accuracy_0`, ...), `tau_greedy` (1 + expected number of leading right guesses of a
-    chain, teacher-forced) and `future_coverage` (share of draft rows that read a future prediction).
+    chain, teacher-forced), `future_coverage` (share of draft rows that read a future prediction), and the least and
+    the greatest share of one expert in what each router chose (`contemplate_load_min`, ...: a router has collapsed
+    when they are 0 and 1/K). In the warm-up stage accuracy is that of the contemplate rows' own predictions.
 
     Args:
         model ([`ConFuDraftModel`]): The draft, in float32; see [`warm_start`].
@@ -65,8 +68,11 @@ class ConFuTrainer(Trainer):
         # scales the loss by their number.
         args._n_gpu = min(args.n_gpu, 1)
         kwargs.setdefault("data_collator", ConFuDataCollator(pad_token_id=model.config.pad_token_id))
-        # Parameters that this run cannot teach are left out of the optimiser, whose weight decay would shrink them.
-        model.future_channel.requires_grad_(args.future_channel)
+        # Parameters that this stage cannot teach are left out of the optimiser, whose weight decay would shrink them.
+        model.requires_grad_(args.stage != "warm_up")
+        model.future_channel.requires_grad_(args.stage == "joint")
+        model.future_channel.soft_prompts.requires_grad_(args.stage != "core")
+        model.future_channel.contemplate_token.requires_grad_(args.stage != "core")
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
         # The loss below is already divided by the number of answer tokens of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
@@ -105,19 +111,23 @@ class ConFuTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Objective]:
+        draft = self.accelerator.unwrap_model(model)
         anchors = None
-        if self.args.future_channel:
+        if self.args.stage != "core":
             anchors = sample_anchors(inputs["labels"], self.args.replication, self.args.max_lag)
-        objective = compute_objective(
-            self.accelerator.unwrap_model(model),
-            self.target_model,
-            inputs["input_ids"],
-            inputs["attention_mask"],
-            inputs["labels"],
-            anchors,
-            self.args.ttt_steps,
-            self.args.ttt_decay,
-        )
+        texts = (inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+        if self.args.stage == "warm_up":
+            objective = compute_foresight(draft, self.target_model, *texts, anchors)
+        else:
+            objective = compute_objective(
+                draft,
+                self.target_model,
+                *texts,
+                anchors,
+                self.args.ttt_steps,
+                self.args.ttt_decay,
+                self.args.weight_without_future,
+            )
         answer_tokens = (inputs["labels"] != -100).sum()
         self._counts["train" if model.training else "eval"].add(objective, answer_tokens)
         items = num_items_in_batch if num_items_in_batch is not None else answer_tokens
@@ -158,6 +168,7 @@ class _Counts:
         self.loss_sum = torch.zeros(())
         self.answer_tokens = torch.zeros((), dtype=torch.long)
         self.rows = self.rows_with_future = 0
+        self.loads: dict[str, torch.Tensor] = {}
 
     def add(self, objective: Objective, answer_tokens: torch.Tensor) -> None:
         self.loss_sum = self.loss_sum + objective.loss_sum.detach()
@@ -167,6 +178,9 @@ class _Counts:
         self.correct_so_far = self.correct_so_far + objective.correct_so_far
         self.rows += objective.rows
         self.rows_with_future += objective.rows_with_future
+        for name in ("contemplate_load", "future_load"):
+            if (load := getattr(objective, name)) is not None:
+                self.loads[name] = self.loads.get(name, 0) + load
 
     @property
     def loss(self) -> float:
@@ -179,4 +193,7 @@ class _Counts:
         metrics = {f"accuracy_{step}": round(value, 4) for step, value in enumerate((self.correct / counted).tolist())}
         metrics["tau_greedy"] = round(1 + float((self.correct_so_far / counted).sum()), 4)
         metrics["future_coverage"] = round(self.rows_with_future / self.rows, 4)
+        for name, load in self.loads.items():
+            shares = load / load.sum().clamp(min=1)
+            metrics |= {f"{name}_min": round(float(shares.min()), 4), f"{name}_max": round(float(shares.max()), 4)}
         return metrics

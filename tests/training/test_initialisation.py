@@ -9,8 +9,8 @@ from transformers import DynamicCache
 
 from helpers import make_tiny_target
 from transformers_confu import ConFuConfig, ConFuDraftModel
+from transformers_confu.training.initialisation import warm_start
 from transformers_confu.training.objective import compute_objective
-from transformers_confu.training.warm_start import warm_start
 
 
 TOKENS = torch.tensor([90, 3, 41, 7, 66, 15, 23, 58, 80, 11])

@@ -1,0 +1,53 @@
+"""The contemplation warm-up against one row at a time, in fp64."""
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from helpers import make_tiny_draft, make_tiny_target
+from transformers_confu.target_runner import TargetRunner
+from transformers_confu.training.anchors import sample_anchors
+from transformers_confu.training.warm_up import compute_foresight
+
+
+def test_loss_and_gradients_are_those_of_single_rows():
+    target = make_tiny_target().requires_grad_(False)
+    # f is the final state alone, so the target's head on it is what the contemplate row predicts.
+    draft = make_tiny_draft(target, future_hidden_state_indices=[target.config.num_hidden_layers])
+    runner = TargetRunner(target, draft.config, draft.future_channel)
+    torch.manual_seed(0)
+    input_ids = torch.randint(97, (3, 20))
+    attention_mask = (torch.arange(20) < torch.tensor([[20], [15], [9]])).long()
+    labels = input_ids.masked_fill((torch.arange(20) < 5) | (attention_mask == 0), -100)
+    anchors = sample_anchors(labels, replication=2, max_lag=3)
+
+    objective = compute_foresight(draft, target, input_ids, attention_mask, labels, anchors)
+    objective.loss_sum.backward()
+    gradient = draft.future_channel.soft_prompts.grad.clone()
+    draft.zero_grad()
+
+    loss, counted, correct = 0.0, 0, 0
+    for text, positions, routed_by, exists in zip(
+        input_ids, anchors.positions.tolist(), anchors.routed_by.tolist(), anchors.exists.tolist(), strict=True
+    ):
+        for anchor, router, real in zip(positions, routed_by, exists, strict=True):
+            if not real:
+                continue
+            cache = DynamicCache(config=target.config)
+            states = target(text[None, : anchor + 1], past_key_values=cache, output_hidden_states=True).hidden_states
+            final = runner.contemplate(
+                cache,
+                runner.taps(states)[:, router, None],
+                torch.tensor([[anchor + 1]]),
+                torch.ones(1, 1, anchor + 1, dtype=torch.bool),
+            )
+            logits = target.lm_head(final)[0]
+            loss = loss + nn.functional.cross_entropy(logits, text[anchor + 2, None])
+            counted += 1
+            correct += int(logits.argmax() == text[anchor + 2])
+    loss.backward()
+    assert counted == objective.counted.item() == objective.rows > 8
+    assert correct == objective.correct.item()
+    torch.testing.assert_close(objective.loss_sum, loss)
+    torch.testing.assert_close(gradient, draft.future_channel.soft_prompts.grad)
+    assert draft.fc.weight.grad is None
