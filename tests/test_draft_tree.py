@@ -299,3 +299,11 @@ def test_a_node_without_a_row_borrows_from_its_nearest_ancestor(shape, num_rows)
         while node not in chosen:
             node = int(tree.parents[0, node])
         assert chosen[row] == node
+
+
+def test_nodes_beyond_the_depth_limit_get_no_contemplate_row():
+    parents = torch.tensor([[0, 0, 1, 2, 0, 4]])
+    tree = DraftTree.from_parents(torch.arange(6)[None], parents, torch.tensor([[0, -0.1, -0.2, -0.3, -2.0, -3.0]]))
+    assert tree.contemplated_nodes(6, max_depth=1).tolist() == [[0, 1, 4]]
+    assert tree.contemplated_nodes(2, max_depth=1).tolist() == [[0, 1]]
+    assert tree.contemplated_nodes(6, max_depth=0).tolist() == [[0]]

@@ -57,18 +57,23 @@ class DraftTree:
             for parents, tokens in zip(self.parents.tolist(), self.tokens.tolist(), strict=True)
         ]
 
-    def contemplated_nodes(self, num_rows: int) -> torch.LongTensor:
+    def contemplated_nodes(self, num_rows: int, max_depth: int | None = None) -> torch.LongTensor:
         r"""
         The nodes that get a contemplate row, `(B, C)`, rising: the root, then those most likely to be accepted last.
 
         A node is accepted last when it is accepted and none of its children is, for which the draft expects the
         probability of the node less that of its children in the tree. The root is always among them, so that every
-        node has itself or an ancestor to take a future prediction from.
+        node has itself or an ancestor to take a future prediction from. Nodes deeper than `max_depth` get no row, even
+        if fewer than `num_rows` are left.
         """
         probabilities = self.log_probs.exp()
         below_root = self.depths > 0
         children = torch.zeros_like(probabilities).scatter_add_(1, self.parents, probabilities * below_root)
         last = (probabilities - children).masked_fill(~below_root, float("inf"))
+        if max_depth is not None:
+            too_deep = self.depths > max_depth
+            last = last.masked_fill(too_deep, float("-inf"))
+            num_rows = min(num_rows, self.size - int(too_deep.sum(dim=1).max()))
         order = last.sort(dim=-1, descending=True, stable=True).indices
         return order[:, :num_rows].sort(dim=-1).values
 

@@ -440,7 +440,9 @@ class _Decoding:
         )
         nodes = None
         if self.knobs.contemplation > 0 and remaining > 1:
-            nodes = tree.contemplated_nodes(min(self.knobs.contemplation, tree.size))
+            # A node at depth `remaining` - 1 ends the text: no round is left that could use its future prediction, and
+            # its contemplate row would lie one position beyond the longest text.
+            nodes = tree.contemplated_nodes(self.knobs.contemplation, max_depth=remaining - 2)
         drafted = time.perf_counter()
 
         verification = self.runner.verify(
