@@ -20,6 +20,9 @@ from helpers import make_tiny_target
 from transformers_confu.demo_target import load_demo_target
 
 
+# Most models here are tiny, and to them a second thread costs more than it gives, many times more on a busy machine.
+torch.set_num_threads(1)
+
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
