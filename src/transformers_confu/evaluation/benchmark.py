@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser, PreTrainedModel
 from transformers.utils import logging
 
-from ..demo_target import load_demo_target
+from ..demo_target import load_target
 from ..generation_confu import confu_generation_config
 from ..modeling_confu import ConFuDraftModel
 from ..training.data import encode_prompt, load_jsonl
@@ -201,13 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print the table."""
     (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(argv)
     logging.set_verbosity_error()
-    dtype = getattr(torch, arguments.dtype)
-    if arguments.target == "demo":
-        target, tokenizer = load_demo_target(dtype=dtype)
-    else:
-        target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(arguments.target)
-    draft = ConFuDraftModel.from_pretrained(arguments.draft, dtype=dtype).to(target.device).eval()
+    target, tokenizer = load_target(arguments.target, arguments.dtype)
+    draft = ConFuDraftModel.from_pretrained(arguments.draft, dtype=target.dtype).to(target.device).eval()
     questions = stratified(load_jsonl(arguments.questions), arguments.num_questions)
     prompts = [(question, torch.tensor([encode_prompt(question["turns"][0], tokenizer)])) for question in questions]
 

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
+from ..demo_target import load_target
 from .data import Messages, encode_prompt, load_jsonl, parse_json_object
 
 
@@ -308,25 +307,13 @@ class RegenerationArguments:
     )
 
 
-def _load_target(name: str, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if name == "demo":
-        from transformers_confu.demo_target import load_demo_target
-
-        return load_demo_target(dtype=dtype, device=device)
-    target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
-    return target, AutoTokenizer.from_pretrained(name)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `regenerate` from the command line; `argv` defaults to the process's arguments."""
     (arguments,) = HfArgumentParser(RegenerationArguments).parse_args_into_dataclasses(args=argv)
-    dtype = getattr(torch, arguments.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype is {arguments.dtype!r}, expected the name of a torch dtype such as bfloat16.")
     prompts = load_jsonl(arguments.prompts)
-    target, tokenizer = _load_target(arguments.target, dtype, arguments.device)
+    target, tokenizer = load_target(arguments.target, arguments.dtype, arguments.device)
     report = regenerate(
-        target.eval(),
+        target,
         tokenizer,
         prompts,
         arguments.output,

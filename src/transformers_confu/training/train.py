@@ -4,10 +4,10 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import HfArgumentParser, set_seed
 
 from ..configuration_confu import ConFuConfig
-from ..demo_target import load_demo_target
+from ..demo_target import load_target
 from ..modeling_confu import ConFuDraftModel
 from .arguments import ConFuTrainingArguments
 from .data import DatasetReport, load_jsonl, prepare_dataset
@@ -46,20 +46,19 @@ def main(argv: list[str] | None = None) -> None:
         arguments, training_arguments = parser.parse_args_into_dataclasses(argv)
     set_seed(training_arguments.seed)
 
-    dtype = getattr(torch, arguments.target_dtype)
-    if arguments.target == "demo":
-        target, tokenizer = load_demo_target(dtype=dtype)
-    else:
-        target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(arguments.target)
-
+    files = [arguments.data] if isinstance(arguments.data, str) else arguments.data  # YAML gives what is written
+    rows = [row for path in files for row in load_jsonl(path)]
+    target, tokenizer = load_target(arguments.target, arguments.target_dtype, training_arguments.device)
     report = DatasetReport()
-    rows = [row for path in arguments.data for row in load_jsonl(path)]
     vocab_size = target.config.get_text_config(decoder=True).vocab_size
     dataset = prepare_dataset(rows, tokenizer, arguments.max_length, vocab_size=vocab_size, report=report)
     print(report)
     held_out = range(0, len(dataset), max(1, len(dataset) // max(1, arguments.eval_rows)))[: arguments.eval_rows]
     train_rows = sorted(set(range(len(dataset))) - set(held_out))
+    if not train_rows:
+        raise ValueError(
+            f"All {len(dataset)} rows are held out by `eval_rows={arguments.eval_rows}`; lower it or give more data."
+        )
 
     if arguments.draft is not None:
         draft = ConFuDraftModel.from_pretrained(arguments.draft, dtype=torch.float32)
