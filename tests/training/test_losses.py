@@ -1,0 +1,97 @@
+"""Losses against loops over plain numbers, closed forms, and finite differences in float64."""
+
+import math
+
+import pytest
+import torch
+
+from transformers_confu.training.losses import LOSSES, acceptance
+
+
+def make_case(
+    rows: int = 5, vocabulary: int = 7, mass: bool = True, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    p = (2 * torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64)).softmax(dim=-1)
+    p[0] = torch.eye(vocabulary, dtype=torch.float64)[2]  # a target that is sure: p log p at p = 0
+    out_of_vocabulary = 0.6 * torch.rand(rows, generator=generator, dtype=torch.float64) if mass else None
+    return p, out_of_vocabulary, 2 * torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64)
+
+
+def by_hand(name: str, p: list[float], mass: float, logits: list[float]) -> float:
+    total = sum(math.exp(logit) for logit in logits)
+    q = [math.exp(logit) / total for logit in logits]
+    alpha = sum(min((1 - mass) * a, b) for a, b in zip(p, q, strict=True))
+    kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+    weight = math.exp(-3 * alpha)
+    return {
+        "kl": kl,
+        "soft_cross_entropy": -sum(a * math.log(b) for a, b in zip(p, q, strict=True)),
+        "tv": 1 - alpha,
+        "lk_alpha": -math.log(alpha),
+        "lk_lambda": weight * kl + (1 - weight) * (1 - alpha),
+    }[name]
+
+
+@pytest.mark.parametrize("mass", [True, False], ids=["part of the vocabulary", "all of it"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_equals_a_loop_over_rows(name, mass):
+    p, out_of_vocabulary, logits = make_case(mass=mass)
+    masses = [0.0] * len(p) if out_of_vocabulary is None else out_of_vocabulary.tolist()
+    expected = [by_hand(name, *row) for row in zip(p.tolist(), masses, logits.tolist(), strict=True)]
+    torch.testing.assert_close(LOSSES[name](p, out_of_vocabulary, logits), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("mass", [True, False], ids=["part of the vocabulary", "all of it"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_those_of_finite_differences(name, mass):
+    p, out_of_vocabulary, logits = make_case(mass=mass)
+    logits.requires_grad_()
+    if name != "lk_lambda":
+        assert torch.autograd.gradcheck(lambda x: LOSSES[name](p, out_of_vocabulary, x), logits)
+        return
+    # The weight is held still, which finite differences of the loss itself would not do.
+    weight = torch.exp(-3 * acceptance(p, out_of_vocabulary, logits)).detach()
+
+    def held(x: torch.Tensor) -> torch.Tensor:
+        return weight * LOSSES["kl"](p, out_of_vocabulary, x) + (1 - weight) * LOSSES["tv"](p, out_of_vocabulary, x)
+
+    assert torch.autograd.gradcheck(held, logits)
+    ours, theirs = (
+        torch.autograd.grad(f.sum(), logits)[0] for f in (LOSSES[name](p, out_of_vocabulary, logits), held(logits))
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_perfect_draft_loses_nothing_but_what_it_cannot_say():
+    p, out_of_vocabulary, _ = make_case()
+    p = p[1:]
+    values = {name: loss(p, None, p.log()) for name, loss in LOSSES.items()}
+    for name in ("kl", "tv", "lk_alpha", "lk_lambda"):
+        torch.testing.assert_close(values[name], torch.zeros(len(p), dtype=p.dtype), rtol=0, atol=1e-12)
+    torch.testing.assert_close(values["soft_cross_entropy"], torch.special.entr(p).sum(dim=-1))
+    # A miss is all that lies outside of the draft vocabulary.
+    torch.testing.assert_close(LOSSES["tv"](p, out_of_vocabulary[1:], p.log()), out_of_vocabulary[1:])
+
+
+def test_acceptance_is_how_often_speculative_sampling_accepts():
+    p, out_of_vocabulary, logits = make_case(rows=2)
+    q = logits.softmax(dim=-1)
+    generator = torch.Generator().manual_seed(3)
+    draws = torch.multinomial(q, 100_000, replacement=True, generator=generator)
+    ratio = ((1 - out_of_vocabulary)[:, None] * p / q).clamp(max=1)
+    accepted = torch.rand(draws.shape, generator=generator, dtype=torch.float64) < ratio.gather(1, draws)
+    torch.testing.assert_close(
+        acceptance(p, out_of_vocabulary, logits), accepted.double().mean(dim=1), rtol=0, atol=0.01
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_extreme_rows_stay_finite_in_float32(name):
+    # Drafts and targets that are sure, of the same token and of different ones; a row that is out of the vocabulary.
+    p = torch.eye(3)[[0, 0, 1]]
+    out_of_vocabulary = torch.tensor([0.0, 0.0, 1.0])
+    logits = torch.tensor([[80.0, 0, -80], [0, 80.0, -80], [0, 0, 0]], requires_grad=True)
+    loss = LOSSES[name](p, out_of_vocabulary, logits)
+    loss.sum().backward()
+    assert loss.isfinite().all() and logits.grad.isfinite().all()
