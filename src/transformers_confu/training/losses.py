@@ -4,8 +4,8 @@ Every loss is a pure function of three tensors, in their dtype:
 
 - `teacher_probabilities` `(rows, draft_vocab_size)`: p, the target's distribution *within* the draft vocabulary, each
   row summing to 1. Not differentiated.
-- `out_of_vocabulary_mass` `(rows,)` or `None`: m, the target's probability of all tokens that the draft cannot propose;
-  `None` for nothing. In the full vocabulary the target's probabilities are (1 - m) p.
+- `out_of_vocabulary_mass` `(rows,)` or `None`: m, the target's probability of all tokens that the draft cannot
+  propose; `None` for nothing. In the full vocabulary the target's probabilities are (1 - m) p.
 - `logits` `(rows, draft_vocab_size)`: of the draft, whose distribution is q = softmax(logits).
 
 and returns the loss of each row, `(rows,)`. What is accepted in decoding with probability alpha is a draft token drawn
@@ -23,7 +23,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
 def soft_cross_entropy(
     teacher_probabilities: torch.Tensor, out_of_vocabulary_mass: torch.Tensor | None, logits: torch.Tensor
 ) -> torch.Tensor:
-    """-sum_v p_v log q_v: what EAGLE-3 trains by (arXiv 2503.01840). Its gradient is that of `kl`, its value is not."""
+    """-sum_v p_v log q_v: EAGLE-3's loss (arXiv 2503.01840). Its gradient is that of `kl`, its value is not."""
     return logits.logsumexp(dim=-1) - (teacher_probabilities * logits).sum(dim=-1)
 
 
@@ -56,7 +56,7 @@ def lk_lambda(
     eta: float = 3.0,
 ) -> torch.Tensor:
     """
-    w KL + (1 - w)(1 - alpha) with w = exp(-eta alpha), no gradient through w (arXiv 2602.23881, where eta = 3 is best).
+    w KL + (1 - w)(1 - alpha) with w = exp(-eta alpha), which takes no gradient (arXiv 2602.23881: eta = 3).
 
     KL leads while the draft is far from the target, acceptance itself once it is near.
     """
@@ -68,7 +68,7 @@ def lk_lambda(
 def acceptance(
     teacher_probabilities: torch.Tensor, out_of_vocabulary_mass: torch.Tensor | None, logits: torch.Tensor
 ) -> torch.Tensor:
-    """alpha, the probability that a token drawn from the draft is accepted at temperature 1; arguments as of a loss."""
+    """alpha: how probable it is that a token drawn from the draft is accepted at temperature 1."""
     return _log_acceptance(teacher_probabilities, out_of_vocabulary_mass, logits).exp()
 
 
