@@ -116,6 +116,11 @@ class ConFuCandidateGenerator(CandidateGenerator):
             self._pending.append(TrueRows(inputs_embeds, taps, position_ids.to(self.draft.device)))
 
     @property
+    def cache(self) -> DynamicCache:
+        """Keys and values of the true rows stored so far."""
+        return self._cache
+
+    @property
     def last_taps(self) -> torch.Tensor:
         """Taps of the newest token with a true hidden state, `(B, taps_size)`."""
         return self._pending[-1].taps[:, -1]

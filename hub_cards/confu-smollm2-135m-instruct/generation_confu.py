@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 
 from .candidate_generator_confu import CarriedState, ConFuCandidateGenerator
 from .draft_tree import DraftTree
-from .target_runner import TargetRunner, check_cache, check_target, crop
+from .target_runner import TargetRunner, cache_bytes, check_cache, check_target, crop
 
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ class ConFuStatistics:
         prefill_seconds, draft_seconds, target_seconds, walk_seconds, compaction_seconds (`float`): Where the time
             went. Read by the host's clock without waiting for the device: on a GPU, work that is queued in one part
             may be waited for in a later one.
+        target_cache_bytes, draft_cache_bytes (`int`): Keys and values of the text at the end of the call.
+        transient_cache_bytes (`int`): The most that a round added to the target's keys and values before compaction:
+            tree nodes, contemplate rows and soft prompts.
         draft_state (`str`): "new" (no cache was passed), "carried" (continued from the passed cache) or "restarted"
             (the passed cache holds no state of this draft, so the draft only sees the new tokens; the text is the
             same, acceptance may be lower).
@@ -60,6 +63,9 @@ class ConFuStatistics:
     target_seconds: float = 0.0
     walk_seconds: float = 0.0
     compaction_seconds: float = 0.0
+    target_cache_bytes: int = 0
+    draft_cache_bytes: int = 0
+    transient_cache_bytes: int = 0
     draft_state: str = "new"
 
     @property
@@ -281,6 +287,7 @@ class _Decoding:
 
         self.input_ids = input_ids
         self.finished = False
+        self.transient_rows = 0  # of the target's cache, most in a round
         wanted = generation_config.return_dict_in_generate
         self.scores: tuple | None = () if wanted and generation_config.output_scores else None
         self.logits: tuple | None = () if wanted and generation_config.output_logits else None
@@ -309,6 +316,7 @@ class _Decoding:
                 crop(carried.cache, draft_length)
                 carried.put_on(cache)
             raise
+        self._measure_caches(cache)
         if self.generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False):
             self.generator.carried_state(cache, self.last_taps, self.root_positions[:, None] - 1).put_on(cache)
         if streamer is not None:
@@ -454,6 +462,7 @@ class _Decoding:
             self.visible,
             output_attentions=self.attentions is not None,
         )
+        self.transient_rows = max(self.transient_rows, cache.get_seq_length() - verification.prefix_length)
         verified = time.perf_counter()
 
         path, num_accepted = self._walk(tree, verification.outputs, verification.prefix_length)
@@ -481,6 +490,12 @@ class _Decoding:
         num_rows = 0 if nodes is None else nodes.shape[1]
         self.statistics.count_round(len(path), num_accepted, tree.size, num_rows)
         return future
+
+    def _measure_caches(self, cache: DynamicCache) -> None:
+        self.statistics.target_cache_bytes = cache_bytes(cache)
+        self.statistics.draft_cache_bytes = cache_bytes(self.generator.cache)
+        row_bytes = self.statistics.target_cache_bytes // cache.get_seq_length()
+        self.statistics.transient_cache_bytes = self.transient_rows * row_bytes
 
     def _observe_newest(self) -> None:
         """Pair the newest cached token's taps with the token just emitted; the row that the next tree starts from."""

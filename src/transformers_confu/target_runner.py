@@ -247,6 +247,11 @@ def crop(cache: DynamicCache, length: int) -> None:
             layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
 
 
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes of all keys and values."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+
+
 def input_device(target: PreTrainedModel) -> torch.device:
     """Where to put inputs. An offloaded target has its weights on `meta`, and moves inputs from wherever they are."""
     return torch.device("cpu") if target.device.type == "meta" else target.device
