@@ -69,6 +69,10 @@ def test_a_narrow_draft_owns_its_embeddings():
     assert (config.taps_size, config.draft_vocab_size, config.vocab_size) == (96, 40, 97)
 
 
+def test_a_draft_as_wide_as_its_target_may_own_embeddings():
+    assert ConFuConfig.from_target(LlamaConfig(**LLAMA), has_own_embeddings=True).has_own_embeddings
+
+
 @pytest.mark.parametrize(
     "num_layers, taps, future_states",
     [
@@ -195,6 +199,11 @@ INVALID = {
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
         "`rope_parameters` asks for RoPE type 'dynamic'; a draft can use",
     ),
+    "narrow without a table": (
+        {"hidden_size": 16, "has_own_embeddings": False},
+        "the draft is 16 wide and the target 32: only a draft as wide as its target can read the target's embeddings.",
+    ),
+    "taps normalised twice": ({"fc_norm": True, "norm_before_fc": True}, "either each by itself or together."),
     "negative soft prompts": ({"num_soft_prompts": -1}, "`num_soft_prompts` is -1; it must be 0 (none) or more."),
 } | {
     f"{name} of 0": ({name: 0}, f"`{name}` is 0; it must be at least 1.")

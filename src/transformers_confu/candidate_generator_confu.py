@@ -147,7 +147,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
         last_taps, last_position = self.last_taps, self._pending[-1].position_ids[:, -1:]
         future = None
         if future_states is not None:
-            future = self.draft.future(future_states[:, None], self.draft.fc(last_taps)[:, None])
+            future = self.draft.future(future_states[:, None], self.draft.fuse_taps(last_taps)[:, None])
         output = self._extend(future)
         grower = TreeGrower(log_softmax(output.logits[:, -1]), self.branching)
         features, num_true_rows = output.features, self._cache.get_seq_length()
@@ -172,7 +172,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
         rows, self._pending = self._pending, []
         return self.draft(
             inputs_embeds=torch.cat([row.inputs_embeds for row in rows], dim=1),
-            features=self.draft.fc(torch.cat([row.taps for row in rows], dim=1)),
+            features=self.draft.fuse_taps(torch.cat([row.taps for row in rows], dim=1)),
             position_ids=torch.cat([row.position_ids for row in rows], dim=1),
             past_key_values=self._cache,
             future=future,

@@ -23,8 +23,17 @@ class ConFuConfig(PreTrainedConfig):
         draft_vocab_size (`int`, *optional*): Number of target tokens the draft can predict, Vd. Defaults to V.
         hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim, hidden_act, rms_norm_eps,
         rope_parameters, max_position_embeddings, attention_bias, mlp_bias, attention_dropout: the draft's one decoder
-            layer, in Llama's terms. With `hidden_size == target_hidden_size` the draft reads the target's own input
-            embeddings; else it owns and saves a table of its own.
+            layer, in Llama's terms.
+        has_own_embeddings (`bool`, *optional*): Whether the draft saves an embedding table of its own; else it reads
+            the target's. Defaults to `hidden_size != target_hidden_size`, where it must.
+        use_qk_norm (`bool`): Normalise each head of queries and keys before the rotation, as Qwen3 and the drafts of
+            DeepSpec do.
+        norm_before_residual (`bool`): The residual stream starts with the normalised feature, not with the raw one;
+            the habit of vLLM's speculators.
+        norm_output (`bool`): The feature of a drafted row is the output of the row before it after the last norm, not
+            before it (EAGLE-3.1).
+        fc_norm (`bool`): Normalise each tap by itself before `fc` (EAGLE-3.1).
+        norm_before_fc (`bool`): Normalise the concatenated taps before `fc`, by `input_norm`. Not with `fc_norm`.
         target_hidden_size (`int`): Width of the target's hidden states, Ht.
         target_num_hidden_layers, target_num_key_value_heads, target_head_dim (`int`): Shape of the target's
             key/value cache, which the soft prompts extend.
@@ -65,6 +74,13 @@ class ConFuConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     tie_word_embeddings: bool = False
 
+    has_own_embeddings: bool | None = None
+    use_qk_norm: bool = False
+    norm_before_residual: bool = False
+    norm_output: bool = False
+    fc_norm: bool = False
+    norm_before_fc: bool = False
+
     target_hidden_size: int | None = None
     target_num_hidden_layers: int = 32
     target_num_key_value_heads: int | None = None
@@ -88,6 +104,8 @@ class ConFuConfig(PreTrainedConfig):
             self.draft_vocab_size = self.vocab_size
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
+        if self.has_own_embeddings is None:
+            self.has_own_embeddings = self.hidden_size != self.target_hidden_size
         if self.target_num_key_value_heads is None:
             self.target_num_key_value_heads = self.num_key_value_heads
         if self.target_head_dim is None:
@@ -97,11 +115,6 @@ class ConFuConfig(PreTrainedConfig):
         if self.future_hidden_state_indices is None:
             self.future_hidden_state_indices = default_future_states(self.target_num_hidden_layers)
         super().__post_init__(**kwargs)
-
-    @property
-    def has_own_embeddings(self) -> bool:
-        """Whether the draft saves an embedding table, because the target's has another width."""
-        return self.hidden_size != self.target_hidden_size
 
     @property
     def taps_size(self) -> int:
@@ -149,6 +162,15 @@ class ConFuConfig(PreTrainedConfig):
             )
         if self.head_dim % 2 != 0:
             raise ValueError(f"`head_dim` is {self.head_dim}; rotary embeddings need an even number.")
+        if self.hidden_size != self.target_hidden_size and not self.has_own_embeddings:
+            raise ValueError(
+                f"`has_own_embeddings` is False, but the draft is {self.hidden_size} wide and the target "
+                f"{self.target_hidden_size}: only a draft as wide as its target can read the target's embeddings."
+            )
+        if self.fc_norm and self.norm_before_fc:
+            raise ValueError(
+                "`fc_norm` and `norm_before_fc` are both True; taps are normalised either each by itself or together."
+            )
         if self.draft_vocab_size > self.vocab_size:
             raise ValueError(
                 f"`draft_vocab_size` ({self.draft_vocab_size}) exceeds `vocab_size` ({self.vocab_size}): the draft "

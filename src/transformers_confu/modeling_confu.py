@@ -51,8 +51,8 @@ class ConFuDraftOutput(ModelOutput):
     r"""
     Args:
         logits (`torch.FloatTensor` of shape `(batch, queries, draft_vocab_size)`): Scores over the draft vocabulary.
-        features (`torch.FloatTensor` of shape `(batch, queries, hidden_size)`): Output of the decoder layer before
-            `norm`; the feature of the next drafted row.
+        features (`torch.FloatTensor` of shape `(batch, queries, hidden_size)`): The features of the next drafted rows,
+            see [`~ConFuDraftModel.next_features`].
         past_key_values (`Cache`, *optional*): The draft's key/value cache with this call's rows appended.
     """
 
@@ -151,10 +151,24 @@ class ConFuAttention(nn.Module):
         self.k_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(2 * config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
+        self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.k_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
 
     def heads(self, projected: torch.Tensor) -> torch.Tensor:
         """`(B, T, heads * hd)` -> `(B, heads, T, hd)`"""
         return projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Not rotated. `(B, T, 2H)` -> `(B, heads, T, hd)`"""
+        return self.q_norm(self.heads(self.q_proj(hidden_states)))
+
+    def keys(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Not rotated. `(B, T, 2H)` -> `(B, kv_heads, T, hd)`"""
+        return self.k_norm(self.heads(self.k_proj(hidden_states)))
+
+    def values(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, T, 2H)` -> `(B, kv_heads, T, hd)`"""
+        return self.heads(self.v_proj(hidden_states))
 
     def forward(
         self,
@@ -167,9 +181,9 @@ class ConFuAttention(nn.Module):
         num_queries: int | None = None,
     ) -> torch.Tensor:
         queried = hidden_states if num_queries is None else hidden_states[:, -num_queries:]
-        query_states = self.heads(self.q_proj(queried))  # (B, heads, Q, hd)
-        key_states = self.heads(self.k_proj(hidden_states))  # (B, kv_heads, T, hd)
-        value_states = self.heads(self.v_proj(hidden_states))
+        query_states = self.queries(queried)  # (B, heads, Q, hd)
+        key_states = self.keys(hidden_states)  # (B, kv_heads, T, hd)
+        value_states = self.values(hidden_states)
 
         cos, sin = position_embeddings
         num_rows = query_states.shape[2]
@@ -207,7 +221,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 class ConFuDecoderLayer(nn.Module):
-    """EAGLE-3's decoder layer: attention reads embedding and feature, the residual stream is the raw feature."""
+    """EAGLE-3's decoder layer: attention reads embedding and feature, the residual stream starts as the feature."""
 
     def __init__(self, config: ConFuConfig, layer_idx: int):
         super().__init__()
@@ -216,6 +230,7 @@ class ConFuDecoderLayer(nn.Module):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hidden_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_before_residual = config.norm_before_residual
 
     def attention_input(self, inputs_embeds: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Embeddings and features `(B, T, H)` -> `(B, T, 2H)`, the embedding half first."""
@@ -224,8 +239,9 @@ class ConFuDecoderLayer(nn.Module):
     def finish(
         self, features: torch.Tensor, attention_output: torch.Tensor, future: FutureToken | None
     ) -> torch.Tensor:
-        """Residual stream `(B, Q, H)` -> next features: what follows the attention."""
-        hidden_states = features + attention_output
+        """What follows the attention: its input's features `(B, Q, H)` and its output -> output of the layer."""
+        residual = self.hidden_norm(features) if self.norm_before_residual else features
+        hidden_states = residual + attention_output
         if future is not None and future.residual is not None:
             # Here and not before the attention, so that the stored keys and values never depend on f.
             hidden_states = hidden_states + future.residual
@@ -282,6 +298,15 @@ class ConFuDraftModel(ConFuPreTrainedModel, GenerationMixin):
     def __init__(self, config: ConFuConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if config.has_own_embeddings else None
+        self.fc_norm = (
+            nn.ModuleList(
+                LlamaRMSNorm(config.target_hidden_size, config.rms_norm_eps)
+                for _ in config.target_hidden_state_indices
+            )
+            if config.fc_norm
+            else None
+        )
+        self.input_norm = LlamaRMSNorm(config.taps_size, config.rms_norm_eps) if config.norm_before_fc else None
         self.fc = nn.Linear(config.taps_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList([ConFuDecoderLayer(config, layer_idx=0)])
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -321,14 +346,27 @@ class ConFuDraftModel(ConFuPreTrainedModel, GenerationMixin):
         self.t2d.zero_()
         self.t2d[token_ids] = True
 
+    def fuse_taps(self, taps: torch.Tensor) -> torch.Tensor:
+        """Concatenated taps of the target `(..., taps_size)` -> features of true rows `(..., H)`"""
+        if self.fc_norm is not None:
+            each = taps.split(self.config.target_hidden_size, dim=-1)
+            taps = torch.cat([norm(tap) for norm, tap in zip(self.fc_norm, each, strict=True)], dim=-1)
+        if self.input_norm is not None:
+            taps = self.input_norm(taps)
+        return self.fc(taps)
+
+    def next_features(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Output of the decoder layer `(..., H)` -> features of the rows drafted behind"""
+        return self.norm(hidden_states) if self.config.norm_output else hidden_states
+
     def future(self, future_states: torch.Tensor, fused_taps: torch.Tensor) -> FutureToken:
         r"""
         The future token `[f]`.
 
         Args:
             future_states (`torch.FloatTensor` of shape `(batch, rows, future_size)`): Future predictions f.
-            fused_taps (`torch.FloatTensor` of shape `(batch, rows, hidden_size)`): `fc(taps)` of the token behind
-                which the draft starts; routes the embedding of `[f]`.
+            fused_taps (`torch.FloatTensor` of shape `(batch, rows, hidden_size)`): `fuse_taps` of the token
+                behind which the draft starts; routes the embedding of `[f]`.
         """
         channel, layer = self.future_channel, self.layers[0]
         attention = layer.self_attn
@@ -336,8 +374,8 @@ class ConFuDraftModel(ConFuPreTrainedModel, GenerationMixin):
             channel.future_token(fused_taps), channel.future_projection(future_states)
         )  # (B, rows, 2H)
         return FutureToken(
-            key=attention.heads(attention.k_proj(hidden_states)),
-            value=attention.heads(attention.v_proj(hidden_states)),
+            key=attention.keys(hidden_states),
+            value=attention.values(hidden_states),
             residual=None if channel.future_residual is None else channel.future_residual(future_states),
         )
 
@@ -356,8 +394,8 @@ class ConFuDraftModel(ConFuPreTrainedModel, GenerationMixin):
 
         Args:
             inputs_embeds (`torch.FloatTensor` of shape `(batch, rows, hidden_size)`): Embeddings of the next tokens.
-            features (`torch.FloatTensor` of shape `(batch, rows, hidden_size)`): `fc(taps)` where the target's hidden
-                states are known, the draft's own `features` elsewhere.
+            features (`torch.FloatTensor` of shape `(batch, rows, hidden_size)`): `fuse_taps` where the target's
+                hidden states are known, the draft's own `features` elsewhere.
             position_ids (`torch.LongTensor` of shape `(batch, rows)`): Positions of the features.
             attention_mask (`torch.FloatTensor` of shape `(batch, 1, queries, cached + rows)`, *optional*): Additive.
                 May be left out for a single query, which then sees everything.
@@ -367,7 +405,7 @@ class ConFuDraftModel(ConFuPreTrainedModel, GenerationMixin):
             num_queries (`int`, *optional*): Compute outputs for the last rows only; the others are just stored.
         """
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
-        features = self.layers[0](
+        hidden_states = self.layers[0](
             inputs_embeds,
             features,
             future,
@@ -378,7 +416,9 @@ class ConFuDraftModel(ConFuPreTrainedModel, GenerationMixin):
             num_queries=num_queries,
         )
         return ConFuDraftOutput(
-            logits=self.lm_head(self.norm(features)), features=features, past_key_values=past_key_values
+            logits=self.lm_head(self.norm(hidden_states)),
+            features=self.next_features(hidden_states),
+            past_key_values=past_key_values,
         )
 
     def confu_decode(self, target: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

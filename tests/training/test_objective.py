@@ -167,7 +167,7 @@ def naive_objective(target, draft: ConFuDraftModel, text: Batch, anchors: Anchor
     result |= {name: [0] * steps for name in ("counted", "correct", "correct_so_far")}
     for row in naive_rows(labels):
         result["rows"] += 1
-        features, future = draft.fc(seen.taps[None, : row + 1]), None
+        features, future = draft.fuse_taps(seen.taps[None, : row + 1]), None
         if anchors is not None and (index := int(anchors.of_row[0, row])) >= 0:
             result["rows_with_future"] += 1
             future_state = seen.futures[anchors.positions[0, index]]

@@ -21,6 +21,8 @@ DRAFTS = {
     "no residual": ("llama", {"use_future_residual": False}),
     "single experts": ("llama", {"num_future_experts_per_token": 1}),
     "attention with bias": ("llama", {"attention_bias": True}),
+    "norms of EAGLE-3.1": ("llama", {"fc_norm": True, "norm_output": True, "use_qk_norm": True}),
+    "norms of speculators": ("llama", {"norm_before_fc": True, "norm_before_residual": True}),
 }
 
 
@@ -61,7 +63,7 @@ def decode_row(
     embeds, taps = inputs["inputs_embeds"][text, None], inputs["taps"][text, None]
     positions = inputs["position_ids"][text, None]
     cache = DynamicCache(config=draft.config)
-    features = draft.fc(taps[:, first : row + 1])
+    features = draft.fuse_taps(taps[:, first : row + 1])
     future = None
     if inputs["future_states"] is not None and inputs["has_future"][text, row]:
         future = draft.future(inputs["future_states"][text, row][None, None], features[:, -1:])

@@ -105,7 +105,7 @@ def compute_objective(
                 draft.future_channel.contemplate_token, gather_rows(taps, anchors.routed_by)[anchors.exists]
             ),
             "future_load": expert_load(
-                draft.future_channel.future_token, draft.fc(gather_rows(taps, rows)[has_future])
+                draft.future_channel.future_token, draft.fuse_taps(gather_rows(taps, rows)[has_future])
             ),
         }
 

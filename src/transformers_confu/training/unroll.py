@@ -26,7 +26,7 @@ def unroll(
     num_steps: int,
 ) -> Iterator[torch.Tensor]:
     r"""
-    Draft features before `norm`, `(B, R, H)`, of one TTT step after the other.
+    Outputs of the decoder layer, before `norm`, `(B, R, H)`, of one TTT step after the other.
 
     Args:
         draft ([`ConFuDraftModel`]): The draft.
@@ -50,13 +50,13 @@ def unroll(
 
     # True rows: keys and values of the whole sequence, queries of `rows` only. The last one pairs with no next token
     # and is seen by no row that is trained.
-    features = draft.fc(taps)  # (B, T, H)
+    features = draft.fuse_taps(taps)  # (B, T, H)
     next_embeds = inputs_embeds.roll(-1, dims=1)
     hidden_states = layer.attention_input(next_embeds, features)  # (B, T, 2H)
     cos, sin = draft.rotary_emb(hidden_states, position_ids)
     groups = attention.num_key_value_groups
-    true_keys = repeat_kv(rotate(attention.heads(attention.k_proj(hidden_states)), cos, sin), groups)  # (B, h, T, hd)
-    true_values = repeat_kv(attention.heads(attention.v_proj(hidden_states)), groups)
+    true_keys = repeat_kv(rotate(attention.keys(hidden_states), cos, sin), groups)  # (B, h, T, hd)
+    true_values = repeat_kv(attention.values(hidden_states), groups)
 
     features = at(features, rows)  # (B, R, H)
     row_positions = position_ids.gather(1, rows)
@@ -74,10 +74,10 @@ def unroll(
             shifted = (rows + 1 + step).clamp(max=inputs_embeds.shape[1] - 1)
             hidden_states = layer.attention_input(at(inputs_embeds, shifted), features)
         cos, sin = draft.rotary_emb(hidden_states, row_positions + step)
-        queries = rotate(attention.heads(attention.q_proj(hidden_states)), cos, sin)  # (B, h, R, hd)
+        queries = rotate(attention.queries(hidden_states), cos, sin)  # (B, h, R, hd)
         if step > 0:
-            keys.append(repeat_kv(rotate(attention.heads(attention.k_proj(hidden_states)), cos, sin), groups))
-            values.append(repeat_kv(attention.heads(attention.v_proj(hidden_states)), groups))
+            keys.append(repeat_kv(rotate(attention.keys(hidden_states), cos, sin), groups))
+            values.append(repeat_kv(attention.values(hidden_states), groups))
         slot = None
         if future is not None:
             cos, sin = draft.rotary_emb(hidden_states, row_positions + step + 1)
@@ -85,8 +85,9 @@ def unroll(
         attended = diagonal_attention(
             queries, true_keys, true_values, sees, keys, values, slot, has_future, attention.scaling
         )
-        features = layer.finish(features, attention.o_proj(attended), future)
-        yield features
+        outputs = layer.finish(features, attention.o_proj(attended), future)
+        yield outputs
+        features = draft.next_features(outputs)
 
 
 def diagonal_attention(
