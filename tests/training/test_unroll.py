@@ -98,7 +98,8 @@ def assert_steps_decode(draft: ConFuDraftModel, inputs: dict[str, torch.Tensor],
             if row < first[text]:
                 continue
             for step, expected in zip(range(STEPS), decode_row(draft, inputs, text, row, first[text]), strict=False):
-                torch.testing.assert_close(steps[step][text, number], expected, rtol=1e-9, atol=1e-9)
+                actual = draft.next_features(steps[step][text, number])
+                torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
                 compared += 1
     assert compared >= BATCH * 12
 
