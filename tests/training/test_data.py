@@ -1,24 +1,18 @@
-"""Rows to labelled ids, padding, and batching, against references written out by hand."""
+"""Rows to labelled ids, against references written out by hand."""
 
 import gzip
 import json
-import math
 from functools import cache
 from itertools import groupby
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from transformers_confu.training.data import (
-    ConFuDataCollator,
     DatasetReport,
-    LengthGroupedTokenBatchSampler,
     encode_prompt,
     load_jsonl,
     prepare_dataset,
@@ -231,95 +225,3 @@ def test_load_jsonl(tmp_path):
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(text.encode())[:-10])
     with pytest.raises(ValueError, match=r"torn\.jsonl\.gz cannot be decompressed"):
         load_jsonl(tmp_path / "torn.jsonl.gz")
-
-
-@pytest.mark.parametrize("multiple", [None, 1, 4])
-@pytest.mark.parametrize("pad_token_id", [None, 9])
-def test_collator_pads_on_the_right(multiple, pad_token_id):
-    lengths = (3, 5, 1)
-    ids = [torch.arange(1, length + 1) for length in lengths]
-    rows = [{"input_ids": x.tolist(), "labels": (x + 10).tolist(), "other": "text"} for x in ids]
-    batch = ConFuDataCollator(pad_token_id, multiple)(rows)
-
-    extra = 3 if multiple == 4 else 0
-    for name, tensors, fill in (
-        ("input_ids", ids, pad_token_id or 0),
-        ("labels", [x + 10 for x in ids], -100),
-        ("attention_mask", [torch.ones_like(x) for x in ids], 0),
-    ):
-        expected = pad_sequence(tensors, batch_first=True, padding_value=fill)
-        expected = torch.nn.functional.pad(expected, (0, extra), value=fill)
-        assert batch[name].dtype == torch.long
-        assert torch.equal(batch[name], expected)
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
-
-
-def test_collator_refuses_bad_input():
-    with pytest.raises(ValueError, match="2 input_ids and 1 labels"):
-        ConFuDataCollator()([{"input_ids": [1, 2], "labels": [1]}])
-    with pytest.raises(ValueError, match="pad_to_multiple_of is 0"):
-        ConFuDataCollator(pad_to_multiple_of=0)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=80),
-    budget=st.integers(1, 700),
-    seed=st.integers(0, 2**32),
-    shuffle=st.booleans(),
-)
-def test_sampler_properties(lengths, budget, seed, shuffle):
-    sampler = LengthGroupedTokenBatchSampler(lengths, budget, seed, shuffle)
-    twin = LengthGroupedTokenBatchSampler(lengths, budget, seed, shuffle)
-    for epoch in (0, 1, 7):
-        sampler.set_epoch(epoch)
-        twin.set_epoch(epoch)
-        batches = list(sampler)
-        assert batches == list(sampler) == list(twin)
-        assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-        assert len(batches) == len(sampler)
-        sizes = [len(batch) * max(lengths[index] for index in batch) for batch in batches]
-        assert all(size <= budget or len(batch) == 1 for size, batch in zip(sizes, batches, strict=True))
-        if shuffle:
-            assert sizes[0] == max(sizes)
-        else:
-            flat = [lengths[index] for batch in batches for index in batch]
-            assert flat == sorted(flat)
-
-
-def test_sampler_shuffles_rows_and_batches_between_epochs():
-    lengths = [10 + index % 90 for index in range(900)]
-    sampler = LengthGroupedTokenBatchSampler(lengths, 400, seed=3)
-    epochs = []
-    for epoch in range(3):
-        sampler.set_epoch(epoch)
-        epochs.append(list(sampler))
-    contents = [{frozenset(batch) for batch in batches} for batches in epochs]
-    assert len(contents[0] & contents[1]) < 0.1 * len(contents[0])
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert list(LengthGroupedTokenBatchSampler(lengths, 400, seed=4)) != epochs[0]
-    padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in epochs[0])
-    assert sum(lengths) / padded > 0.85
-    assert len(epochs[0]) < 1.3 * math.ceil(sum(lengths) / 400)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (([], 10), "expected a non-empty list"),
-        (([1, 0], 10), "positive lengths"),
-        (([1], 0), "tokens_per_batch is 0"),
-        (([1], 1, -1), "seed is -1"),
-    ],
-)
-def test_sampler_refuses_bad_settings(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        LengthGroupedTokenBatchSampler(*arguments)
-
-
-def test_rows_reach_a_data_loader():
-    rows = [{"input_ids": [1] * length, "labels": [1] * length} for length in (3, 30, 4, 31, 5)]
-    dataset = prepare_dataset(rows, byte_tokenizer(), 100)
-    sampler = LengthGroupedTokenBatchSampler(sequence_lengths(dataset), 64)
-    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=ConFuDataCollator())
-    assert sorted(tuple(batch["input_ids"].shape) for batch in loader) == [(2, 31), (3, 5)]

@@ -12,12 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets import Sequence as SequenceFeature
 from jinja2.exceptions import TemplateError
-from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -29,10 +26,6 @@ IGNORE_INDEX = -100
 
 # Rows held as Python lists before they are packed into Arrow; bounds the peak memory of a large corpus.
 _ROWS_PER_CHUNK = 1000
-
-# Lengths (in tokens) are rounded up to this step for batching, so that rows of nearly equal length change places
-# between epochs. The price is a batch that may hold one row less than it could.
-_LENGTH_STEP = 16
 
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -367,105 +360,3 @@ def _token_spans(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, 
         while token < len(offsets) and (offsets[token][0] < end or offsets[token] == (end, end)):
             token += 1
         yield first, token
-
-
-@dataclass
-class ConFuDataCollator:
-    """Pads rows on the right into one batch.
-
-    Args:
-        pad_token_id: id that fills `input_ids`; 0 if None. Padding is masked, so any valid id will do.
-        pad_to_multiple_of: if given, the batch length is rounded up to a multiple of it.
-
-    Returns of a call, all LongTensors [B, T]: `input_ids`, `attention_mask` (1 on real tokens, 0 on padding) and
-    `labels` (-100 on padding). Other columns of the rows are left out.
-    """
-
-    pad_token_id: int | None = None
-    pad_to_multiple_of: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
-            raise ValueError(f"pad_to_multiple_of is {self.pad_to_multiple_of}, expected None or at least 1.")
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        lengths = [len(row["input_ids"]) for row in rows]
-        step = self.pad_to_multiple_of or 1
-        shape = (len(rows), -(-max(lengths) // step) * step)
-        input_ids = torch.full(shape, self.pad_token_id or 0, dtype=torch.long)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
-        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            if len(row["labels"]) != length:
-                raise ValueError(
-                    f"A row has {length} input_ids and {len(row['labels'])} labels, expected as many of both: "
-                    f"prepare it with prepare_dataset."
-                )
-            input_ids[index, :length] = torch.as_tensor(row["input_ids"])
-            attention_mask[index, :length] = 1
-            labels[index, :length] = torch.as_tensor(row["labels"])
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-class LengthGroupedTokenBatchSampler(Sampler[list[int]]):
-    """Batches of rows of similar length whose padded size (rows x longest row) stays within a budget of tokens.
-
-    A row longer than the budget is a batch of its own. The number of batches is the same in every epoch: lengths are
-    rounded up to a step of 16 tokens before rows are packed, and rows change places within a step only. With
-    `shuffle`, the order is drawn from (seed, epoch), and the batch of the largest padded size comes first, so that
-    memory runs out in the first step or not at all. Without it, every epoch goes from short rows to long ones.
-
-    Pass it as `DataLoader(dataset, batch_sampler=...)`. It has no fixed batch size, so training on several processes
-    needs accelerate's `even_batches=False`.
-
-    Args:
-        lengths: length of every row, in tokens.
-        tokens_per_batch: the budget of a batch, in tokens, padding included.
-        seed: seed of the shuffling, 0 or more.
-        shuffle: whether to shuffle.
-    """
-
-    def __init__(self, lengths: Sequence[int], tokens_per_batch: int, seed: int = 0, shuffle: bool = True) -> None:
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        if self.lengths.ndim != 1 or self.lengths.size == 0 or self.lengths.min() < 1:
-            raise ValueError(f"lengths has shape {self.lengths.shape}, expected a non-empty list of positive lengths.")
-        if tokens_per_batch < 1:
-            raise ValueError(f"tokens_per_batch is {tokens_per_batch}, expected at least 1.")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}, expected 0 or more.")
-        self.tokens_per_batch = tokens_per_batch
-        self.seed = seed
-        self.shuffle = shuffle
-        self.epoch = 0
-        self._rounded = -(-self.lengths // _LENGTH_STEP) * _LENGTH_STEP
-        self._bounds = self._pack(np.sort(self._rounded))
-
-    def _pack(self, lengths: np.ndarray) -> list[tuple[int, int]]:
-        """Slices [first, last) of ascending `lengths` that fit the budget, filled from the longest row down."""
-        bounds = []
-        last = len(lengths)
-        while last > 0:
-            rows = max(1, self.tokens_per_batch // int(lengths[last - 1]))
-            bounds.append((max(0, last - rows), last))
-            last -= rows
-        return bounds[::-1]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the next pass; accelerate's data loader calls it before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._bounds)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        if not self.shuffle:
-            order = np.lexsort((np.arange(len(self.lengths)), self.lengths))
-            yield from (order[first:last].tolist() for first, last in self._bounds)
-            return
-        generator = np.random.default_rng((self.seed, self.epoch))
-        order = np.lexsort((generator.permutation(len(self.lengths)), self._rounded))
-        batches = [order[first:last] for first, last in self._bounds]
-        largest = max(range(len(batches)), key=lambda index: len(batches[index]) * self.lengths[batches[index]].max())
-        rest = [index for index in generator.permutation(len(batches)) if index != largest]
-        for index in [largest, *rest]:
-            yield batches[index].tolist()

@@ -12,7 +12,8 @@ from ..modeling_confu import ConFuDraftModel
 from ..target_runner import check_target
 from .anchors import sample_anchors
 from .arguments import ConFuTrainingArguments
-from .data import ConFuDataCollator, LengthGroupedTokenBatchSampler, sequence_lengths
+from .batching import ConFuDataCollator, LengthGroupedTokenBatchSampler
+from .data import sequence_lengths
 from .objective import Objective, compute_objective
 from .warm_up import compute_foresight
 
