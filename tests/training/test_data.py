@@ -6,15 +6,18 @@ from functools import cache
 from itertools import groupby
 
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from transformers_confu.training import data
 from transformers_confu.training.data import (
     DatasetReport,
     encode_prompt,
     load_jsonl,
+    load_rows,
     prepare_dataset,
     sequence_lengths,
 )
@@ -160,6 +163,9 @@ def test_many_rows_keep_their_order_and_prepared_rows_pass_through():
     ("row", "message"),
     [
         ({"text": "a"}, r"Row 0: it has the fields \['text'\], expected 'messages'"),
+        ({"prompt": "hello"}, "a prompt without 'answer_ids': .* answer the prompts first"),
+        ({"turns": ["hello"]}, "a prompt without 'answer_ids': .* answer the prompts first"),
+        ({"conversations": [{"from": "human", "value": "hello"}]}, "ShareGPT's form"),
         ({"messages": "hello"}, "expected a non-empty list of messages"),
         ({"messages": [{"content": "hello"}]}, "expected a message with a role"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "first message is the assistant's"),
@@ -176,13 +182,73 @@ def test_malformed_rows_are_refused(row, message):
         prepare_dataset([row], byte_tokenizer(), 100)
 
 
-def test_a_template_that_rewrites_history_is_refused():
-    # Like templates that drop the reasoning of earlier turns.
-    template = PLAIN_TEMPLATE.replace(
-        "{{ m['content'] }}", "{% if loop.last %}<think></think>{% endif %}{{ m['content'] }}"
-    )
-    messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
-    with pytest.raises(ValueError, match=r"messages 0 to 1 differently .* generation"):
+# Like Qwen3's: reasoning of earlier turns is dropped, the newest answer always has some.
+REASONING_TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | length }}</tools>{% endif %}"
+    "{% for m in messages %}{% set text = m['content'].split('</think>')[-1] %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] != 'assistant' or not loop.last %}{{ text }}"
+    "{% elif '</think>' in m['content'] %}{{ m['content'] }}{% else %}<think></think>{{ text }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_answers_of_a_template_that_rewrites_history_become_rows_of_their_own(marked):
+    template = REASONING_TEMPLATE
+    if marked:
+        template = template.replace(
+            "\n{% if m['role'] != 'assistant'", "\n{% generation %}{% if m['role'] != 'assistant'"
+        )
+        template = template.replace("<|im_end|>\n{% endfor", "<|im_end|>{% endgeneration %}{{ '\\n' }}{% endfor")
+        # Markers around users' turns too, so that only the newest span may count.
+    tokenizer = byte_tokenizer(template)
+    contents = ["q", "<think>hm</think>a", "r", "<think>so</think>b"]
+    messages = [
+        {"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, contents, strict=True)
+    ]
+    report = DatasetReport()
+    rows = prepare_dataset([{"messages": messages}], tokenizer, 1000, report=report)
+    assert [labelled_texts(tokenizer, row) for row in rows] == [
+        ["<think>hm</think>a<|im_end|>"],
+        ["<think>so</think>b<|im_end|>"],
+    ]
+    assert [tokenizer.decode(row["input_ids"]) for row in rows] == [
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>hm</think>a<|im_end|>\n",
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+        "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n<think>so</think>b<|im_end|>\n",
+    ]
+    assert (report.rows_in, report.rows_split_off, report.rows_kept) == (1, 1, 2)
+    assert "2 kept of 2" in str(report) and "rows of their own: 1" in str(report)
+
+
+def test_options_of_the_template_come_with_the_row():
+    tokenizer = byte_tokenizer(REASONING_TEMPLATE)
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    off = {"enable_thinking": False, "unused": None}
+    ids = tokenizer("a<|im_end|>")["input_ids"]
+    rows = [
+        {"messages": [question, answer], "tools": None, "chat_template_kwargs": None},
+        {"messages": [question, {**answer, "tool_calls": None}], "chat_template_kwargs": off},
+        {"messages": [question, answer], "tools": tools, "chat_template_kwargs": off},
+        {"prompt": "q", "answer_ids": ids, "tools": json.dumps(tools), "chat_template_kwargs": off},
+    ]
+    dataset = prepare_dataset(rows, tokenizer, 1000)
+    assert [labelled_texts(tokenizer, row) for row in dataset] == [
+        ["<think></think>a<|im_end|>"],
+        ["a<|im_end|>"],
+        ["a<|im_end|>"],
+        ["a<|im_end|>"],
+    ]
+    texts = [tokenizer.decode(row["input_ids"]).rstrip("\n") for row in dataset]
+    assert texts[0] == texts[1] and texts[2] == texts[3] == "<tools>1</tools>" + texts[0]
+
+
+def test_a_generation_prompt_that_no_answer_follows_is_refused():
+    template = PLAIN_TEMPLATE.replace("assistant\n{% endif", "assistant\n<hint>{% endif")
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(ValueError, match=r"behind messages 0 to 0 is not .* before message 1.* generation"):
         prepare_dataset([{"messages": messages}], byte_tokenizer(template), 100)
 
 
@@ -225,3 +291,37 @@ def test_load_jsonl(tmp_path):
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(text.encode())[:-10])
     with pytest.raises(ValueError, match=r"torn\.jsonl\.gz cannot be decompressed"):
         load_jsonl(tmp_path / "torn.jsonl.gz")
+
+
+def test_load_rows(tmp_path):
+    rows = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.csv").write_text("prompt,n\na,1\nb,2\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "rows.jsonl").write_text(lines)
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for name in ("rows.jsonl", "rows.json", "rows.csv", "folder", "saved"):
+        assert list(load_rows(tmp_path / name)) == rows, name
+        assert list(load_rows(str(tmp_path / name))) == rows
+    with pytest.raises(ValueError, match=r"There is no file .*none\.jsonl"):
+        load_rows(tmp_path / "none.jsonl")
+    (tmp_path / "rows.xyz").write_text("?")
+    with pytest.raises(ValueError, match=r"rows\.xyz cannot be read as a file, a folder or a Hub dataset"):
+        load_rows(tmp_path / "rows.xyz")
+
+
+def test_load_rows_asks_the_hub_for_name_configuration_and_split(monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "load_dataset", lambda *args, **kwargs: asked.append((*args, kwargs["split"])) or [])
+    for source in ("org/name", "org/name:test", "org/name:main:test"):
+        load_rows(source)
+    assert asked == [("org/name", "train"), ("org/name", "test"), ("org/name", "main", "test")]
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(data, "load_dataset", unreachable)
+    with pytest.raises(ValueError, match=r"org/name cannot be read .*: offline"):
+        load_rows("org/name")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,8 @@ def test_counts_are_those_of_the_labels(rows):
 
 def test_counts_of_more_rows_than_a_chunk():
     rows = [{"input_ids": [1, 2], "labels": [-100, index % 3]} for index in range(2501)]
-    assert count_assistant_tokens(rows, vocab_size=4).tolist() == [834, 834, 833, 0]
+    for dataset in (rows, Dataset.from_list(rows)):
+        assert count_assistant_tokens(dataset, vocab_size=4).tolist() == [834, 834, 833, 0]
 
 
 @pytest.mark.parametrize("label", [-1, 8])

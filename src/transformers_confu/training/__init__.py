@@ -13,6 +13,7 @@ _MODULE_OF_NAME = {
     "LengthGroupedTokenBatchSampler": "batching",
     "PackedTokenBatchSampler": "batching",
     "load_jsonl": "data",
+    "load_rows": "data",
     "prepare_dataset": "data",
     "sequence_lengths": "data",
     "RegenerationReport": "regeneration",

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Value, concatenate_datasets
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset, load_from_disk
 from datasets import Sequence as SequenceFeature
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,8 @@ _ROWS_PER_CHUNK = 1000
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Messages = list[dict[str, Any]]
+Encoded = tuple[list[int], list[int]]  # input_ids and labels
+Span = tuple[int, int]  # of characters, [start, end)
 
 
 @dataclass
@@ -40,6 +43,8 @@ class DatasetReport:
         rows_in: rows read.
         rows_kept: rows of the prepared dataset.
         dropped: number of dropped rows by reason.
+        rows_split_off: rows made of earlier answers of a conversation, because the chat template renders an earlier
+            turn otherwise than the newest one; each is then a row of its own, and counted here beside `rows_in`.
         answers_truncated: kept rows that lost at least one assistant token to `max_length`.
         tokens: tokens of the kept rows.
         assistant_tokens: tokens of the kept rows whose label is not -100.
@@ -50,19 +55,58 @@ class DatasetReport:
     rows_in: int = 0
     rows_kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    rows_split_off: int = 0
     answers_truncated: int = 0
     tokens: int = 0
     assistant_tokens: int = 0
     vocabulary_coverage: float | None = None
 
     def __str__(self) -> str:
-        lines = [f"rows: {self.rows_kept:,} kept of {self.rows_in:,}"]
+        lines = [f"rows: {self.rows_kept:,} kept of {self.rows_in + self.rows_split_off:,}"]
         lines += [f"  dropped, {reason}: {number:,}" for reason, number in sorted(self.dropped.items())]
+        if self.rows_split_off:
+            lines.append(f"  earlier answers of conversations that became rows of their own: {self.rows_split_off:,}")
         lines.append(f"tokens: {self.tokens:,}, of which the assistant wrote {self.assistant_tokens:,}")
         lines.append(f"answers cut at the maximum length: {self.answers_truncated:,}")
         if self.vocabulary_coverage is not None:
             lines.append(f"assistant tokens within the draft vocabulary: {self.vocabulary_coverage:.2%}")
         return "\n".join(lines)
+
+
+def load_rows(source: str | Path) -> Iterable[Mapping[str, Any]]:
+    """Rows from wherever they are: a file, a folder or a dataset of the Hub.
+
+    Args:
+        source: one of
+
+            - a `.jsonl` or `.jsonl.gz` file, read by `load_jsonl`; or a `.json`, `.csv` or `.parquet` file,
+            - a folder that `Dataset.save_to_disk` wrote, or one of data files,
+            - the id of a Hub dataset, with a split if it is not "train" and a configuration if it has several:
+              `"HuggingFaceH4/ultrachat_200k:train_sft"`, `"openai/gsm8k:main:train"`.
+
+    Raises:
+        ValueError: there is no such file, folder or dataset, or it cannot be read.
+    """
+    path = Path(source)
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        if not path.exists():
+            raise ValueError(f"There is no file {path}.")
+        return load_jsonl(path)
+    try:
+        if path.is_file():
+            builder = path.suffix.removeprefix(".")
+            return load_dataset(builder, data_files=str(path), split="train")
+        if path.is_dir():
+            is_saved = (path / "dataset_info.json").exists()
+            return load_from_disk(path) if is_saved else load_dataset(str(path), split="train")
+        name, *rest = str(source).split(":")
+        *configuration, split = rest or ["train"]
+        return load_dataset(name, *configuration, split=split)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{source} cannot be read as a file, a folder or a Hub dataset (id, id:split or id:configuration:split): "
+            f"{error}"
+        ) from error
 
 
 def load_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -113,11 +157,16 @@ def prepare_dataset(
     A row is one of
 
     - `{"messages": [{"role", "content"}, ...]}`: rendered by the chat template; every assistant turn is labelled, its
-      end-of-turn token included, the line break a template puts behind it not.
+      end-of-turn token included, the line break a template puts behind it not. Templates need no `{% generation %}`
+      markers. Where a template renders an earlier turn otherwise than the newest (Qwen3's drops its reasoning), each
+      answer becomes a row of its own, with the text before it as the target saw it.
     - `{"prompt": str | messages, "answer_ids": [int, ...]}`: the prompt rendered with the generation prompt (a string
       is one user turn), then the ids exactly as given. They are never decoded and tokenised again, since that
       would change the tokens the target really chose.
     - `{"input_ids": [int, ...], "labels": [int, ...]}`: passed through after a check.
+
+    A row may also hold `tools` (a list of JSON schemas, or that list as JSON) and `chat_template_kwargs` (such as
+    `{"enable_thinking": false}`), which go to the chat template: give those that the target answers with.
 
     Rows longer than `max_length` lose their right end. A row without any assistant token left is dropped.
 
@@ -144,23 +193,27 @@ def prepare_dataset(
     for index, row in enumerate(rows):
         report.rows_in += 1
         try:
-            input_ids, labels = encoder(row)
+            encoded = encoder(row)
         except ValueError as error:
             raise ValueError(f"Row {index}: {error}") from error
+        report.rows_split_off += len(encoded) - 1
 
-        kept_assistant = _count_assistant(labels[:max_length])
-        all_assistant = kept_assistant + _count_assistant(labels[max_length:])
-        if kept_assistant == 0:
-            reason = "no assistant token" if all_assistant == 0 else f"no assistant token in the first {max_length}"
-            report.dropped[reason] = report.dropped.get(reason, 0) + 1
-            continue
-        report.rows_kept += 1
-        report.answers_truncated += kept_assistant < all_assistant
-        report.tokens += min(len(input_ids), max_length)
-        report.assistant_tokens += kept_assistant
-        kept_ids.append(input_ids[:max_length])
-        kept_labels.append(labels[:max_length])
-        if len(kept_ids) == _ROWS_PER_CHUNK:
+        for input_ids, labels in encoded:
+            kept_assistant = _count_assistant(labels[:max_length])
+            all_assistant = kept_assistant + _count_assistant(labels[max_length:])
+            if kept_assistant == 0:
+                reason = (
+                    "no assistant token" if all_assistant == 0 else f"no assistant token in the first {max_length}"
+                )
+                report.dropped[reason] = report.dropped.get(reason, 0) + 1
+                continue
+            report.rows_kept += 1
+            report.answers_truncated += kept_assistant < all_assistant
+            report.tokens += min(len(input_ids), max_length)
+            report.assistant_tokens += kept_assistant
+            kept_ids.append(input_ids[:max_length])
+            kept_labels.append(labels[:max_length])
+        if len(kept_ids) >= _ROWS_PER_CHUNK:
             chunks.append(_to_arrow(kept_ids, kept_labels))
             kept_ids, kept_labels = [], []
     if kept_ids:
@@ -175,16 +228,26 @@ def prepare_dataset(
     return concatenate_datasets(chunks)
 
 
-def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_prompt(
+    prompt: str | Messages,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[Any] | str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Token ids of a prompt as the target sees it: chat template plus generation prompt; a string is one user turn.
+
+    Args:
+        prompt: a user's turn, or messages.
+        tokenizer: with a chat template.
+        tools, chat_template_kwargs: as in the rows of `prepare_dataset`.
 
     Raises:
         ValueError: the prompt is neither, or the tokenizer's chat template is missing or refuses it.
     """
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    _check_messages(prompt, "prompt")
-    text = _render(prompt, tokenizer, add_generation_prompt=True)
+    messages = _check_messages(prompt, "prompt")
+    text = _ChatTemplate(tokenizer, tools, chat_template_kwargs).render(messages, add_generation_prompt=True)
     # The template writes the special tokens itself; a tokenizer that adds them again would double BOS.
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -192,8 +255,9 @@ def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) ->
 def sequence_lengths(dataset: Dataset) -> list[int]:
     """Length of every row of a prepared dataset, in tokens and in the dataset's order."""
     lengths: list[int] = []
-    for batch in dataset.select_columns("input_ids").iter(batch_size=_ROWS_PER_CHUNK):
-        lengths.extend(len(ids) for ids in batch["input_ids"])
+    columns = dataset.select_columns("input_ids").with_format("arrow")
+    for batch in columns.iter(batch_size=_ROWS_PER_CHUNK):
+        lengths.extend(pc.list_value_length(batch["input_ids"]).to_pylist())
     return lengths
 
 
@@ -220,21 +284,32 @@ class _RowEncoder:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.vocab_size = vocab_size
 
-    def __call__(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    def __call__(self, row: Mapping[str, Any]) -> list[Encoded]:
         # A dataset of mixed kinds fills the columns that a row lacks with None.
         given = {key for key, value in row.items() if value is not None}
+        template_options = (row.get("tools"), row.get("chat_template_kwargs"))
         if {"input_ids", "labels"} <= given:
-            return self._tokenised(row["input_ids"], row["labels"])
+            return [self._tokenised(row["input_ids"], row["labels"])]
         if {"prompt", "answer_ids"} <= given:
-            return self._answered(row["prompt"], row["answer_ids"])
+            return [self._answered(row["prompt"], row["answer_ids"], *template_options)]
         if "messages" in given:
-            return self._conversation(row["messages"])
+            return self._conversation(row["messages"], *template_options)
+        if given & {"prompt", "turns"}:
+            raise ValueError(
+                "it holds a prompt without 'answer_ids': a draft learns from the target's own answers, so let the "
+                "target answer the prompts first (`regenerate`, or `regenerate_served` through a server)."
+            )
+        if "conversations" in given:
+            raise ValueError(
+                "it holds 'conversations' (ShareGPT's form): make prompts of them with `build_prompts` and let the "
+                "target answer these, or pass 'messages' with role and content."
+            )
         raise ValueError(
             f"it has the fields {sorted(given)}, expected 'messages', or 'prompt' and 'answer_ids', or 'input_ids' "
             f"and 'labels'."
         )
 
-    def _tokenised(self, input_ids: Sequence[int], labels: Sequence[int]) -> tuple[list[int], list[int]]:
+    def _tokenised(self, input_ids: Sequence[int], labels: Sequence[int]) -> Encoded:
         input_ids, labels = self._check_ids(input_ids, "input_ids"), _int_list(labels, "labels")
         if len(input_ids) != len(labels):
             raise ValueError(f"it has {len(input_ids)} input_ids and {len(labels)} labels, expected as many of both.")
@@ -246,26 +321,28 @@ class _RowEncoder:
                 )
         return input_ids, labels
 
-    def _answered(self, prompt: str | Messages, answer_ids: Sequence[int]) -> tuple[list[int], list[int]]:
+    def _answered(self, prompt: str | Messages, answer_ids: Sequence[int], *template_options: Any) -> Encoded:
         answer = self._check_ids(answer_ids, "answer_ids")
-        prompt_ids = encode_prompt(prompt, self.tokenizer)
+        prompt_ids = encode_prompt(prompt, self.tokenizer, *template_options)
         return prompt_ids + answer, [IGNORE_INDEX] * len(prompt_ids) + answer
 
-    def _conversation(self, messages: Messages) -> tuple[list[int], list[int]]:
+    def _conversation(self, messages: Messages, *template_options: Any) -> list[Encoded]:
         if not self.tokenizer.is_fast:
             raise ValueError(
                 f"'messages' need a fast tokenizer to find the assistant's tokens, got a slow one "
                 f"({type(self.tokenizer).__name__}): load a fast one or pass 'prompt' and 'answer_ids'."
             )
-        _check_messages(messages, "messages")
-        text, spans = _render_with_assistant_spans(messages, self.tokenizer)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        input_ids = encoded["input_ids"]
-        labels = [IGNORE_INDEX] * len(input_ids)
-        for first, last in _token_spans(spans, encoded["offset_mapping"]):
-            last = self._end_of_turn(input_ids, first, last)
-            labels[first:last] = input_ids[first:last]
-        return input_ids, labels
+        messages = _check_messages(messages, "messages")
+        rows = []
+        for text, spans in _ChatTemplate(self.tokenizer, *template_options).answers(messages):
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            input_ids = encoded["input_ids"]
+            labels = [IGNORE_INDEX] * len(input_ids)
+            for first, last in _token_spans(spans, encoded["offset_mapping"]):
+                last = self._end_of_turn(input_ids, first, last)
+                labels[first:last] = input_ids[first:last]
+            rows.append((input_ids, labels))
+        return rows
 
     def _end_of_turn(self, input_ids: list[int], first: int, last: int) -> int:
         """Where the turn [first, last) really ends: behind its end-of-turn token, before the template's line break."""
@@ -295,58 +372,87 @@ def _int_list(values: Any, name: str) -> list[int]:
     return values
 
 
-def _check_messages(messages: Any, name: str) -> None:
+def _check_messages(messages: Any, name: str) -> Messages:
+    """The messages, without the keys that Arrow fills with None where other rows have them."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"'{name}' is {messages!r:.80}, expected a non-empty list of messages with role and content.")
+    checked = []
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise ValueError(f"'{name}' holds {message!r:.80}, expected a message with a role and a content.")
+        checked.append({key: value for key, value in message.items() if value is not None or key == "content"})
+    return checked
 
 
-def _render(messages: Messages, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
+class _ChatTemplate:
+    """A tokenizer's chat template with the options of one row."""
 
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tools: Sequence[Any] | str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.tools = json.loads(tools) if isinstance(tools, str) else (tools or None)
+        self.options = {key: value for key, value in (chat_template_kwargs or {}).items() if value is not None}
 
-def _render_with_assistant_spans(
-    messages: Messages, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation and the character spans [start, end) that the assistant wrote."""
-    template = tokenizer.get_chat_template()
-    if _GENERATION_MARKER.search(template):
-        # `apply_chat_template(return_assistant_tokens_mask=True)` reads the same spans but labels everything up to the
-        # end of the text when the last character of a span belongs to no token, which tokenizers that trim white
-        # space from their offsets produce. So the spans are taken here and mapped to tokens by `_token_spans`.
-        texts, spans = render_jinja_template(
-            [messages],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
-        return texts[0], spans[0]
-
-    text = _render(messages, tokenizer, add_generation_prompt=False)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if index == 0:
-            raise ValueError("its first message is the assistant's, expected a user's or system's message before it.")
-        before = _render(messages[:index], tokenizer, add_generation_prompt=True)
-        after = _render(messages[: index + 1], tokenizer, add_generation_prompt=False)
-        if not (after.startswith(before) and text.startswith(after)):
-            raise ValueError(
-                f"the chat template renders messages 0 to {index} differently inside the whole conversation, so the "
-                f"assistant's text cannot be found: add {{% generation %}} markers to the template, or split the "
-                f"conversation into rows of 'prompt' and 'answer_ids'."
+    def render(self, messages: Messages, add_generation_prompt: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=self.tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.options,
             )
-        spans.append((len(before), len(after)))
-    return text, spans
+        except TemplateError as error:
+            raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
+
+    def answers(self, messages: Messages) -> list[tuple[str, list[Span]]]:
+        """The rendered conversation and the character spans [start, end) that the assistant wrote; or, if the
+        template renders earlier turns otherwise within the whole, one such pair for each answer."""
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if 0 in answers:
+            raise ValueError("its first message is the assistant's, expected a user's or system's message before it.")
+        text = self.render(messages, add_generation_prompt=False)
+        stages = [self.render(messages[: index + 1], add_generation_prompt=False) for index in answers]
+        if all(text.startswith(stage) for stage in stages):
+            return [(text, self._spans(messages, text, answers))]
+        return [
+            (stage, self._spans(messages[: index + 1], stage, [index])[-1:])
+            for index, stage in zip(answers, stages, strict=True)
+        ]
+
+    def _spans(self, messages: Messages, text: str, answers: list[int]) -> list[Span]:
+        template = self.tokenizer.get_chat_template(tools=self.tools)
+        if _GENERATION_MARKER.search(template):
+            # `apply_chat_template(return_assistant_tokens_mask=True)` reads the same spans but labels everything up to
+            # the end of the text when the last character of a span belongs to no token, which tokenizers that trim
+            # white space from their offsets produce. So the spans are taken here and mapped by `_token_spans`.
+            _, spans = render_jinja_template(
+                [messages],
+                tools=self.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **self.options},
+            )
+            return spans[0]
+        spans = []
+        for index in answers:
+            before = self.render(messages[:index], add_generation_prompt=True)
+            after = self.render(messages[: index + 1], add_generation_prompt=False)
+            if not (after.startswith(before) and text.startswith(after)):
+                raise ValueError(
+                    f"the chat template's generation prompt behind messages 0 to {index - 1} is not what it renders "
+                    f"before message {index}, so the assistant's text cannot be found: add {{% generation %}} markers "
+                    f"to the template, or pass rows of 'prompt' and 'answer_ids'."
+                )
+            spans.append((len(before), len(after)))
+        return spans
 
 
-def _token_spans(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def _token_spans(spans: Sequence[Span], offsets: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Token spans [first, last) of character spans [start, end), both in order.
 
     A token belongs to a span if it shares a character with it. Tokens between its first and last one belong to it too:

@@ -1,12 +1,14 @@
 """The draft vocabulary: the target tokens a draft can propose, chosen by how often the target's answers hold them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset
 
 from .data import IGNORE_INDEX
 
@@ -45,9 +47,7 @@ def count_assistant_tokens(dataset: Iterable[Mapping[str, Any]], vocab_size: int
         ValueError: a label is neither -100 nor an id of the target.
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
-    rows = iter(dataset)
-    while chunk := [np.asarray(row["labels"], dtype=np.int64) for row in islice(rows, _ROWS_PER_COUNT)]:
-        labels = np.concatenate(chunk)
+    for labels in _label_chunks(dataset):
         labels = labels[labels != IGNORE_INDEX]
         if labels.size and not 0 <= labels.min() <= labels.max() < vocab_size:
             raise ValueError(
@@ -56,6 +56,17 @@ def count_assistant_tokens(dataset: Iterable[Mapping[str, Any]], vocab_size: int
             )
         counts += np.bincount(labels, minlength=vocab_size)
     return torch.from_numpy(counts)
+
+
+def _label_chunks(dataset: Iterable[Mapping[str, Any]]) -> Iterator[np.ndarray]:
+    if isinstance(dataset, Dataset):  # without a Python list for every row
+        columns = dataset.select_columns("labels").with_format("arrow")
+        for chunk in columns.iter(batch_size=_ROWS_PER_COUNT):
+            yield pc.list_flatten(chunk["labels"]).to_numpy()
+        return
+    rows = iter(dataset)
+    while some := list(islice(rows, _ROWS_PER_COUNT)):
+        yield np.concatenate([np.asarray(row["labels"], dtype=np.int64) for row in some])
 
 
 def build_draft_vocabulary(
