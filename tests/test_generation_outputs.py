@@ -446,7 +446,9 @@ def test_statistics_can_be_recounted(contemplation, eos, monkeypatch):
     row_bytes = 5 * 2 * 2 * 8 * 8  # layers, keys and values, heads, head size, fp64
     assert statistics.target_cache_bytes == (PROMPT.shape[1] + len(new) - 1) * row_bytes
     slots = draft.config.num_soft_prompts if contemplation else 0
-    assert statistics.transient_cache_bytes == row_bytes * max(t.size + min(contemplation, t.size) + slots for t in trees)
+    assert statistics.transient_cache_bytes == row_bytes * max(
+        t.size + min(contemplation, t.size) + slots for t in trees
+    )
     config = draft.config
     seen = PROMPT.shape[1] + len(new) - 1 - emitted[-1]  # true rows that the last tree grew from
     assert statistics.draft_cache_bytes == seen * 2 * config.num_key_value_heads * config.head_dim * 8
