@@ -1,0 +1,150 @@
+"""What to ask: Spec-Bench's questions, any file of that form, or plain prompts."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..training.data import load_jsonl
+
+
+SPEC_BENCH = "https://raw.githubusercontent.com/hemingkx/Spec-Bench/main/data/spec_bench/question.jsonl"
+SINGLE_CATEGORY_GROUPS = ("translation", "summarization", "qa", "math_reasoning", "rag")
+MT_BENCH_CATEGORIES = (
+    "writing",
+    "roleplay",
+    "reasoning",
+    "math",
+    "coding",
+    "extraction",
+    "stem",
+    "humanities",
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    r"""
+    One conversation: what the user says, turn by turn. The answers in between are the model's own.
+
+    Args:
+        id (`str`): Unique in its file.
+        category (`str`): As the file names it.
+        turns (`tuple[str, ...]`): At least one, none empty.
+    """
+
+    id: str
+    category: str
+    turns: tuple[str, ...]
+
+    @property
+    def group(self) -> str:
+        """Spec-Bench's six groups: MT-bench's eight categories are one. Any other category is a group of its own."""
+        return "mt_bench" if self.category in MT_BENCH_CATEGORIES else self.category
+
+
+def load_questions(path: str | Path) -> list[Question]:
+    r"""
+    Read a file of questions.
+
+    Args:
+        path (`str` or `Path`): A `.txt` file of one prompt a line, or a JSONL file (also `.gz`) whose rows hold
+            `question_id`, `category` and `turns`, as Spec-Bench's do, or `prompt` and optionally `id` and `category`.
+
+    Raises:
+        ValueError: a row that is neither, an empty turn, an id that comes twice, or no question at all.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}; give a JSONL file of questions or a text file of prompts.")
+    if path.suffix == ".txt":
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows: list[dict[str, Any]] = [{"prompt": line} for line in lines if line.strip()]
+    else:
+        rows = load_jsonl(path)
+    questions = [_question(row, number, path) for number, row in enumerate(rows, start=1)]
+    if not questions:
+        raise ValueError(f"{path} holds no question.")
+    seen: set[str] = set()
+    for question in questions:
+        if question.id in seen:
+            raise ValueError(f"{path} holds question {question.id} twice; make the ids unique.")
+        seen.add(question.id)
+    return questions
+
+
+def _question(row: dict[str, Any], number: int, path: Path) -> Question:
+    where = f"{path}, question {number}"
+    if "turns" in row:
+        if missing := [name for name in ("question_id", "category") if row.get(name) in (None, "")]:
+            raise ValueError(
+                f"{where} has `turns` but no {' and no '.join(f'`{name}`' for name in missing)}; add it, or give "
+                "plain prompts as rows of `prompt`."
+            )
+        identity, category, turns = row["question_id"], row["category"], row["turns"]
+    elif "prompt" in row:
+        identity, category, turns = row.get("id", number), row.get("category", "prompts"), [row["prompt"]]
+    else:
+        raise ValueError(
+            f"{where} has the fields {sorted(row)}; expected `question_id`, `category` and `turns`, or `prompt`."
+        )
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"{where} (id {identity}) has no turns; expected a list of one or more texts.")
+    for turn in turns:
+        if not isinstance(turn, str) or not turn.strip():
+            raise ValueError(f"{where} (id {identity}) has the turn {turn!r}; every turn must be a text.")
+    return Question(str(identity), str(category), tuple(turns))
+
+
+def stratified(questions: Iterable[Question], num_per_group: int | None) -> list[Question]:
+    r"""
+    `num_per_group` questions of each group, in the file's order; all of them for `None`.
+
+    Within a group the categories take turns, so that MT-bench's eight are all there.
+
+    Raises:
+        ValueError: a group holds fewer.
+    """
+    questions = list(questions)
+    if num_per_group is None:
+        return questions
+    chosen: set[str] = set()
+    for group in dict.fromkeys(question.group for question in questions):
+        members = [question for question in questions if question.group == group]
+        if len(members) < num_per_group:
+            raise ValueError(
+                f"Group {group} holds {len(members)} questions, `num_per_group` asks for {num_per_group}; lower it."
+            )
+        of_category: dict[str, int] = {}
+        ranks = []
+        for question in members:
+            ranks.append(of_category.get(question.category, 0))
+            of_category[question.category] = ranks[-1] + 1
+        ranked = sorted(range(len(members)), key=lambda index: ranks[index])  # stable: the file's order in each rank
+        chosen |= {members[index].id for index in ranked[:num_per_group]}
+    return [question for question in questions if question.id in chosen]
+
+
+def fetch(source: str | None) -> Path:
+    r"""
+    The path of a file of questions: `source` itself, or, for a URL, the copy that `datasets` downloads and keeps.
+
+    Args:
+        source (`str`, *optional*): A path, an `https://` URL, or `hf://datasets/<repository>/<file>` on the Hub.
+            Without it, Spec-Bench as its authors publish it.
+
+    Raises:
+        ValueError: it cannot be fetched.
+    """
+    source = SPEC_BENCH if source is None else source
+    if "://" not in source:
+        return Path(source)
+    from datasets import DownloadManager
+
+    try:
+        return Path(DownloadManager(dataset_name="questions").download(source))
+    except Exception as error:  # offline, a proxy, a mirror: each fails in a class of its own
+        raise ValueError(
+            f"The questions could not be fetched from {source} ({type(error).__name__}); download them and give the "
+            "file as `questions`."
+        ) from error

@@ -1,0 +1,202 @@
+"""The file of a measurement: a first line that says what is measured, then one line per answer, appended at once.
+
+What belongs together (one question under one setting in one run, all arms) is written together, so that an
+interrupted measurement never pairs answers that were made hours apart.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from ..training.data import parse_json_object
+from .arms import Arm, Setting
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Rounds:
+    r"""
+    What the rounds of one answer did.
+
+    Args:
+        emitted (`list[int]`): Tokens of each round, trimmed at EOS and limit. What the first forward, which is
+            prefill, emits is in no round.
+        accepted (`list[int]`, *optional*): How many of them were drafted; not known of arms without a ConFu draft.
+        tree_nodes, contemplate_rows (`int`): Rows that the target computed in rounds.
+        seconds (`dict[str, float]`): prefill, draft, target, walk, compaction.
+        target_cache_bytes, draft_cache_bytes, transient_cache_bytes (`int`): See `ConFuStatistics`.
+    """
+
+    emitted: list[int]
+    accepted: list[int] | None = None
+    tree_nodes: int = 0
+    contemplate_rows: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    target_cache_bytes: int = 0
+    draft_cache_bytes: int = 0
+    transient_cache_bytes: int = 0
+
+
+@dataclass
+class Turn:
+    r"""
+    One answer.
+
+    Args:
+        prompt_tokens (`int`): Length of the prompt, earlier turns included.
+        token_ids (`list[int]`): The answer, up to and including EOS.
+        seconds (`float`): Of the whole call of `generate`, prefill included.
+        rounds ([`Rounds`], *optional*): `None` for plain generation, whose every forward emits one token.
+        peak_memory_bytes (`int`): Most memory in use during the call: allocated on the accelerator, or resident in
+            the process on a CPU, weights included.
+        prompt_hash (`str`): Of the prompt's ids: from the second turn on, prompts differ where answers did.
+    """
+
+    prompt_tokens: int
+    token_ids: list[int]
+    seconds: float
+    rounds: Rounds | None
+    peak_memory_bytes: int
+    prompt_hash: str
+
+
+@dataclass
+class Departure:
+    r"""
+    Where an answer leaves that of plain generation.
+
+    Args:
+        turn, position (`int`): The first token that differs.
+        gap (`float`, *optional*): How much larger the target's logit of plain generation's token is than that of this
+            arm's token, in one forward over the common text; `None` if one text ends there, or when sampling.
+    """
+
+    turn: int
+    position: int
+    gap: float | None
+
+
+@dataclass
+class Answer:
+    """One question answered by one arm in one run: a line of the file."""
+
+    run: int
+    setting: Setting
+    question_id: str
+    category: str
+    group: str
+    arm: Arm
+    order: int  # place of the arm among those of this question and run
+    turns: list[Turn]
+    skipped_turns: int = 0  # too long for the target's context
+    departure: Departure | None = None
+
+    @property
+    def unit(self) -> tuple[Setting, int, str]:
+        return self.setting, self.run, self.question_id
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "answer", "label": self.arm.label, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Answer":
+        values = {name: value for name, value in row.items() if name not in ("kind", "label")}
+        values["setting"], values["arm"] = Setting(**values["setting"]), Arm(**values["arm"])
+        values["departure"] = None if values["departure"] is None else Departure(**values["departure"])
+        values["turns"] = [
+            Turn(**turn | {"rounds": None if turn["rounds"] is None else Rounds(**turn["rounds"])})
+            for turn in values["turns"]
+        ]
+        return cls(**values)
+
+
+class RecordFile:
+    r"""
+    The records on disk.
+
+    Args:
+        path (`Path`): A `.jsonl` file, created if it is missing.
+        settings (`dict`): What is measured and on what; a file of others is refused.
+        unit_size (`dict[Setting, int]`): Arms of each setting, so that an incomplete unit is known as such.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], unit_size: dict[Setting, int]):
+        if path.suffix != ".jsonl":
+            raise ValueError(f"`output` is {path}; expected a .jsonl file.")
+        self.path = path
+        self.answers: list[Answer] = []
+        self.costs: list[dict[str, Any]] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size:
+            self._read(settings, unit_size)
+        else:
+            self.append([{"kind": "settings", **settings}])
+
+    def _read(self, settings: dict[str, Any], unit_size: dict[Setting, int]) -> None:
+        with open(self.path, "r+b") as file:
+            lines = file.readlines()
+            whole = [line for line in lines if line.endswith(b"\n")]
+            rows = [parse_json_object(line, self.path, number) for number, line in enumerate(whole, start=1)]
+            self._check_settings(rows[0] if rows else {}, settings)
+            for number, row in enumerate(rows[1:], start=2):
+                if row.get("kind") == "cost":
+                    self.costs.append(row)
+                    continue
+                try:
+                    answer = Answer.from_json(row)
+                except (KeyError, TypeError) as error:
+                    raise ValueError(f"{self.path}, line {number} is no record of a measurement ({error}).") from error
+                self.answers.append(answer)
+            # Only the unit that was being written when the measurement stopped can be incomplete: it is made anew.
+            last = [answer for answer in self.answers if answer.unit == self.answers[-1].unit]
+            keep = len(whole)
+            if rows and rows[-1].get("kind") == "answer" and len(last) < unit_size.get(last[0].setting, len(last)):
+                keep -= len(last)
+                del self.answers[-len(last) :]
+            if keep < len(lines):
+                file.truncate(sum(len(line) for line in lines[:keep]))
+                logger.warning("Removed %d incomplete lines from the end of %s.", len(lines) - keep, self.path)
+
+    def _check_settings(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
+        if found.get("kind") != "settings":
+            raise ValueError(f"{self.path} is no file of a measurement; choose another `output`.")
+        found = {name: value for name, value in found.items() if name != "kind"}
+        wanted = json.loads(json.dumps(settings))
+        for name in wanted | found:
+            if found.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"{self.path} was measured with {name} = {json.dumps(found.get(name))}, this measurement has "
+                    f"{json.dumps(wanted.get(name))}; choose another `output`."
+                )
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write lines at once."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def add(self, answers: list[Answer]) -> None:
+        """The answers of one unit."""
+        self.append(answer.to_json() for answer in answers)
+        self.answers.extend(answers)
+
+    def add_cost(self, cost: dict[str, Any]) -> None:
+        self.append([{"kind": "cost", **cost}])
+        self.costs.append({"kind": "cost", **cost})
+
+    @property
+    def units(self) -> set[tuple[Setting, int, str]]:
+        return {answer.unit for answer in self.answers}
+
+    def sha256(self) -> str:
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()

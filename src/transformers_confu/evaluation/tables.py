@@ -1,0 +1,351 @@
+"""Figures as tables, in Markdown and CSV."""
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .aggregation import ArmAnswers, Comparison, Interval, Spread
+
+
+MAX_EMITTED = 8
+TIE = 1e-4  # largest gap that fp32 rounding explains
+
+
+@dataclass
+class Table:
+    r"""
+    Args:
+        name (`str`): Of its file.
+        title (`str`): Heading.
+        note (`str`): What the figures are and how they were counted.
+        columns (`list[str]`): Headings.
+        rows (`list[list]`): Cells: text, numbers, [`Interval`] or [`Spread`].
+        digits (`int`): Decimals of numbers that are no counts.
+    """
+
+    name: str
+    title: str
+    note: str
+    columns: list[str]
+    rows: list[list[Any]]
+    digits: int = 2
+
+    def cells(self) -> list[list[str]]:
+        return [[self._text(cell) for cell in row] for row in self.rows]
+
+    def _text(self, cell: Any) -> str:
+        def number(value: float) -> str:
+            return "" if np.isnan(value) else f"{value:.{self.digits}f}"
+
+        if cell is None:
+            return ""
+        if isinstance(cell, Interval):
+            bounds = "" if np.isnan(cell.low) else f" ({number(cell.low)} to {number(cell.high)})"
+            return number(cell.value) + bounds
+        if isinstance(cell, Spread):
+            return number(cell.median) + (
+                "" if cell.low == cell.high else f" [{number(cell.low)}, {number(cell.high)}]"
+            )
+        return number(cell) if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else str(cell)
+
+    def markdown(self) -> str:
+        lines = [self.columns, ["---"] + ["---:"] * (len(self.columns) - 1), *self.cells()]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+    def csv(self) -> str:
+        """Full precision; an interval or a spread takes three columns."""
+        wide = [
+            any(isinstance(row[index], Interval | Spread) for row in self.rows) for index in range(len(self.columns))
+        ]
+        header = [
+            name
+            for column, is_wide in zip(self.columns, wide, strict=True)
+            for name in ([column, f"{column}, low", f"{column}, high"] if is_wide else [column])
+        ]
+        lines = [header]
+        for row in self.rows:
+            line: list[Any] = []
+            for cell, is_wide in zip(row, wide, strict=True):
+                if isinstance(cell, Interval | Spread):
+                    line += [cell.value if isinstance(cell, Interval) else cell.median, cell.low, cell.high]
+                else:
+                    line += [cell, "", ""] if is_wide else [cell]
+            lines.append(line)
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\n").writerows(lines)
+        return buffer.getvalue()
+
+
+INTERVALS = "In round brackets the 95 % interval of a paired bootstrap over questions, stratified by group"
+
+
+def speed_table(comparison: Comparison) -> Table:
+    rows = []
+    for arm in comparison.arms.values():
+        rows.append(
+            [
+                arm.arm.label,
+                comparison.tau(arm) if arm.has_rounds else 1.0,
+                comparison.by_run(arm, "tokens_per_second"),
+                comparison.speedup_total(arm),
+                comparison.by_run(arm, "speedup_total"),
+                comparison.speedup_mean(arm),
+                f"{_identical(arm)}/{len(arm.all)}",
+            ]
+        )
+    return Table(
+        "speed",
+        "Speed and accepted length",
+        f"tau: tokens emitted in rounds / rounds. Speed-up: against plain generate, total tokens over total time, and "
+        f"as the mean of the questions' ratios. {INTERVALS}; in square brackets the lowest and highest of "
+        f"{len(comparison.runs)} runs around their median. Identical: texts equal to plain generate's.",
+        ["arm", "tau", "tokens/s", "speed-up, total", "by run", "speed-up, mean", "identical"],
+        rows,
+    )
+
+
+def group_table(comparison: Comparison, name: str) -> Table:
+    """Tau or speed-up by group."""
+    figure: Callable[..., Interval] = comparison.tau if name == "tau" else comparison.speedup_total
+    arms = [arm for arm in comparison.arms.values() if arm.has_rounds]
+    groups = list(comparison.groups.items())
+    title = {"tau": "Accepted length (tau) by group", "speedup": "Speed-up by group (total tokens over total time)"}
+    return Table(
+        f"{name}_by_group",
+        title[name],
+        f"{INTERVALS}. Questions: {', '.join(f'{group} {len(members)}' for group, members in groups)}.",
+        ["arm", *(group for group, _ in groups), "all"],
+        [[arm.arm.label, *(figure(arm, members) for _, members in groups), figure(arm)] for arm in arms],
+    )
+
+
+def depth_table(comparison: Comparison) -> Table | None:
+    arms = comparison.drafted()
+    if not arms:
+        return None
+    results = [(arm, arm.acceptance()) for arm in arms]
+    depth = max(len(result["survival"]) for _, result in results)
+    rows = []
+    for arm, result in results:
+        for label, name in (("P(accepted >= l)", "survival"), ("given l - 1", "conditional")):
+            values = result[name] + [None] * (depth - len(result[name]))
+            rows.append([arm.arm.label, label, *values])
+    return Table(
+        "acceptance_by_depth",
+        "Acceptance by draft step",
+        "Over all rounds, the last of a text included, which its end may cut short. The second line of an arm is the "
+        "share of the rounds that accepted l - 1 tokens which also accepted the next.",
+        ["arm", "", *(f"l = {level}" for level in range(1, depth + 1))],
+        rows,
+        digits=3,
+    )
+
+
+def difference_table(comparison: Comparison) -> Table | None:
+    rows = []
+    for arm in comparison.drafted():
+        for other in comparison.references(arm):
+            rows.append(
+                [
+                    arm.arm.label,
+                    other.arm.label,
+                    comparison.tau_difference(arm, other),
+                    comparison.speedup_total(arm, over=other),
+                    comparison.speedup_difference(arm, other),
+                ]
+            )
+    if not rows:
+        return None
+    return Table(
+        "differences",
+        "ConFu against EAGLE-3 mode",
+        f"{INTERVALS}: where it leaves out 0 (or, for the quotient, 1), the two arms differ beyond what other "
+        "questions of the same kind would change.",
+        ["arm", "against", "tau, difference", "speed, quotient", "speed-up, difference"],
+        rows,
+        digits=3,
+    )
+
+
+def time_table(comparison: Comparison) -> Table | None:
+    rows = []
+    for arm in comparison.drafted():
+        parts = arm.parts()
+        if parts:
+            in_round = [1000 * parts[name] for name in ("draft", "target", "walk", "compaction", "rest")]
+            rows.append([arm.arm.label, *in_round, sum(in_round), 1000 * parts["prefill"]])
+    if not rows:
+        return None
+    return Table(
+        "time",
+        "Where the time goes, milliseconds per round",
+        "Rest: what `generate` does besides, its preparation of the call included. Prefill is per call. Read by the "
+        "host's clock: on a GPU, work queued in one part may be waited for in a later one.",
+        ["arm", "draft", "target forward", "walk", "compaction", "rest", "round", "prefill"],
+        rows,
+    )
+
+
+def rows_table(comparison: Comparison) -> Table | None:
+    """Rows per forward, bytes of caches, peak memory."""
+    rows = []
+    for arm in comparison.arms.values():
+        turns = [turn for answer in arm.all for turn in answer.turns]
+        peak = max(turn.peak_memory_bytes for turn in turns) / 2**20
+        if not arm.has_accepted:
+            rows.append([arm.arm.label, None, None, None, None, None, peak])
+            continue
+        rounds = sum(len(turn.rounds.emitted) for turn in turns)
+        if not rounds:
+            continue
+        mebibytes = [
+            max(getattr(turn.rounds, name) for turn in turns) / 2**20
+            for name in ("target_cache_bytes", "draft_cache_bytes", "transient_cache_bytes")
+        ]
+        rows.append(
+            [
+                arm.arm.label,
+                sum(turn.rounds.tree_nodes for turn in turns) / rounds,
+                sum(turn.rounds.contemplate_rows for turn in turns) / rounds,
+                *mebibytes,
+                peak,
+            ]
+        )
+    if not rows:
+        return None
+    return Table(
+        "memory",
+        "Rows per forward, and memory in MiB",
+        "Keys and values of the longest text: the target's, the draft's, and what a round adds to the target's until "
+        "it is compacted (tree nodes, contemplate rows, soft prompts). Peak: most memory in use during a call, all "
+        "weights included; on a CPU, of the process, which keeps what earlier calls freed.",
+        ["arm", "nodes", "contemplate rows", "target KV", "draft KV", "transient KV", "peak"],
+        rows,
+    )
+
+
+def _identical(arm: ArmAnswers) -> int:
+    return sum(answer.departure is None for answer in arm.all)
+
+
+def exactness_table(comparison: Comparison) -> Table:
+    rows = []
+    for arm in comparison.arms.values():
+        if arm is comparison.plain:
+            continue
+        departures = [answer.departure for answer in arm.all if answer.departure is not None]
+        gaps = [departure.gap for departure in departures if departure.gap is not None]
+        beyond = sum(gap > TIE for gap in gaps) if comparison.setting.dtype in ("float32", "float64") else None
+        rows.append(
+            [
+                arm.arm.label,
+                len(arm.all),
+                _identical(arm),
+                float(np.median([departure.position for departure in departures])) if departures else None,
+                float(np.median(gaps)) if gaps else None,
+                max(gaps) if gaps else None,
+                beyond,
+            ]
+        )
+    sampled = ""
+    if comparison.setting.temperature > 0:
+        sampled = (
+            "; not measured when sampling, where prompt lookup and assistant models draw along their own way: the "
+            "same law, other texts"
+        )
+    return Table(
+        "exactness",
+        "Texts against plain generate's",
+        "An answer departs where its first token differs. Position: of that token in its turn, median. Gap: how much "
+        "the target prefers plain generate's token to the other there, in logits of one forward over the common "
+        f"text{sampled}. In fp32 a gap above 1e-4 is no tie of rounding.",
+        ["arm", "answers", "identical", "position", "gap, median", "gap, largest", "above 1e-4"],
+        rows,
+        digits=4,
+    )
+
+
+def extra_cost_table(comparison: Comparison, costs: list[dict[str, Any]]) -> Table | None:
+    rows = []
+    for cost in costs:
+        if cost["dtype"] != comparison.setting.dtype or "per_round" not in cost:
+            continue
+        if cost["label"] not in {arm.arm.label for arm in comparison.drafted()}:
+            continue
+        parts = {name: 1000 * seconds for name, seconds in cost["per_round"].items()}
+        total = sum(parts.values())
+        rows.append(
+            [
+                cost["label"],
+                *(parts[name] for name in ("rows", "slots", "contemplate_experts", "future_experts", "projections")),
+                total,
+                *(total / emitted for emitted in range(1, MAX_EMITTED + 1)),
+            ]
+        )
+    if not rows:
+        return None
+    return Table(
+        "extra_cost",
+        "What contemplation adds, milliseconds",
+        f"Per round: contemplate rows in the target's forward, soft-prompt slots in it, experts of [con] and of [f], "
+        f"projections of f. Then their sum per emitted token, for rounds that emit 1 to {MAX_EMITTED}. Forwards over "
+        f"a context of {costs[0]['context']} tokens, medians; experts and projections inside a real call.",
+        ["arm", "rows", "slots", "[con] experts", "[f] experts", "projections", "round"]
+        + [f"/{emitted}" for emitted in range(1, MAX_EMITTED + 1)],
+        rows,
+        digits=3,
+    )
+
+
+def curve_table(costs: list[dict[str, Any]]) -> Table | None:
+    curves = [cost for cost in costs if "points" in cost]
+    if not curves:
+        return None
+    return Table(
+        "forward_curve",
+        "The target's forward over the rows of a tree, milliseconds",
+        f"Median; context of {curves[0]['context']} tokens, explicit tree mask, logits of every row.",
+        ["dtype", *(f"{rows}" for rows, _ in curves[0]["points"])],
+        [[cost["dtype"], *(1000 * seconds for _, seconds in cost["points"])] for cost in curves],
+        digits=1,
+    )
+
+
+def parameter_table(costs: list[dict[str, Any]]) -> Table | None:
+    rows: list[list[Any]] = []
+    seen = set()
+    for cost in costs:
+        if "parameters" in cost and cost["draft"] not in seen:
+            seen.add(cost["draft"])
+            parts = cost["parameters"]
+            rows.append([cost["draft"], *parts.values(), sum(parts.values()), cost["slot_bytes"] / 2**20])
+            names = list(parts)
+    if not rows:
+        return None
+    return Table(
+        "parameters",
+        "Parameters of the drafts",
+        "Embeddings that a draft reads from the target are not counted. Slots: the soft prompts' bytes, in MiB.",
+        ["draft", *names, "all", "slots"],
+        rows,
+    )
+
+
+def tables_of(comparison: Comparison, costs: list[dict[str, Any]]) -> list[Table]:
+    """All tables of one setting."""
+    tables = [
+        speed_table(comparison),
+        difference_table(comparison),
+        group_table(comparison, "speedup"),
+        group_table(comparison, "tau"),
+        depth_table(comparison),
+        time_table(comparison),
+        extra_cost_table(comparison, costs),
+        rows_table(comparison),
+        exactness_table(comparison),
+    ]
+    return [table for table in tables if table is not None]

@@ -1,0 +1,404 @@
+"""What a measurement counts, against plain `generate`, recounts from the ids alone and closed forms."""
+
+import json
+from collections import Counter
+from unittest import mock
+
+import pytest
+import torch
+from questions_and_words import QUESTIONS, tiny_tokenizer
+
+from helpers import make_tiny_target
+from transformers_confu import ConFuCandidateGenerator, ConFuDraftModel
+from transformers_confu.draft_tree import DraftTree
+from transformers_confu.evaluation import runner
+from transformers_confu.evaluation.aggregation import Comparison
+from transformers_confu.evaluation.arguments import EvaluationArguments
+from transformers_confu.evaluation.arms import Setting
+from transformers_confu.evaluation.records import Answer
+from transformers_confu.evaluation.runner import measure
+
+
+def rows_of(options, kind="answer"):
+    with open(options["output"], encoding="utf-8") as file:
+        return [row for row in map(json.loads, file) if row["kind"] == kind]
+
+
+def plain_answer(target, prompt, max_new_tokens):
+    ids = torch.tensor([prompt])
+    return target.generate(ids, do_sample=False, max_new_tokens=max_new_tokens)[0, len(prompt) :].tolist()
+
+
+def test_every_arm_answers_every_turn_of_every_question_in_every_run(options):
+    measure(EvaluationArguments(**options))
+    rows = rows_of(options)
+    labels = [
+        "plain generate",
+        "prompt lookup",
+        "EAGLE-3 mode, N = 8",
+        "ConFu, C = 3, N = 8",
+        "ConFu, C = N, N = 8",
+    ]
+    assert Counter((row["run"], row["question_id"], row["label"]) for row in rows) == Counter(
+        (run, str(question["question_id"]), label) for run in range(2) for question in QUESTIONS for label in labels
+    )
+    target, tokenizer = make_tiny_target(), tiny_tokenizer()
+    for row in rows:
+        question = next(q for q in QUESTIONS if str(q["question_id"]) == row["question_id"])
+        assert row["group"] == ("qa" if question["category"] == "qa" else "mt_bench")
+        assert len(row["turns"]) == len(question["turns"]) and row["skipped_turns"] == 0
+        text = ""
+        for said, turn in zip(question["turns"], row["turns"], strict=True):
+            # The template by hand: an "a" before each message, a "b" where the answer starts.
+            prompt = tokenizer(f"{text}a{said}b", add_special_tokens=False)["input_ids"]
+            assert turn["prompt_tokens"] == len(prompt)
+            assert turn["token_ids"] == plain_answer(target, prompt, 12)
+            text += f"a{said}a{tokenizer.decode(turn['token_ids'], skip_special_tokens=True)}"
+            assert turn["seconds"] > 0
+        assert row["departure"] is None
+    orders = {(row["run"], row["question_id"]): [] for row in rows}
+    for row in rows:
+        orders[row["run"], row["question_id"]].append(row["order"])
+    assert all(sorted(order) == list(range(5)) for order in orders.values())
+    assert len({tuple(order) for order in orders.values()}) > 1  # not always the same
+
+
+def test_sampled_texts_are_plain_generations_and_differ_from_run_to_run(options):
+    measure(EvaluationArguments(**options | {"temperatures": [1.0]}))
+    texts = {}
+    for row in rows_of(options):
+        ids = [turn["token_ids"] for turn in row["turns"]]
+        if row["label"] != "prompt lookup":  # which draws along its own way
+            assert row["departure"] is None
+            assert texts.setdefault((row["run"], row["question_id"]), ids) == ids
+    assert texts[0, "81"] != texts[1, "81"]
+
+
+def test_rounds_of_prompt_lookup_are_counted_as_its_forwards_are(options):
+    options |= {"max_new_tokens": [60], "runs": 1, "contemplations": ["0"]}
+    forwards = []
+    own_generate = type(make_tiny_target()).generate
+
+    def counting(target, *args, **kwargs):
+        calls = 0
+
+        def count(*_):
+            nonlocal calls
+            calls += 1
+
+        handle = target.register_forward_pre_hook(count)
+        output = own_generate(target, *args, **kwargs)
+        handle.remove()
+        if kwargs["generation_config"].prompt_lookup_num_tokens:
+            forwards.append((calls, output.shape[1]))
+        return output
+
+    with mock.patch.object(type(make_tiny_target()), "generate", counting):
+        measure(EvaluationArguments(**options))
+    turns = [turn for row in rows_of(options) if row["label"] == "prompt lookup" for turn in row["turns"]]
+    forwards = forwards[1:]  # the warm-up
+    assert [len(turn["rounds"]["emitted"]) + 1 for turn in turns] == [calls for calls, _ in forwards]
+    for turn in turns:
+        first = len(turn["token_ids"]) - sum(turn["rounds"]["emitted"])  # what prefill emitted
+        assert first >= 1
+
+
+# --- a draft whose acceptance is known
+
+
+class Corrupted:
+    r"""
+    In place of the draft's own proposals: chains of the target's own answer, each token spoilt with probability p.
+
+    Whether the token at a place of the answer is spoilt in the round that starts at another place depends on nothing
+    else, so that counts can be made again from the ids alone.
+    """
+
+    def __init__(self, probability: float, depth: int, max_new_tokens: int):
+        self.probability, self.depth, self.max_new_tokens = probability, depth, max_new_tokens
+        self.target = make_tiny_target()
+        self.answers: dict[tuple[int, ...], list[int]] = {}
+        self.prompt: tuple[int, ...] = ()
+
+    def answer(self, prompt: tuple[int, ...]) -> list[int]:
+        if prompt not in self.answers:
+            self.answers[prompt] = plain_answer(self.target, list(prompt), self.max_new_tokens)
+        return self.answers[prompt]
+
+    def spoilt(self, prompt: tuple[int, ...], start: int, place: int) -> bool:
+        seed = hash((prompt, start, place)) % 2**31  # of integers: the same in every process
+        return torch.rand(1, generator=torch.Generator().manual_seed(seed)).item() < self.probability
+
+    def chain(self, prompt: tuple[int, ...], start: int, depth: int) -> list[int]:
+        """Behind the first `start` tokens of the answer."""
+        return [
+            (token + 1) % 97 if self.spoilt(prompt, start, place) else token
+            for place, token in enumerate(self.answer(prompt)[start : start + depth], start=start)
+        ]
+
+    def patches(self):
+        own_decode = ConFuDraftModel.confu_decode
+
+        def decode(draft, target, input_ids, **kwargs):
+            self.prompt = tuple(input_ids[0].tolist())
+            return own_decode(draft, target, input_ids, **kwargs)
+
+        def propose(generator, root_tokens, tree_size, max_depth, future_states):
+            generator._pending = generator._pending[-1:]
+            written = self.max_new_tokens - max_depth - 1
+            tokens = [int(root_tokens[0]), *self.chain(self.prompt, written, min(self.depth, max_depth))]
+            count = len(tokens)
+            return DraftTree.from_parents(
+                torch.tensor([tokens]),
+                torch.tensor([[max(0, i - 1) for i in range(count)]]),
+                -torch.arange(count)[None],
+            )
+
+        return mock.patch.multiple(ConFuDraftModel, confu_decode=decode), mock.patch.object(
+            ConFuCandidateGenerator, "propose", propose
+        )
+
+
+def recount(corrupted, prompt, answer):
+    """Emitted and accepted of each round, from the ids and the chains alone."""
+    emitted, accepted, written = [], [], 1
+    while written < len(answer):
+        chain = corrupted.chain(prompt, written, min(corrupted.depth, len(answer) - written - 1))
+        count = 0
+        while count < len(chain) and chain[count] == answer[written + count]:
+            count += 1
+        accepted.append(count)
+        emitted.append(count + 1)
+        written += count + 1
+    return emitted, accepted
+
+
+def expected(alpha, depth, tokens):
+    """Mean rounds, and mean rounds that accept l or more, of a text of `tokens` tokens in rounds."""
+    rounds, survivors = [0.0], [[0.0] * depth]
+    for left in range(1, tokens + 1):
+        deepest = min(depth, left - 1)
+        law = [alpha**k * (1 - alpha) for k in range(deepest)] + [alpha**deepest]
+        rounds.append(1 + sum(p * rounds[left - k - 1] for k, p in enumerate(law)))
+        survivors.append(
+            [
+                sum(p * ((k > level) + survivors[left - k - 1][level]) for k, p in enumerate(law))
+                for level in range(depth)
+            ]
+        )
+    return rounds[-1], survivors[-1]
+
+
+@pytest.mark.parametrize("probability", [0.2, 0.5])
+def test_a_draft_of_known_acceptance_is_measured_as_the_closed_form_says(options, probability, tmp_path):
+    depth, new_tokens = 4, 80
+    prompts = ["".join("abcdefghi"[(i * j + j) % 9] for i in range(8)) for j in range(12)]
+    questions = tmp_path / "prompts.txt"
+    questions.write_text("\n".join(prompts))
+    options |= {"questions": str(questions), "max_new_tokens": [new_tokens], "tree_sizes": [depth + 1], "runs": 1}
+    options |= {"contemplations": ["0"], "baselines": ["plain"]}
+    corrupted = Corrupted(probability, depth, new_tokens)
+    decode, propose = corrupted.patches()
+    with decode, propose, mock.patch.object(runner, "_warm_up"):
+        file = measure(EvaluationArguments(**options))
+
+    tokenizer = tiny_tokenizer()
+    for row in rows_of(options):
+        if row["arm"]["kind"] == "draft":
+            prompt = tuple(tokenizer(f"a{prompts[int(row['question_id']) - 1]}b")["input_ids"])
+            turn = row["turns"][0]
+            assert turn["token_ids"] == corrupted.answer(prompt)
+            assert (turn["rounds"]["emitted"], turn["rounds"]["accepted"]) == recount(
+                corrupted, prompt, turn["token_ids"]
+            )
+
+    comparison = Comparison(file.answers[0].setting, file.answers)
+    (arm,) = comparison.drafted()
+    result = arm.acceptance()
+    rounds, survivors = expected(1 - probability, depth, new_tokens - 1)
+    count = result["rounds"]
+    assert result["tokens"] == len(prompts) * (new_tokens - 1)
+    assert result["tau"] == pytest.approx((new_tokens - 1) / rounds, rel=0.08)
+    assert comparison.tau(arm).value == result["tau"]
+    for level, survivor in enumerate(survivors):
+        share = survivor / rounds
+        assert result["survival"][level] == pytest.approx(share, abs=4 * (share * (1 - share) / count) ** 0.5)
+        assert result["accepted_by_depth"][level] == round(result["survival"][level] * count)
+        # Far from the end of a text every step is accepted alike; the end of one in 80 tokens takes little off.
+        assert result["conditional"][level] == pytest.approx(1 - probability, abs=0.1)
+
+
+# --- stopping and going on
+
+
+def without_timings(path):
+    def strip(row):
+        if isinstance(row, dict):
+            return {name: strip(value) for name, value in row.items() if name not in ("seconds", "peak_memory_bytes")}
+        return [strip(entry) for entry in row] if isinstance(row, list) else row
+
+    with open(path, encoding="utf-8") as file:
+        return [strip(json.loads(line)) for line in file]
+
+
+@pytest.mark.parametrize(
+    "units, tear", [(0, "between units"), (3, "between units"), (3, "between lines"), (3, "in a line")]
+)
+def test_an_interrupted_measurement_goes_on_as_if_it_had_not_been(options, tmp_path, units, tear):
+    options |= {"temperatures": [0.0, 1.0], "one_factor": True, "runs": 1, "max_new_tokens": [6]}
+    whole = tmp_path / "whole.jsonl"
+    measure(EvaluationArguments(**options | {"output": str(whole)}))
+
+    answered, own = 0, runner.answer_question
+
+    def stop_after(*args, **kwargs):
+        nonlocal answered
+        if answered == units:
+            raise KeyboardInterrupt
+        answered += 1
+        return own(*args, **kwargs)
+
+    with mock.patch.object(runner, "answer_question", stop_after), pytest.raises(KeyboardInterrupt):
+        measure(EvaluationArguments(**options))
+    path = tmp_path / "records.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 1 + units * 5
+    if tear == "between lines":
+        path.write_bytes(b"".join(lines[:-2]))
+    elif tear == "in a line":
+        path.write_bytes(b"".join(lines)[:-20])
+    measure(EvaluationArguments(**options))
+    assert without_timings(path) == without_timings(whole)
+    before = path.read_bytes()
+    with mock.patch.object(runner, "load_models", side_effect=AssertionError("nothing is left to measure")):
+        measure(EvaluationArguments(**options))
+    assert path.read_bytes() == before
+
+
+def test_runs_can_be_added(options):
+    measure(EvaluationArguments(**options | {"runs": 1}))
+    first = rows_of(options)
+    measure(EvaluationArguments(**options | {"runs": 2}))
+    rows = rows_of(options)
+    assert rows[: len(first)] == first and len(rows) == 2 * len(first)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"max_new_tokens": [13]}, {"temperatures": [0.5]}])
+def test_a_file_of_another_measurement_is_refused(options, change, tmp_path):
+    measure(EvaluationArguments(**options | {"runs": 1}))
+    before = (tmp_path / "records.jsonl").read_bytes()
+    (name,) = change
+    with pytest.raises(ValueError, match=f"was measured with {name} = .*; choose another `output`"):
+        measure(EvaluationArguments(**options | change))
+    assert (tmp_path / "records.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["[]\n", "not json\n", '{"kind": "answer"}\n', '{"a": 1}\n{"b": 2}'])
+def test_a_foreign_file_is_refused_and_kept(options, content, tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="records.jsonl"):
+        measure(EvaluationArguments(**options))
+    assert path.read_text() == content
+
+
+# --- texts that depart
+
+
+def test_a_departure_tells_where_and_how_near_it_was(options):
+    target = make_tiny_target()
+    prompt = [2, 5, 9]
+    text = plain_answer(target, prompt, 10)
+    output = target.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=10, output_logits=True, return_dict_in_generate=True
+    )
+    other = list(text)
+    other[6] = (text[6] + 3) % 97
+
+    def answer(ids, temperature=0.0):
+        turn = {"prompt_tokens": 3, "seconds": 1.0, "rounds": None, "peak_memory_bytes": 0, "prompt_hash": ""}
+        return Answer.from_json(
+            {
+                "run": 0,
+                "setting": {"dtype": "float64", "temperature": temperature, "max_new_tokens": 10},
+                "question_id": "1",
+                "category": "qa",
+                "group": "qa",
+                "arm": {"kind": "plain"},
+                "order": 0,
+                "turns": [turn | {"token_ids": ids}],
+                "departure": None,
+            }
+        )
+
+    departure = runner.departure(answer(text), answer(other), [prompt], target)
+    logits = output.logits[6][0]
+    assert (departure.turn, departure.position) == (0, 6)
+    assert departure.gap == pytest.approx(float(logits[text[6]] - logits[other[6]]), abs=1e-5)
+    assert runner.departure(answer(text), answer(text), [prompt], target) is None
+    sampled = runner.departure(answer(text, 1.0), answer(other, 1.0), [prompt], target)
+    assert (sampled.position, sampled.gap) == (6, None)
+    cut = runner.departure(answer(text), answer(text[:4]), [prompt], target)
+    assert (cut.position, cut.gap) == (4, None)
+
+
+# --- what does not fit
+
+
+def test_a_prompt_that_is_too_long_is_named_and_the_others_are_measured(options, tmp_path, caplog):
+    questions = tmp_path / "long.jsonl"
+    long = {"question_id": 7, "category": "rag", "turns": ["abc" * 200]}
+    questions.write_text("".join(json.dumps(question) + "\n" for question in [long, *QUESTIONS]))
+    with mock.patch.object(runner.logger, "warning") as warning:
+        measure(EvaluationArguments(**options | {"questions": str(questions), "runs": 1}))
+    assert {row["question_id"] for row in rows_of(options)} == {"81", "91", "201", "203"}
+    message = warning.call_args_list[0].args
+    assert message[0] % message[1:] == (
+        "Question 7 is left out: 602 tokens and an answer of up to 12 exceed the target's context of 512."
+    )
+
+
+def test_a_later_turn_that_is_too_long_is_counted_as_skipped(options, tmp_path):
+    questions = tmp_path / "long.jsonl"
+    questions.write_text(json.dumps({"question_id": 7, "category": "rag", "turns": ["abc", "abc" * 200, "a"]}))
+    with mock.patch.object(runner.logger, "warning") as warning:
+        measure(EvaluationArguments(**options | {"questions": str(questions), "runs": 1}))
+    assert warning.called
+    assert {(len(row["turns"]), row["skipped_turns"]) for row in rows_of(options)} == {(1, 2)}
+
+
+def test_no_question_fits(options, tmp_path):
+    questions = tmp_path / "long.txt"
+    questions.write_text("abc" * 200)
+    with pytest.raises(ValueError, match="No question fits into the target's context of 512 tokens"):
+        measure(EvaluationArguments(**options | {"questions": str(questions)}))
+
+
+def test_no_draft_where_one_is_said_to_be(options, tmp_path):
+    with pytest.raises(ValueError, match="There is no draft in .*nowhere; give a folder or a Hub id"):
+        measure(EvaluationArguments(**options | {"drafts": [str(tmp_path / "nowhere")]}))
+
+
+def test_answers_end_with_eos_for_all_arms_alike(options, tiny_folders, tmp_path):
+    target = make_tiny_target()
+    prompt = tiny_tokenizer()("aabcdefb")["input_ids"]
+    eos = plain_answer(target, prompt, 12)[5]
+    folder = tmp_path / "target"
+    target.config.eos_token_id = target.generation_config.eos_token_id = eos
+    target.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    options |= {"target": str(folder), "max_turns": 1, "runs": 1}
+    measure(EvaluationArguments(**options))
+    lengths = {}
+    for row in rows_of(options):
+        (turn,) = row["turns"]
+        ids = turn["token_ids"]
+        assert eos not in ids[:-1] and (ids[-1] == eos or len(ids) == 12)
+        assert lengths.setdefault(row["question_id"], len(ids)) == len(ids)
+        if row["arm"]["kind"] == "draft":
+            assert sum(turn["rounds"]["emitted"]) == len(ids) - 1
+    assert lengths["81"] <= 6
+
+
+def test_settings_read_as_what_they_are():
+    assert str(Setting("bfloat16", 0.7, 128)) == "bfloat16, T = 0.7, up to 128 tokens"
