@@ -1,9 +1,17 @@
 """What a ConFu checkpoint is: the sizes of the draft, of its target, and of the future channel between them."""
 
 import copy
+from typing import TYPE_CHECKING
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+
+if TYPE_CHECKING:
+    # Not for types. Transformers names the code of a local checkpoint by a hash over a file and those it imports, and
+    # finds a model's class by its config's class. Without this line two folders that differ in any file but this one
+    # would share a config class, and the second would silently run the code of the first.
+    from .modeling_confu import ConFuDraftModel  # noqa: F401
 
 
 # Kinds of RoPE whose frequencies do not depend on the sequence length, so that a cached key never goes stale.

@@ -430,6 +430,12 @@ class ConFuDraftModel(ConFuPreTrainedModel, GenerationMixin):
         self.generation_config._from_model_config = False
         return super().save_pretrained(*args, **kwargs)
 
+    def load_custom_generate(self, *args: Any, **kwargs: Any):
+        # Asked for when a draft is loaded with its own code: the repository's `custom_generate` is for the target, and
+        # put in the place of the method below it would answer in riddles. Transformers takes OSError for "there is
+        # none".
+        raise OSError("The `custom_generate` of a draft's repository is for the target's `generate`.")
+
     def generate(self, *args: Any, **kwargs: Any):
         raise TypeError(
             "A ConFu draft generates nothing by itself: call `target.generate(**inputs, assistant_model=draft)`. If "
