@@ -38,7 +38,7 @@ def test_use_pipeline(run_example):
 
 
 def test_chat_carries_the_cache_and_the_drafts_state_from_turn_to_turn(run_example):
-    printed = run_example("chat", "--script")
+    printed = run_example("chat")
     assert printed.count("draft state new") == 1
     assert printed.count("draft state carried") == 2
 

@@ -1,4 +1,4 @@
-"""Plain `generate` and ConFu side by side on a small real model: `python -m transformers_confu.demo --help`."""
+"""Plain `generate` and ConFu side by side on a small real model: `confu demo --help`."""
 
 import argparse
 import shutil
@@ -202,7 +202,7 @@ def load_draft(path: str, dtype: torch.dtype) -> ConFuDraftModel:
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit status is 1 if a text differs in float32."""
     parser = argparse.ArgumentParser(
-        prog="python -m transformers_confu.demo",
+        prog="confu demo",
         description="Answer prompts with plain generate and with ConFu, and compare texts and speed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

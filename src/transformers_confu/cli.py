@@ -1,0 +1,107 @@
+"""
+The command line, `confu`: a table of commands, each the `main(argv)` of a module that is imported only when it runs.
+"""
+
+import difflib
+import sys
+import textwrap
+from dataclasses import dataclass
+from importlib import import_module
+
+from . import __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    """A module of this package with a `main(argv)`, one line on what it does, and a call that shows how."""
+
+    module: str
+    summary: str
+    example: str
+
+
+# A command of two words is a part of a group: `confu data` lists its parts.
+COMMANDS = {
+    "demo": Command(
+        "demo",
+        "Plain generate and ConFu side by side on a small real model: same text, other speed.",
+        "confu demo",
+    ),
+    "chat": Command(
+        "chat",
+        "Chat in the terminal with a target and its draft, and watch tau.",
+        "confu chat --target demo",
+    ),
+    "data regenerate": Command(
+        "training.regeneration",
+        "Let the target answer prompts: a draft learns from its target's own answers.",
+        "confu data regenerate --target demo --prompts prompts.jsonl --output answers.jsonl",
+    ),
+    "train": Command(
+        "training.train",
+        "Train a draft: EAGLE-3 core, contemplation warm-up, or everything jointly.",
+        "confu train config.yaml",
+    ),
+    "evaluate": Command(
+        "evaluation.benchmark",
+        "Measure accepted length and speed against plain generate, on questions of your own or a benchmark.",
+        "confu evaluate --draft runs/draft --questions questions.jsonl",
+    ),
+}
+
+DESCRIPTION = "ConFu speculative decoding for Transformers: drafts that see where the target is heading."
+HELP_FLAGS = ("-h", "--help", "help")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command that `argv` (default: the process's arguments) names; its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in HELP_FLAGS:
+        print(overview())
+        return 0
+    if argv[0] == "--version":
+        print(f"transformers-confu {__version__}")
+        return 0
+    for words in (1, 2):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            return run(name, argv[words:])
+    group = {name for name in COMMANDS if name.startswith(f"{argv[0]} ")}
+    if group and (len(argv) == 1 or argv[1] in HELP_FLAGS):
+        print(overview(group))
+        return 0
+    print(unknown(argv, group), file=sys.stderr)
+    return 2
+
+
+def run(name: str, arguments: list[str]) -> int:
+    # The name that parsers of options take for the program's, in their help and errors.
+    sys.argv = [f"confu {name}", *arguments]
+    try:
+        return import_module(f"{__package__}.{COMMANDS[name].module}").main(arguments) or 0
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+
+
+def overview(names: set[str] | None = None) -> str:
+    """Help on some commands, or all."""
+    lines = [] if names else [DESCRIPTION, ""]
+    lines += ["usage: confu COMMAND [options], and confu COMMAND --help for the options", ""]
+    for name, command in COMMANDS.items():
+        if names is None or name in names:
+            lines += [f"  {name}"]
+            lines += textwrap.wrap(command.summary, 90, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            lines += [f"      $ {command.example}"]
+    return "\n".join(lines)
+
+
+def unknown(argv: list[str], group: set[str]) -> str:
+    given = " ".join(argv[: 2 if group else 1])
+    choices = sorted(group or {name for names in COMMANDS for name in (names, names.split()[0])})
+    nearest = difflib.get_close_matches(given, choices, n=1, cutoff=0.0)[0]
+    return f"confu: there is no command `{given}`; did you mean `confu {nearest}`? `confu --help` lists all."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The command line: its table leads to real modules, and its help comes at once and teaches."""
+
+import importlib.util
+import shlex
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+from transformers_confu import cli
+
+
+@pytest.fixture
+def fake_command(monkeypatch):
+    """Let the command `train` be a function; the lists of arguments that it got."""
+    calls = []
+
+    def install(answer=None):
+        def main(argv):
+            calls.append((argv, sys.argv))
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
+        module = ModuleType("fake")
+        module.main = main
+        monkeypatch.setattr(cli, "import_module", lambda name: module)
+        monkeypatch.setattr(sys, "argv", ["confu"])
+        return calls
+
+    return install
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_leads_to_a_module_and_shows_an_example(name):
+    command = cli.COMMANDS[name]
+    assert importlib.util.find_spec(f"transformers_confu.{command.module}") is not None
+    assert len(command.summary.splitlines()) == 1 and command.summary.endswith(".")
+    assert command.example.startswith(f"confu {name}")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_under_its_own_name(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([*name.split(), "--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: confu {name}")
+    # The options of the example exist.
+    options = [word for word in shlex.split(cli.COMMANDS[name].example) if word.startswith("--")]
+    assert all(option in printed for option in options)
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    program = (
+        "import sys; from transformers_confu.cli import main; main(['--help']);"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for name, command in cli.COMMANDS.items():
+        assert f"\n  {name}\n" in result.stdout and f"$ {command.example}\n" in result.stdout
+
+
+@pytest.mark.parametrize("argv", [[], ["-h"], ["--help"], ["help"]])
+def test_without_a_command_all_are_listed(argv, capsys):
+    assert cli.main(argv) == 0
+    assert all(f"\n  {name}\n" in capsys.readouterr().out for name in ["demo"])
+
+
+def test_a_group_lists_its_own_commands(capsys):
+    assert cli.main(["data"]) == cli.main(["data", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n  data regenerate\n") == 2 and "\n  train\n" not in printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "given", "nearest"),
+    [
+        (["trian", "--help"], "trian", "train"),
+        (["evalute"], "evalute", "evaluate"),
+        (["data", "regenrate"], "data regenrate", "data regenerate"),
+        (["dta", "regenerate"], "dta", "data"),
+        (["--target", "demo"], "--target", None),
+    ],
+)
+def test_an_unknown_command_names_the_nearest(argv, given, nearest, capsys):
+    assert cli.main(argv) == 2
+    printed = capsys.readouterr().err
+    assert f"there is no command `{given}`" in printed
+    assert nearest is None or f"did you mean `confu {nearest}`?" in printed
+    assert len(printed.splitlines()) == 1
+
+
+def test_arguments_and_exit_status_go_through(fake_command):
+    calls = fake_command(3)
+    assert cli.main(["data", "regenerate", "--output", "a b"]) == 3
+    assert calls == [(["--output", "a b"], ["confu data regenerate", "--output", "a b"])]
+    fake_command(None)
+    assert cli.main(["train", "config.yaml"]) == 0
+
+
+def test_an_interrupted_command_ends_without_a_traceback(fake_command, capsys):
+    fake_command(KeyboardInterrupt())
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def test_the_version_is_the_packages(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"transformers-confu {importlib.metadata.version('transformers-confu')}\n"
