@@ -60,7 +60,8 @@ def repository_of(model: PreTrainedModel, caller: FrameType) -> str:
 
 def load_draft(repository: str, model: PreTrainedModel, **hub_arguments: Any) -> PreTrainedModel:
     """The draft of a repository or folder, for a target; loaded again only if something about it has changed."""
-    folder, weights = Path(repository), ()
+    folder = Path(repository)
+    weights: tuple[tuple[str, int], ...] = ()
     if folder.is_dir():
         repository = str(folder.resolve())
         weights = tuple((file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors")))
