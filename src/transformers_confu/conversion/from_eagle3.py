@@ -1,0 +1,204 @@
+"""EAGLE-3 drafts of other libraries -> ConFu drafts."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..configuration_confu import ConFuConfig
+from ..modeling_confu import ConFuDraftModel
+from .checkpoints import fetch, load_target_config, read_json, read_target_embeddings, read_weights, some
+from .dialects import dialect_of, read_settings
+
+
+logger = logging.getLogger(__name__)
+
+
+def convert_eagle3(
+    source: str | Path,
+    target: str | Path | PreTrainedConfig | PreTrainedModel,
+    *,
+    dtype: torch.dtype | None = None,
+    hub_arguments: dict[str, Any] | None = None,
+    **overrides: Any,
+) -> ConFuDraftModel:
+    r"""
+    A ConFu draft whose EAGLE-3 mode computes what an EAGLE-3 draft computes.
+
+    The forms of SafeAILab, SGLang and SpecForge, of vLLM's speculators and of DeepSpec are told apart by their config,
+    see `dialects.py`. The future channel is new and untrained, so the draft decodes in EAGLE-3 mode
+    (`confu_contemplation=0` in its generation config) until it is trained.
+
+    ```python
+    >>> draft = convert_eagle3("path/or/repository", target="meta-llama/Llama-3.1-8B-Instruct")
+    >>> draft.save_pretrained("my-confu-draft")
+    ```
+
+    Args:
+        source: Folder or Hub id of the draft: safetensors, sharded or not, or PyTorch files without code.
+        target: The target that it was trained for: a model, a folder or Hub id, or just a configuration. It gives the
+            sizes and special tokens. Of a folder or repository only the file with the embeddings is read, and only if
+            the draft brings a table of the target's width: a copy of the target's is left out, any other is kept.
+        dtype: Of the result; the source's by default.
+        hub_arguments: For downloading `source`: `revision`, `token`, `cache_dir`, ...
+        overrides: Fields of [`ConFuConfig`]: sizes of the future channel, or what the source's config leaves open or
+            says wrongly, such as `target_hidden_state_indices`, `norm_output` or `norm_before_residual`.
+
+    Raises:
+        ValueError: the files are damaged or hold more than tensors; the config contradicts itself, the weights or the
+            target; weights are missing, unexpected or of another shape; or the draft computes something that a ConFu
+            draft cannot.
+    """
+    folder = fetch(source, **(hub_arguments or {}))
+    source_config = read_json(folder / "config.json")
+    weights = _core_names(read_weights(folder))
+    target_config = load_target_config(target).get_text_config(decoder=True)
+    settings = read_settings(source_config, weights.keys(), target_config, overrides)
+    _check_taps(weights, settings["target_hidden_state_indices"], target_config.hidden_size)
+    _check_draft_vocabulary(weights, settings["draft_vocab_size"], target_config.vocab_size)
+    if "embed_tokens.weight" in weights and settings["hidden_size"] == target_config.hidden_size:
+        settings["has_own_embeddings"] = _has_own_embeddings(weights, target, target_config)
+
+    try:
+        config = ConFuConfig.from_target(target_config, **settings)
+    except StrictDataclassError as error:
+        raise ValueError(f"The draft cannot be a ConFu draft: {error.__cause__ or error}") from error
+    dtype = dtype or _dtype_of(weights)
+    draft = ConFuDraftModel._from_config(config, dtype=dtype)
+    _check_names_and_shapes(weights, draft)
+    draft.load_state_dict(weights, strict=False)
+
+    draft.generation_config.confu_contemplation = 0
+    depth = _trained_depth(source_config)
+    if depth is not None:
+        draft.generation_config.confu_depth = depth
+    return draft.eval()
+
+
+def _core_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With `layers.0.` for SafeAILab's `midlayer.`."""
+    renamed = {
+        f"layers.0.{name.removeprefix('midlayer.')}" if name.startswith("midlayer.") else name: tensor
+        for name, tensor in weights.items()
+    }
+    if len(renamed) != len(weights):
+        raise ValueError("The source holds its decoder layer twice, as `midlayer` and as `layers.0`.")
+    return renamed
+
+
+def _check_taps(weights: dict[str, torch.Tensor], taps: list[int], target_hidden_size: int) -> None:
+    """Settle the number of taps before anything else: no other message would name this cause."""
+    fc = weights.get("fc.weight")
+    if fc is not None and fc.ndim == 2 and fc.shape[1] != len(taps) * target_hidden_size:
+        raise ValueError(
+            f"`fc.weight` reads {fc.shape[1]} numbers, but the {len(taps)} taps {taps} of a target of width "
+            f"{target_hidden_size} have {len(taps) * target_hidden_size}. If the source does not say which layers it "
+            "taps, pass `target_hidden_state_indices`."
+        )
+
+
+def _check_draft_vocabulary(weights: dict[str, torch.Tensor], size: int, vocab_size: int) -> None:
+    """Check d2t, EAGLE-3's offsets, against t2d, and complete what a source may leave out; changes `weights`."""
+    offsets, mask = weights.get("d2t"), weights.get("t2d")
+    if offsets is None:
+        if size != vocab_size:
+            raise ValueError(
+                f"The source predicts {size} of {vocab_size} tokens, but has no `d2t`, which says which of them."
+            )
+        if mask is not None and not bool(mask.bool().all()):
+            raise ValueError("The source has a `t2d` that leaves tokens out, but no `d2t`.")
+        weights.pop("t2d", None)
+        return
+    if offsets.dtype.is_floating_point or tuple(offsets.shape) != (size,):
+        raise ValueError(
+            f"`d2t` holds {offsets.dtype} of shape {tuple(offsets.shape)}, expected integers of shape ({size},)."
+        )
+    token_ids = torch.arange(size) + offsets.long()
+    if mask is None:
+        mask = torch.zeros(vocab_size, dtype=torch.bool)
+        mask[token_ids[(token_ids >= 0) & (token_ids < vocab_size)]] = True
+    if tuple(mask.shape) != (vocab_size,):
+        raise ValueError(f"`t2d` has the shape {tuple(mask.shape)}, expected ({vocab_size},), one entry per token.")
+    marked = mask.bool().nonzero()[:, 0]
+    if not torch.equal(marked, token_ids):
+        if torch.equal(marked, offsets.long()):
+            raise ValueError("`d2t` holds token ids, expected offsets: token id minus index.")
+        differ = int((marked != token_ids).sum()) if len(marked) == size else size
+        raise ValueError(
+            f"`d2t` and `t2d` name different tokens: `d2t` leads to {differ} of {size} tokens out of order, twice, "
+            f"outside of 0..{vocab_size - 1} or unknown to `t2d`, which marks {len(marked)}."
+        )
+    weights["d2t"], weights["t2d"] = offsets.long(), mask.bool()
+
+
+def _has_own_embeddings(
+    weights: dict[str, torch.Tensor],
+    target: str | Path | PreTrainedConfig | PreTrainedModel,
+    target_config: PreTrainedConfig,
+) -> bool:
+    """Whether the source's table is worth keeping; a copy of the target's is taken out of `weights`."""
+    ours = weights["embed_tokens.weight"]
+    theirs = read_target_embeddings(target, target_config.vocab_size, target_config.hidden_size)
+    if theirs is None:
+        logger.warning(
+            "The source brings an embedding table, and the target's cannot be read to compare: it is kept, which "
+            "costs memory. Give the target's folder, id or model to leave a mere copy out."
+        )
+        return True
+    if ours.shape == theirs.shape and torch.equal(ours, theirs.to(ours.dtype)):
+        del weights["embed_tokens.weight"]
+        return False
+    return True
+
+
+def _dtype_of(weights: dict[str, torch.Tensor]) -> torch.dtype:
+    """The dtype that holds every weight without loss."""
+    dtype = None
+    for tensor in weights.values():
+        if tensor.is_floating_point():
+            dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
+    return dtype or torch.get_default_dtype()
+
+
+def _check_names_and_shapes(weights: dict[str, torch.Tensor], draft: ConFuDraftModel) -> None:
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in draft.state_dict().items()
+        if not name.startswith("future_channel.")
+    }
+    optional = {"d2t", "t2d"}  # already checked
+    if missing := expected.keys() - weights.keys() - optional:
+        older = {"lm_head.weight", "layers.0.hidden_norm.weight"} <= missing
+        raise ValueError(
+            f"The source lacks weights of an EAGLE-3 draft with its config: {some(missing)}."
+            + (" It looks like a draft of EAGLE-1 or 2, which cannot be converted." if older else "")
+        )
+    if unexpected := weights.keys() - expected.keys():
+        raise ValueError(
+            f"The source has weights that an EAGLE-3 draft with its config has not: {some(unexpected)}. Leaving them "
+            "out would change what it computes."
+        )
+    wrong = [
+        f"{name} is {tuple(tensor.shape)}, expected {expected[name]}"
+        for name, tensor in weights.items()
+        if tuple(tensor.shape) != expected[name]
+    ]
+    if wrong:
+        raise ValueError(f"The source's weights have other shapes than its config says: {'; '.join(wrong[:6])}.")
+    integers = [name for name, tensor in weights.items() if name not in optional and not tensor.is_floating_point()]
+    if integers:
+        raise ValueError(f"The source's {some(integers)} are integers; convert the draft before it was quantised.")
+
+
+def _trained_depth(config: dict[str, Any]) -> int | None:
+    """How many tokens the source was made to draft in a row, if it says so: steps beyond get worse."""
+    if dialect_of(config) == "deepspec":
+        return config.get("ttt_length")
+    methods = (config.get("speculators_config") or {}).get("proposal_methods") or [{}]
+    return methods[0].get("speculative_tokens")
+
+
+__all__ = ["convert_eagle3"]

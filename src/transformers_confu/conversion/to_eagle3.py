@@ -1,0 +1,226 @@
+"""The EAGLE-3 part of ConFu drafts -> checkpoints that other engines serve."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+
+from ..configuration_confu import SPECIAL_TOKENS, ConFuConfig
+from ..generation_confu import ConFuKnobs
+from ..modeling_confu import ConFuDraftModel
+from .checkpoints import load_target_config, read_target_embeddings
+from .dialects import LAYER_IDS
+
+
+def export_eagle3(
+    draft: ConFuDraftModel,
+    folder: str | Path,
+    format: Literal["sglang", "speculators"] = "sglang",
+    target: str | Path | PreTrainedModel | None = None,
+) -> None:
+    r"""
+    Write the EAGLE-3 part of a draft in the form of another library. The future channel stays behind: what is written
+    drafts as this draft does with `confu_contemplation=0`, and its model card says so.
+
+    Args:
+        draft ([`ConFuDraftModel`]): The draft.
+        folder: Where to write; new or empty.
+        format: `"sglang"` is the form of SafeAILab, SGLang and SpecForge, `"speculators"` that of vLLM's speculators.
+        target: The draft's target: a model, a folder or a Hub id. speculators' form holds the target's embeddings and
+            names it; without it only a draft with embeddings of its own can be written so.
+
+    Raises:
+        ValueError: the form cannot express what the draft computes, or the target does not fit.
+        FileExistsError: `folder` holds files.
+    """
+    config = draft.config
+    if format not in ("sglang", "speculators"):
+        raise ValueError(f"`format` is {format!r}; it must be 'sglang' or 'speculators'.")
+    _refuse_what_cannot_be_written(config, format)
+    weights = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in draft.state_dict().items()
+        if not name.startswith("future_channel.")
+    }
+    if config.draft_vocab_size == config.vocab_size:
+        # Every token is predicted; readers of both forms then expect no map.
+        del weights["d2t"], weights["t2d"]
+    if format == "sglang":
+        weights = {
+            f"midlayer.{name.removeprefix('layers.0.')}" if name.startswith("layers.0.") else name: tensor
+            for name, tensor in weights.items()
+        }
+        written = _sglang_config(config, draft.dtype)
+    else:
+        if not config.has_own_embeddings:
+            weights["embed_tokens.weight"] = _target_embeddings(draft, target)
+        depth = getattr(draft.generation_config, "confu_depth", None) or ConFuKnobs().depth
+        written = _speculators_config(config, draft.dtype, depth, target)
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise FileExistsError(
+            f"{folder} is not empty; give a new folder, so that no file of another draft is mixed in."
+        )
+    save_file(weights, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+    (folder / CONFIG_NAME).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _card(format, _name_of(target)).save(folder / "README.md")
+
+
+def _refuse_what_cannot_be_written(config: ConFuConfig, format: str) -> None:
+    refused = {
+        "sglang": {
+            "use_qk_norm": "normalises queries and keys",
+            "norm_before_residual": "normalises the residual",
+            "mlp_bias": "has biases in its MLP",
+        },
+        "speculators": {},
+    }[format]
+    for name, what in refused.items():
+        if getattr(config, name):
+            other = " Use 'speculators'." if name != "mlp_bias" else ""
+            raise ValueError(f"The draft {what} (`{name}`), which the form '{format}' cannot express.{other}")
+    if format == "sglang" and config.has_own_embeddings and config.hidden_size == config.target_hidden_size:
+        raise ValueError(
+            "The draft has embeddings of its own (`has_own_embeddings`), but as wide as its target's, and SGLang "
+            "would replace them by the target's. Use 'speculators'."
+        )
+    taps, layers = config.target_hidden_state_indices, config.target_num_hidden_layers
+    if taps[0] == 0 or taps[-1] == layers:
+        raise ValueError(
+            f"The draft taps the hidden states {taps} of a target of {layers} layers; other engines give neither the "
+            f"embeddings (0) nor the state after the final norm ({layers})."
+        )
+
+
+def _layer_config(config: ConFuConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What both forms say of the decoder layer. RoPE is written in the old words and the new."""
+    rope = dict(config.rope_parameters)
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return {
+        **{
+            name: getattr(config, name)
+            for name in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "head_dim",
+                "hidden_act",
+                "rms_norm_eps",
+                "max_position_embeddings",
+                "attention_bias",
+                "mlp_bias",
+                "initializer_range",
+                *SPECIAL_TOKENS,
+            )
+        },
+        "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if scaling == {"rope_type": "default"} else scaling,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _sglang_config(config: ConFuConfig, dtype: torch.dtype) -> dict[str, Any]:
+    written = _layer_config(config, dtype) | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "draft_vocab_size": config.draft_vocab_size,
+        "eagle_config": {
+            # This form counts outputs of layers: output i is hidden state i + 1.
+            LAYER_IDS: [index - 1 for index in config.target_hidden_state_indices],
+            "use_aux_hidden_state": True,
+        },
+    }
+    if config.target_hidden_size != config.hidden_size:
+        written["target_hidden_size"] = config.target_hidden_size
+    return written | {name: True for name in ("fc_norm", "norm_before_fc", "norm_output") if getattr(config, name)}
+
+
+def _speculators_config(
+    config: ConFuConfig, dtype: torch.dtype, depth: int, target: str | Path | PreTrainedModel | None
+) -> dict[str, Any]:
+    layer = _layer_config(config, dtype) | {"model_type": "qwen3" if config.use_qk_norm else "llama"}
+    return {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {
+                    "proposal_type": "greedy",
+                    "speculative_tokens": depth,
+                    "verifier_accept_k": 1,
+                    "accept_tolerance": 0.0,
+                }
+            ],
+            "verifier": {
+                "name_or_path": _name_of(target),
+                "architectures": [] if target is None else load_target_config(target).architectures or [],
+            },
+        },
+        "transformer_layer_config": layer,
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.target_hidden_size,
+        LAYER_IDS: config.target_hidden_state_indices,
+        "norm_before_residual": config.norm_before_residual,
+        "norm_before_fc": config.norm_before_fc,
+        "fc_norm": config.fc_norm,
+        "norm_output": config.norm_output,
+        "embed_requires_grad": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": layer["torch_dtype"],
+    }
+
+
+def _target_embeddings(draft: ConFuDraftModel, target: str | Path | PreTrainedModel | None) -> torch.Tensor:
+    config = draft.config
+    if target is None:
+        raise ValueError(
+            "speculators' form holds the target's embeddings, and this draft has none of its own; pass `target`."
+        )
+    table = read_target_embeddings(target, config.vocab_size, config.target_hidden_size)
+    if table is None:
+        raise ValueError(
+            f"No embedding table of {config.vocab_size} x {config.target_hidden_size} was found in the target "
+            f"{_name_of(target)}; pass the draft's own target, loaded on this machine if it is quantised."
+        )
+    return table.to(draft.dtype).contiguous()
+
+
+def _name_of(target: str | Path | PreTrainedModel | None) -> str | None:
+    if isinstance(target, PreTrainedModel):
+        return target.config._name_or_path or None
+    return None if target is None else str(target)
+
+
+def _card(format: str, target_name: str | None) -> ModelCard:
+    is_hub_id = target_name is not None and target_name.count("/") == 1 and not Path(target_name).exists()
+    data = ModelCardData(
+        base_model=target_name if is_hub_id else None,
+        tags=["speculative-decoding", "draft-model", "eagle3", format],
+        pipeline_tag="text-generation",
+    )
+    for_target = f" for `{target_name}`" if target_name else ""
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n"
+        f"# EAGLE-3 draft{for_target}\n\n"
+        f"The EAGLE-3 part of a ConFu draft, written in the form '{format}' by transformers-confu. "
+        "**ConFu's future channel is not in it**: it drafts as the ConFu draft does with `confu_contemplation=0`, so "
+        "accepted lengths measured with contemplation do not hold for it.\n\n"
+        "It is a draft for speculative decoding and writes no text by itself.\n"
+    )
+
+
+__all__ = ["export_eagle3"]

@@ -1,0 +1,187 @@
+"""Drafts of every form against EAGLE-3 written out, and decoding with them against plain `generate`."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from eagle3_source import Source, reference_logits
+from helpers import make_tiny_target
+from transformers_confu import ConFuCandidateGenerator, ConFuDraftModel, confu_generation_config
+from transformers_confu.conversion import convert_eagle3
+
+
+PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 8, 9]])
+
+
+@pytest.fixture(scope="module")
+def targets():
+    return {kind: make_tiny_target(kind, num_hidden_layers=8) for kind in ("llama", "qwen3")}
+
+
+def own_table(width: int) -> torch.Tensor:
+    return torch.randn(97, width, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+
+
+def copied_table() -> torch.Tensor:
+    return make_tiny_target("qwen3", num_hidden_layers=8).get_input_embeddings().weight.detach().clone()
+
+
+SOURCES = {
+    "SafeAILab": ("llama", "bin", lambda: Source("flat", (2, 4, 5), says_taps=False)),
+    "SGLang, heads of another size": (
+        "llama",
+        "shards",
+        lambda: Source("flat", (1, 4, 7), head_dim=14, num_heads=3, num_kv_heads=1),
+    ),
+    "full vocabulary": ("llama", "safetensors", lambda: Source("flat", (2, 3, 6), draft_vocab_size=None)),
+    "narrow": (
+        "llama",
+        "safetensors",
+        lambda: Source("flat", (2, 4, 6), hidden_size=24, head_dim=10, embeddings=own_table(24)),
+    ),
+    "wide": (
+        "llama",
+        "safetensors",
+        lambda: Source("speculators", (2, 4, 6), hidden_size=40, head_dim=6, embeddings=own_table(40)),
+    ),
+    "five taps": ("llama", "safetensors", lambda: Source("flat", (0, 2, 3, 5, 7))),
+    "EAGLE-3.1": ("llama", "safetensors", lambda: Source("flat", (2, 4, 6), fc_norm=True, norm_output=True)),
+    "norm before fc, biases, linear RoPE": (
+        "qwen3",
+        "safetensors",
+        lambda: Source("flat", (2, 4, 6), norm_before_fc=True, bias=True, linear_factor=4.0),
+    ),
+    "speculators": (
+        "qwen3",
+        "safetensors",
+        lambda: Source(
+            "speculators",
+            (2, 4, 5),
+            says_taps=False,
+            norm_before_residual=True,
+            says_norm_before_residual=False,
+            embeddings=copied_table(),
+        ),
+    ),
+    "speculators, every other switch": (
+        "qwen3",
+        "shards",
+        lambda: Source(
+            "speculators",
+            (1, 2, 6),
+            norm_output=True,
+            norm_before_fc=True,
+            qk_norm=True,
+            new_rope_words=True,
+            linear_factor=2.0,
+            embeddings=own_table(32),
+        ),
+    ),
+    "DeepSpec": (
+        "qwen3",
+        "safetensors",
+        lambda: Source(
+            "deepspec", (1, 2, 4, 6, 8), draft_vocab_size=None, qk_norm=True, head_dim=12, embeddings=copied_table()
+        ),
+    ),
+}
+
+
+@pytest.fixture(params=SOURCES, scope="module")
+def case(request, targets, tmp_path_factory):
+    """A source, its target, and the converted draft."""
+    kind, files, make = SOURCES[request.param]
+    source, target = make(), targets[kind]
+    folder = source.write(tmp_path_factory.mktemp("source"), files)
+    return source, target, convert_eagle3(folder, target, num_soft_prompts=3)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    # Transformers' norms and rotary embeddings are computed in float32.
+    return torch.allclose(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@torch.no_grad()
+def test_a_converted_draft_computes_what_its_source_computes(case):
+    source, _, draft = case
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(rows: int, width: int) -> torch.Tensor:
+        return torch.randn(rows, width, generator=generator, dtype=torch.float64)
+
+    rows, drafted, first_position = 6, 3, 40
+    hidden_states = [draw(rows, source.target_hidden_size) for _ in range(source.num_target_layers + 1)]
+    embeds = draw(rows + drafted, source.hidden_size)
+    expected = reference_logits(source, hidden_states, embeds, first_position)
+
+    taps = torch.cat([hidden_states[index] for index in draft.config.target_hidden_state_indices], dim=-1)[None]
+    cache = DynamicCache()
+    output = draft(
+        embeds[None, :rows],
+        draft.fuse_taps(taps),
+        first_position + torch.arange(rows)[None],
+        past_key_values=cache,
+        num_queries=1,
+    )
+    logits = [output.logits[0, 0]]
+    for step in range(drafted):
+        row = rows + step
+        position = torch.tensor([[first_position + row]])
+        output = draft(embeds[None, row, None], output.features, position, past_key_values=cache)
+        logits.append(output.logits[0, 0])
+    assert close(torch.stack(logits), expected)
+
+
+@torch.no_grad()
+def test_a_converted_draft_proposes_what_its_source_proposes(case, monkeypatch):
+    """The first chain that decoding drafts: taps of the right layers, rows at the right place, tokens mapped back."""
+    source, target, draft = case
+    hidden_states = target(PROMPT, output_hidden_states=True).hidden_states
+    token = int(target(PROMPT).logits[0, -1].argmax())
+    table = target.get_input_embeddings().weight if source.embeddings is None else source.embeddings
+    offsets = source.weights().get("d2t")
+    tokens = [*PROMPT[0, 1:].tolist(), token]
+    for _ in range(3):
+        embeds = table[torch.tensor(tokens)]
+        choice = int(reference_logits(source, [states[0] for states in hidden_states], embeds)[-1].argmax())
+        tokens.append(choice if offsets is None else choice + int(offsets[choice]))
+
+    proposed = []
+    propose = ConFuCandidateGenerator.propose
+
+    def spy(self, *args, **kwargs):
+        tree = propose(self, *args, **kwargs)
+        proposed.append(tree.tokens[0].tolist())
+        return tree
+
+    monkeypatch.setattr(ConFuCandidateGenerator, "propose", spy)
+    knobs = {"confu_tree_size": 4, "confu_branching": 1, "confu_depth": 3}
+    config = confu_generation_config(target, max_new_tokens=9, do_sample=False, **knobs)
+    target.generate(PROMPT, assistant_model=draft, generation_config=config)
+    assert proposed[0] == tokens[-4:]
+
+
+def test_decoding_with_a_converted_draft_is_exact(case):
+    _, target, draft = case
+    assert draft.generation_config.confu_contemplation == 0
+    plain = target.generate(PROMPT, max_new_tokens=16, do_sample=False)
+    assert torch.equal(target.generate(PROMPT, max_new_tokens=16, do_sample=False, assistant_model=draft), plain)
+    config = confu_generation_config(target, max_new_tokens=16, do_sample=False, confu_contemplation=4)
+    assert torch.equal(target.generate(PROMPT, assistant_model=draft, generation_config=config), plain)
+
+
+def test_every_weight_is_taken_over_bit_by_bit_and_survives_the_disk(case, tmp_path):
+    source, _, draft = case
+    draft.save_pretrained(tmp_path)
+    loaded = ConFuDraftModel.from_pretrained(tmp_path)
+    assert loaded.generation_config.confu_contemplation == 0
+    weights = source.weights()
+    if not draft.config.has_own_embeddings:
+        weights.pop("embed_tokens.weight", None)
+    for model in (draft, loaded):
+        state = model.state_dict()
+        core = {name for name in state if not name.startswith("future_channel.")}
+        assert core - {"d2t", "t2d"} == weights.keys() - {"d2t", "t2d"}
+        for name, tensor in weights.items():
+            assert torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype, name
+    assert torch.equal(loaded.future_channel.soft_prompts, draft.future_channel.soft_prompts)
