@@ -43,7 +43,7 @@ def draft_rows(labels: torch.LongTensor) -> torch.BoolTensor:
     return rows
 
 
-def sample_anchors(labels: torch.LongTensor, replication: int, max_lag: int) -> Anchors:
+def sample_anchors(labels: torch.LongTensor, replication: int, max_lag: int, limit: int | None = None) -> Anchors:
     r"""
     Sample anchors, with PyTorch's global random generator.
 
@@ -59,6 +59,8 @@ def sample_anchors(labels: torch.LongTensor, replication: int, max_lag: int) -> 
         labels (`torch.LongTensor` of shape `(batch, length)`): -100 outside of answers.
         replication (`int`): Rows behind an anchor that use its future prediction, l.
         max_lag (`int`): Greatest depth of a drafted node plus 1.
+        limit (`int`, *optional*): At most so many anchors in a sequence (K of the paper), the others left out by lot.
+            The first row of every answer stays one, also where a sequence has more answers than that.
     """
     rows = draft_rows(labels)
     starts_run = rows.clone()
@@ -66,7 +68,7 @@ def sample_anchors(labels: torch.LongTensor, replication: int, max_lag: int) -> 
     index = torch.arange(rows.shape[1])
     positions, routed_by = [], []
     for is_row, is_start in zip(rows.cpu(), starts_run.cpu(), strict=True):
-        in_text, lagged = [], []
+        in_text, lagged, is_first = [], [], []
         for start in is_start.nonzero()[:, 0].tolist():
             behind = (~is_row[start:]).nonzero()
             stop = start + int(behind[0]) if len(behind) else len(is_row)
@@ -76,9 +78,17 @@ def sample_anchors(labels: torch.LongTensor, replication: int, max_lag: int) -> 
             lag = torch.randint(1, max_lag + 1, anchors.shape)
             in_text.append(anchors)
             lagged.append(torch.maximum(anchors - lag, torch.tensor(start)))
+            is_first.append(anchors == start)
         empty = torch.zeros(0, dtype=torch.long)
-        positions.append(torch.cat(in_text) if in_text else empty)
-        routed_by.append(torch.cat(lagged) if lagged else empty)
+        anchors = torch.cat(in_text) if in_text else empty
+        keep = torch.arange(len(anchors))
+        if limit is not None and len(anchors) > limit:
+            first = torch.cat(is_first)
+            # First rows lead, the others follow in an order drawn by lot.
+            order = (torch.rand(len(anchors)) - first.float()).argsort()
+            keep = order[: max(limit, int(first.sum()))].sort().values
+        positions.append(anchors[keep])
+        routed_by.append(torch.cat(lagged)[keep] if lagged else empty)
 
     # The nearest anchor at or before a row: the running maximum of anchor numbers.
     of_row = torch.full(rows.shape, -1, dtype=torch.long)

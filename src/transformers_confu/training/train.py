@@ -1,17 +1,29 @@
-"""The training command: `python -m transformers_confu.training.train --help`, or with a YAML file of its options."""
+"""The training command: `python -m transformers_confu.training.train run.yaml`, or with options; `--help` lists them.
 
+A YAML file describes one run or several stages, see [`~runs.read_runs`]. A run whose `output_dir` holds a finished run
+of the same options is skipped, an interrupted one continues from its last checkpoint.
+"""
+
+import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from typing import Any
 
 import torch
-from transformers import HfArgumentParser, set_seed
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..configuration_confu import ConFuConfig
-from ..demo_target import load_target
+from ..demo_target import demo_target_path
 from ..modeling_confu import ConFuDraftModel
 from .arguments import ConFuTrainingArguments
-from .data import DatasetReport, load_jsonl, prepare_dataset
+from .data import IGNORE_INDEX, DatasetReport, load_jsonl, prepare_dataset
+from .decoding import DecodingEvaluation
 from .initialisation import warm_start
+from .runs import RunFolder, read_runs
+from .targets import load_frozen_target
 from .trainer import ConFuTrainer
 from .vocabulary import build_draft_vocabulary, count_assistant_tokens
 
@@ -25,63 +37,150 @@ class DraftArguments:
     draft: str | None = field(
         default=None, metadata={"help": "Draft to continue from; a new one, started from the target, if not given."}
     )
-    target_dtype: str = field(default="bfloat16", metadata={"help": "Dtype that the frozen target runs in."})
     draft_vocab_size: int = field(default=8192, metadata={"help": "Target tokens that a new draft can predict."})
-    num_soft_prompts: int = field(default=16, metadata={"help": "Soft prompts of a new draft."})
+    num_soft_prompts: int = field(default=16, metadata={"help": "Soft prompts of a new draft; 0 for none."})
+    num_experts: int = field(
+        default=8,
+        metadata={"help": "Experts of each mixture of a new draft, [con]'s and [f]'s; 1 is a fixed embedding."},
+    )
     instruction: str = field(
         default="Think ahead: what will the assistant say after the coming word? The next words of the answer are",
-        metadata={"help": "Text whose keys and values a new draft's soft prompts start from; cut or repeated to fit."},
+        metadata={
+            "help": "Text whose keys and values a new draft's soft prompts start from, cut or repeated to fit; random "
+            "ones if empty."
+        },
     )
     max_length: int = field(default=512, metadata={"help": "Longest row, in tokens; longer ones are cut."})
     eval_rows: int = field(default=64, metadata={"help": "Rows held out for evaluation, spread over the data."})
+    decoding_prompts: int = field(
+        default=0, metadata={"help": "Prompts of held-out rows that every evaluation decodes in earnest."}
+    )
+    decoding_tokens: int = field(default=64, metadata={"help": "Longest answer of such a decoding, in tokens."})
+    decoding_knobs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Its `confu_*` knobs, as JSON; by default the draft's own, without future in stage core."},
+    )
+
+
+# What else of `TrainingArguments` the outcome of a run depends on, besides what ConFu adds.
+_OPTIMISATION = (
+    *("num_train_epochs", "max_steps", "gradient_accumulation_steps", "seed", "bf16", "fp16", "optim", "optim_args"),
+    *("weight_decay", "adam_beta1", "adam_epsilon", "lr_scheduler_kwargs"),
+)
+_NOT_IN_RECIPE = {
+    *("logging_steps", "remove_unused_columns", "ddp_broadcast_buffers", "target_device_map", "shard_target"),
+    "metric_for_best_model",
+    *("decoding_prompts", "decoding_tokens", "decoding_knobs"),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prepare data and draft, train, save draft and tokenizer into `output_dir`."""
+    """Train, one run after the other; each saves draft and tokenizer into its `output_dir`."""
+    parser = HfArgumentParser((DraftArguments, ConFuTrainingArguments), allow_abbrev=False)
+    names = {option.name for kind in (DraftArguments, ConFuTrainingArguments) for option in fields(kind)}
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((DraftArguments, ConFuTrainingArguments))
-    if len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
-        arguments, training_arguments = parser.parse_yaml_file(argv[0])
-    else:
-        arguments, training_arguments = parser.parse_args_into_dataclasses(argv)
+    # All of them are parsed first: a mistake in the last stage shows before the first one has run.
+    runs = [
+        parser.parse_args_into_dataclasses(options, look_for_args_file=False) for options in read_runs(argv, names)
+    ]
+    for arguments, training_arguments in runs:
+        run(arguments, training_arguments)
+
+
+def run(arguments: DraftArguments, training_arguments: ConFuTrainingArguments) -> None:
+    """One run, from its last checkpoint if it was interrupted; nothing if it is finished."""
+    folder = RunFolder(training_arguments.output_dir, recipe_of(arguments, training_arguments))
+    if folder.finished:
+        say(f"Stage {training_arguments.stage}: finished, in {folder.path}")
+        return
+    checkpoint = training_arguments.resume_from_checkpoint or folder.last_checkpoint()
+    beginning = f"continues from {checkpoint}" if checkpoint else "starts"
+    say(f"Stage {training_arguments.stage}: {beginning}, to {folder.path}")
+    write_record(folder, finished=False)
+
     set_seed(training_arguments.seed)
-
-    files = [arguments.data] if isinstance(arguments.data, str) else arguments.data  # YAML gives what is written
-    rows = [row for path in files for row in load_jsonl(path)]
-    target, tokenizer = load_target(arguments.target, arguments.target_dtype, training_arguments.device)
-    report = DatasetReport()
-    vocab_size = target.config.get_text_config(decoder=True).vocab_size
-    dataset = prepare_dataset(rows, tokenizer, arguments.max_length, vocab_size=vocab_size, report=report)
-    print(report)
-    held_out = range(0, len(dataset), max(1, len(dataset) // max(1, arguments.eval_rows)))[: arguments.eval_rows]
-    train_rows = sorted(set(range(len(dataset))) - set(held_out))
-    if not train_rows:
-        raise ValueError(
-            f"All {len(dataset)} rows are held out by `eval_rows={arguments.eval_rows}`; lower it or give more data."
-        )
-
+    target, tokenizer = load_target_once(
+        arguments.target,
+        training_arguments.target_dtype,
+        training_arguments.device,
+        json.dumps(training_arguments.target_device_map),
+    )
+    train_dataset, eval_dataset = prepare(arguments, target, tokenizer)
     if arguments.draft is not None:
         draft = ConFuDraftModel.from_pretrained(arguments.draft, dtype=torch.float32)
     else:
-        draft = new_draft(target, tokenizer, dataset, arguments)
+        draft = new_draft(target, tokenizer, train_dataset, arguments)
     trainer = ConFuTrainer(
         model=draft,
         target_model=target,
         processing_class=tokenizer,
         args=training_arguments,
-        train_dataset=dataset.select(train_rows),
-        eval_dataset=dataset.select(held_out) if len(held_out) else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
     )
-    trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
-    if len(held_out):
-        print(trainer.evaluate())
+    if arguments.decoding_prompts > 0 and training_arguments.stage != "warm_up":
+        trainer.add_callback(decoding_evaluation(trainer, arguments))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if eval_dataset is not None:
+        say(trainer.evaluate())
     if training_arguments.stage != "warm_up" and not hasattr(draft.generation_config, "confu_depth"):
         # Steps beyond those it was trained for get worse.
         draft.generation_config.confu_depth = training_arguments.ttt_steps
     trainer.save_model()
+    write_record(folder, finished=True)
 
 
-def new_draft(target, tokenizer, dataset, arguments: DraftArguments) -> ConFuDraftModel:
+def recipe_of(arguments: DraftArguments, training_arguments: ConFuTrainingArguments) -> dict[str, Any]:
+    """What the outcome of a run depends on, by name."""
+    added = [name for name in ConFuTrainingArguments.__annotations__ if name not in _NOT_IN_RECIPE]
+    ours = {name: getattr(training_arguments, name) for name in (*added, *_OPTIMISATION)}
+    recipe = {name: value for name, value in asdict(arguments).items() if name not in _NOT_IN_RECIPE} | ours
+    return {name: getattr(value, "value", value) for name, value in recipe.items()}  # enums
+
+
+def write_record(folder: RunFolder, finished: bool) -> None:
+    state = PartialState()
+    state.wait_for_everyone()  # others may still read
+    if state.is_main_process:
+        folder.write(finished)
+
+
+def say(message: object) -> None:
+    if PartialState().is_main_process:
+        print(message, flush=True)
+
+
+@cache
+def load_target_once(
+    name: str, dtype: str, device: torch.device, device_map: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The target, shared by the stages of a command, and its tokenizer; `device_map` as JSON, to be a key."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_target_path() if name == "demo" else name)
+    return load_frozen_target(name, dtype, device, json.loads(device_map)), tokenizer
+
+
+def prepare(
+    arguments: DraftArguments, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset | None]:
+    """Rows to train on, and rows held out, spread evenly over the data."""
+    rows = [row for path in arguments.data for row in load_jsonl(path)]
+    report = DatasetReport()
+    vocab_size = target.config.get_text_config(decoder=True).vocab_size
+    dataset = prepare_dataset(rows, tokenizer, arguments.max_length, vocab_size=vocab_size, report=report)
+    say(report)
+    step = max(1, len(dataset) // max(1, arguments.eval_rows))
+    held_out = range(0, len(dataset), step)[: arguments.eval_rows]
+    train_rows = sorted(set(range(len(dataset))) - set(held_out))
+    if not train_rows:
+        raise ValueError(
+            f"All {len(dataset)} rows are held out by `eval_rows={arguments.eval_rows}`; lower it or give more data."
+        )
+    return dataset.select(train_rows), dataset.select(held_out) if len(held_out) else None
+
+
+def new_draft(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, arguments: DraftArguments
+) -> ConFuDraftModel:
     """A draft warm-started from the target, with a vocabulary by frequency in the answers."""
     eos = target.generation_config.eos_token_id
     vocabulary = build_draft_vocabulary(
@@ -89,11 +188,40 @@ def new_draft(target, tokenizer, dataset, arguments: DraftArguments) -> ConFuDra
         arguments.draft_vocab_size,
         always_include=[eos] if isinstance(eos, int) else eos or (),
     )
-    print(f"Draft vocabulary: {arguments.draft_vocab_size} tokens, {vocabulary.coverage:.1%} of the answers' tokens")
-    ids = torch.tensor(tokenizer(arguments.instruction, add_special_tokens=False)["input_ids"])
-    size = arguments.num_soft_prompts
-    config = ConFuConfig.from_target(target.config, draft_vocab_size=arguments.draft_vocab_size, num_soft_prompts=size)
-    return warm_start(target, vocabulary.token_ids, config, soft_prompt_ids=ids.repeat(-(-size // len(ids)))[:size])
+    say(f"Draft vocabulary: {arguments.draft_vocab_size} tokens, {vocabulary.coverage:.1%} of the answers' tokens")
+    experts = arguments.num_experts
+    config = ConFuConfig.from_target(
+        target.config,
+        draft_vocab_size=arguments.draft_vocab_size,
+        num_soft_prompts=arguments.num_soft_prompts,
+        num_contemplate_experts=experts,
+        num_contemplate_experts_per_token=min(2, experts),
+        num_future_experts=experts,
+        num_future_experts_per_token=min(2, experts),
+    )
+    ids = None
+    if arguments.instruction and arguments.num_soft_prompts > 0:
+        ids = torch.tensor(tokenizer(arguments.instruction, add_special_tokens=False)["input_ids"])
+        ids = ids.repeat(-(-arguments.num_soft_prompts // len(ids)))[: arguments.num_soft_prompts]
+    return warm_start(target, vocabulary.token_ids, config, soft_prompt_ids=ids)
+
+
+def decoding_evaluation(trainer: ConFuTrainer, arguments: DraftArguments) -> DecodingEvaluation:
+    """Decodes the prompts of the first held-out rows."""
+    if trainer.eval_dataset is None:
+        raise ValueError("`decoding_prompts` are those of held-out rows; raise `eval_rows`.")
+    rows = trainer.eval_dataset.select(range(min(arguments.decoding_prompts, len(trainer.eval_dataset))))
+    prompts = [row["input_ids"][: _prompt_length(row["labels"])] for row in rows]
+    knobs = arguments.decoding_knobs
+    knobs = json.loads(knobs) if isinstance(knobs, str) else dict(knobs or {})
+    knobs.setdefault("confu_depth", trainer.args.ttt_steps)
+    if trainer.args.stage == "core":
+        knobs.setdefault("confu_contemplation", 0)
+    return DecodingEvaluation(trainer, prompts, arguments.decoding_tokens, **knobs)
+
+
+def _prompt_length(labels: list[int]) -> int:
+    return max(1, next(index for index, label in enumerate(labels) if label != IGNORE_INDEX))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """`ConFuTrainer`: fine-tune a ConFu draft for a target, on Transformers' `Trainer`."""
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -10,12 +14,50 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..modeling_confu import ConFuDraftModel
 from ..target_runner import check_target
-from .anchors import sample_anchors
-from .arguments import ConFuTrainingArguments
+from .anchors import Anchors, draft_rows, sample_anchors
+from .arguments import PARAMETER_GROUPS, ConFuTrainingArguments, parameter_group
 from .batching import ConFuDataCollator, LengthGroupedTokenBatchSampler
+from .checks import check_dataset, check_tokenizer
 from .data import sequence_lengths
+from .metrics import Counts, warn_of_collapse
 from .objective import Objective, compute_objective
+from .targets import freeze, load_frozen_target, shard
 from .warm_up import compute_foresight
+
+
+class ObjectiveModule(nn.Module):
+    r"""
+    The objective of a batch as the forward of a module that holds the draft.
+
+    It is what accelerate wraps, so that the gradients of several processes meet; the target is no part of it.
+
+    Args:
+        draft ([`ConFuDraftModel`]): Trained.
+        target ([`PreTrainedModel`]): Frozen.
+        args ([`ConFuTrainingArguments`]).
+    """
+
+    def __init__(self, draft: ConFuDraftModel, target: PreTrainedModel, args: ConFuTrainingArguments):
+        super().__init__()
+        self.draft = draft
+        self.args = args
+        self._target = (target,)  # in a tuple, torch does not take it for a submodule
+
+    def forward(self, batch: dict[str, Any]) -> Objective:
+        """Loss and counts of a batch as the collator makes it, with `anchors` besides, except in stage core."""
+        (target,) = self._target
+        texts = (batch["input_ids"], batch["attention_mask"], batch["labels"])
+        if self.args.stage == "warm_up":
+            return compute_foresight(self.draft, target, *texts, batch["anchors"])
+        return compute_objective(
+            self.draft,
+            target,
+            *texts,
+            batch.get("anchors"),
+            self.args.ttt_steps,
+            self.args.ttt_decay,
+            self.args.weight_without_future,
+        )
 
 
 class ConFuTrainer(Trainer):
@@ -34,16 +76,19 @@ class ConFuTrainer(Trainer):
     >>> trainer.save_model()
     ```
 
-    The target is in neither checkpoints nor optimiser, and its parameters stop requiring gradients. Logged beside the
-    loss: accuracy by TTT step (`accuracy_0`, ...), `tau_greedy` (1 + expected number of leading right guesses of a
-    chain, teacher-forced), `future_coverage` (share of draft rows that read a future prediction), and the least and
-    the greatest share of one expert in what each router chose (`contemplate_load_min`, ...: a router has collapsed
-    when they are 0 and 1/K). In the warm-up stage accuracy is that of the contemplate rows' own predictions.
+    The target is in neither checkpoints nor optimiser, and its parameters stop requiring gradients. The loss of a step
+    is the sum over the draft rows of all accumulated batches and all processes, divided by their number: the same
+    step, however the rows are dealt out. A resumed run continues as if it had not been interrupted.
+
+    Logged and evaluated beside the loss: see [`~metrics.Counts.metrics`]. `load_best_model_at_end=True` selects by
+    `tau_greedy`. In the warm-up stage accuracy is that of the contemplate rows' own predictions, and rows are these.
 
     Args:
         model ([`ConFuDraftModel`]): The draft, in float32; see [`warm_start`].
-        target_model ([`PreTrainedModel`]): The target, on the device and in the dtype it shall run in.
+        target_model ([`PreTrainedModel`], peft model or `str`): The target, on the device and in the dtype it shall
+            run in; or its folder or Hub id, loaded as `args.target_dtype` and `args.target_device_map` say.
         args ([`ConFuTrainingArguments`]).
+        processing_class ([`PreTrainedTokenizerBase`], *optional*): The target's tokenizer; saved with the draft.
         train_dataset, eval_dataset: From [`prepare_dataset`].
         kwargs: Whatever `Trainer` takes.
     """
@@ -51,35 +96,60 @@ class ConFuTrainer(Trainer):
     def __init__(
         self,
         model: ConFuDraftModel,
-        target_model: PreTrainedModel,
+        target_model: PreTrainedModel | nn.Module | str,
         args: ConFuTrainingArguments,
         processing_class: PreTrainedTokenizerBase | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         **kwargs: Any,
     ):
-        check_target(target_model, model.config)
-        if args.world_size > 1:
-            raise ValueError(
-                f"{args.world_size} processes: this version of ConFuTrainer trains in one; start it without launcher."
-            )
         if model.dtype != torch.float32:
             raise ValueError(
                 f"The draft is in {model.dtype}; train it in float32 (`model.float()`) and set `bf16=True` for speed."
             )
+        if isinstance(target_model, str):
+            target_model = load_frozen_target(target_model, args.target_dtype, args.device, args.target_device_map)
+        self.target_model = freeze(target_model)
+        check_target(self.target_model, model.config)
+        if processing_class is not None:
+            check_tokenizer(processing_class, self.target_model)
+        steps = 1 if args.stage == "warm_up" else args.ttt_steps
+        if train_dataset is not None:
+            train_dataset = check_dataset(train_dataset, self.target_model, "train_dataset", steps)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: check_dataset(dataset, self.target_model, f"eval_dataset[{name!r}]", steps)
+                for name, dataset in eval_dataset.items()
+            }
+        elif eval_dataset is not None:
+            eval_dataset = check_dataset(eval_dataset, self.target_model, "eval_dataset", steps)
+        if args.shard_target:
+            if args.world_size == 1:
+                raise ValueError("`shard_target` needs several processes; start them with `torchrun` or `accelerate`.")
+            shard(self.target_model, args.device)
         # Several GPUs in one process would mean `DataParallel`, which splits a forward that training never calls and
         # scales the loss by their number.
         args._n_gpu = min(args.n_gpu, 1)
         kwargs.setdefault("data_collator", ConFuDataCollator(pad_token_id=model.config.pad_token_id))
-        # Parameters that this stage cannot teach are left out of the optimiser, whose weight decay would shrink them.
-        model.requires_grad_(args.stage != "warm_up")
-        model.future_channel.requires_grad_(args.stage == "joint")
-        model.future_channel.soft_prompts.requires_grad_(args.stage != "core")
-        model.future_channel.contemplate_token.requires_grad_(args.stage != "core")
-        super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
-        # The loss below is already divided by the number of answer tokens of the whole accumulated batch.
+        # Parameters that this run shall not teach are left out of the optimiser, whose weight decay would shrink them.
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter_group(name) in args.taught)
+        super().__init__(
+            model=model,
+            args=args,
+            processing_class=processing_class,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        # The loss below is already divided by the number of rows of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.target_model = target_model.eval().requires_grad_(False)
-        self._counts = {"train": _Counts(), "eval": _Counts()}
+        self._objective = ObjectiveModule(model, self.target_model, args)
+        self._counts = {"train": self._no_counts(), "eval": self._no_counts()}
+        self._collapsed: set[str] = set()
+
+    # Data
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
@@ -88,113 +158,134 @@ class ConFuTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
         if dataset is None:
             raise ValueError("Evaluation needs an `eval_dataset`; make one with `prepare_dataset`.")
         return self._token_batches(dataset, shuffle=False)
 
     def _token_batches(self, dataset: Any, shuffle: bool) -> DataLoader:
         sampler = LengthGroupedTokenBatchSampler(
-            sequence_lengths(dataset), self.args.tokens_per_batch, seed=self.args.seed, shuffle=shuffle
+            sequence_lengths(dataset),
+            self.args.tokens_per_batch,
+            seed=self.args.seed,
+            shuffle=shuffle,
+            num_processes=self.args.world_size,
+            process_index=self.args.process_index,
         )
-        return self.accelerator.prepare(
-            DataLoader(
-                dataset,
-                batch_sampler=sampler,
-                collate_fn=self.data_collator,
-                num_workers=self.args.dataloader_num_workers,
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        # The sampler already deals batches out to the processes.
+        return prepare_data_loader(
+            loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
+        """The batches of one step, with their anchors, and the number of rows that all processes train on in it."""
+        batches = list(islice(epoch_iterator, num_batches))
+        if not batches:
+            return batches, None
+        if self.args.stage != "core":
+            for number, batch in enumerate(batches):
+                # A pure function of the step: a resumed run draws the same, and nothing else depends on it.
+                place = (self.args.seed, self.state.global_step, number, self.args.process_index)
+                batch["anchors"] = self._draw_anchors(batch["labels"], place)
+        if self.args.stage == "warm_up":
+            rows = sum(batch["anchors"].exists.sum() for batch in batches)
+        else:
+            rows = sum(draft_rows(batch["labels"]).sum() for batch in batches)
+        return batches, self.accelerator.reduce(rows.to(device), reduction="sum")
+
+    def _draw_anchors(self, labels: torch.LongTensor, place: tuple[int, ...]) -> Anchors:
+        with torch.random.fork_rng(devices=[]):  # anchors are drawn on the CPU
+            torch.default_generator.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+            return sample_anchors(
+                labels, self.args.replication, self.args.max_lag, limit=self.args.anchors_per_sequence
             )
-        )
+
+    # Optimisation
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """What Trainer calls with a batch: never the draft itself, but the objective around it."""
+        if not training:
+            return self._objective
+        return self.accelerator.prepare_model(self._objective) if model is self.model else model
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimiser, its parameters grouped so that each has the learning rate of its group."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new:
+            group_of = {parameter: parameter_group(name) for name, parameter in self.model.named_parameters()}
+            optimizer.param_groups = [
+                group | {"params": members, "lr": self.args.learning_rates[name]}
+                for name in PARAMETER_GROUPS
+                for group in optimizer.param_groups
+                if (members := [parameter for parameter in group["params"] if group_of[parameter] == name])
+            ]
+        return optimizer
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Objective]:
-        draft = self.accelerator.unwrap_model(model)
-        anchors = None
-        if self.args.stage != "core":
-            anchors = sample_anchors(inputs["labels"], self.args.replication, self.args.max_lag)
-        texts = (inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
-        if self.args.stage == "warm_up":
-            objective = compute_foresight(draft, self.target_model, *texts, anchors)
-        else:
-            objective = compute_objective(
-                draft,
-                self.target_model,
-                *texts,
-                anchors,
-                self.args.ttt_steps,
-                self.args.ttt_decay,
-                self.args.weight_without_future,
-            )
-        answer_tokens = (inputs["labels"] != -100).sum()
-        self._counts["train" if model.training else "eval"].add(objective, answer_tokens)
-        items = num_items_in_batch if num_items_in_batch is not None else answer_tokens
-        loss = objective.loss_sum / max(items, 1)  # a batch without an answer teaches nothing, and must not give NaN
+        with self.accelerator.autocast():
+            objective: Objective = model(inputs)
+        self._counts["train" if model.training else "eval"].add(objective)
+        rows = objective.rows if num_items_in_batch is None else num_items_in_batch
+        # Gradients are averaged over processes; the loss is of the rows of all of them.
+        copies = 1 if num_items_in_batch is None else self.args.world_size
+        loss = objective.loss_sum * (copies / max(rows, 1))
         return (loss, objective) if return_outputs else loss
 
+    # Evaluation and metrics
+
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, None, None]:
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, _ = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        return loss, None, None
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[None, None, None]:
+        """Count one batch. Trainer would average the losses of batches, which are of unequal size."""
+        inputs = self._prepare_inputs(inputs)
+        if self.args.stage != "core":
+            place = (self.args.seed, self.args.process_index, self._evaluated)
+            inputs["anchors"] = self._draw_anchors(inputs["labels"], place)  # the same at every evaluation
+        self._evaluated += 1
+        with torch.no_grad():
+            self.compute_loss(model, inputs)
+        return None, None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        self._counts["eval"] = _Counts()
-        # The same anchors at every evaluation, and none of training's random numbers spent on them; iterating over a
-        # DataLoader alone would spend one. Anchors are drawn on the CPU.
+        self._counts["eval"] = self._no_counts()
+        self._evaluated = 0
+        # Iterating over a DataLoader spends one of training's random numbers.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.args.seed)
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        # Trainer's own average weighs a batch of few tokens like one of many.
-        metrics = {"loss": self._counts["eval"].loss} | self._counts["eval"].metrics()
+        counts = self._counts["eval"].over_processes(self.accelerator)
+        self._warn_of_collapse(counts)
+        metrics = {"loss": counts.loss} | counts.metrics()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs = logs | self._counts["train"].metrics()
-            self._counts["train"] = _Counts()
+            counts = self._counts["train"].over_processes(self.accelerator)
+            self._counts["train"] = self._no_counts()
+            self._warn_of_collapse(counts)
+            logs = logs | counts.metrics()
         super().log(logs, *args, **kwargs)
 
+    def _no_counts(self) -> Counts:
+        return Counts(self.model.config, 1 if self.args.stage == "warm_up" else self.args.ttt_steps)
 
-class _Counts:
-    """Sums over batches of what the metrics are made of."""
-
-    def __init__(self) -> None:
-        self.counted = self.correct = self.correct_so_far = torch.zeros((), dtype=torch.long)
-        self.loss_sum = torch.zeros(())
-        self.answer_tokens = torch.zeros((), dtype=torch.long)
-        self.rows = self.rows_with_future = 0
-        self.loads: dict[str, torch.Tensor] = {}
-
-    def add(self, objective: Objective, answer_tokens: torch.Tensor) -> None:
-        self.loss_sum = self.loss_sum + objective.loss_sum.detach()
-        self.answer_tokens = self.answer_tokens + answer_tokens
-        self.counted = self.counted + objective.counted
-        self.correct = self.correct + objective.correct
-        self.correct_so_far = self.correct_so_far + objective.correct_so_far
-        self.rows += objective.rows
-        self.rows_with_future += objective.rows_with_future
-        for name in ("contemplate_load", "future_load"):
-            if (load := getattr(objective, name)) is not None:
-                self.loads[name] = self.loads.get(name, 0) + load
-
-    @property
-    def loss(self) -> float:
-        return float(self.loss_sum / self.answer_tokens.clamp(min=1))
-
-    def metrics(self) -> dict[str, float]:
-        if self.rows == 0:
-            return {}
-        counted = self.counted.clamp(min=1)
-        metrics = {f"accuracy_{step}": round(value, 4) for step, value in enumerate((self.correct / counted).tolist())}
-        metrics["tau_greedy"] = round(1 + float((self.correct_so_far / counted).sum()), 4)
-        metrics["future_coverage"] = round(self.rows_with_future / self.rows, 4)
-        for name, load in self.loads.items():
-            shares = load / load.sum().clamp(min=1)
-            metrics |= {f"{name}_min": round(float(shares.min()), 4), f"{name}_max": round(float(shares.max()), 4)}
-        return metrics
+    def _warn_of_collapse(self, counts: Counts) -> None:
+        for router in set(counts.collapsed_routers()) - self._collapsed:
+            self._collapsed.add(router)
+            warn_of_collapse(router, self.model.config)

@@ -1,0 +1,86 @@
+"""What can be wrong with the data of a training run, said before any work is lost."""
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .data import IGNORE_INDEX
+
+
+logger = logging.get_logger(__name__)
+
+_ROWS_PER_READ = 1000
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel) -> None:
+    """Refuse a tokenizer that has more tokens than the target; fewer are usual, as embeddings are padded."""
+    vocab_size = target.config.get_text_config(decoder=True).vocab_size
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, {type(target).__name__} only {vocab_size}: use the target's "
+            "own tokenizer."
+        )
+
+
+def check_dataset(dataset: Dataset, target: PreTrainedModel, name: str, num_steps: int) -> Dataset:
+    """
+    Refuse data that the target cannot read or the draft cannot learn from.
+
+    Args:
+        dataset: From `prepare_dataset`.
+        target: The target.
+        name: What the caller calls the dataset.
+        num_steps: TTT steps.
+
+    Returns:
+        The dataset, without the rows that have nothing to learn from; they are reported.
+    """
+    if missing := [column for column in ("input_ids", "labels") if column not in dataset.column_names]:
+        raise ValueError(
+            f"`{name}` has the columns {', '.join(dataset.column_names)} and lacks {', '.join(missing)}; make it with "
+            "`prepare_dataset`."
+        )
+    config = target.config.get_text_config(decoder=True)
+    useful = []
+    longest_answer = longest_row = greatest_id = 0
+    for batch in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=_ROWS_PER_READ):
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            answer = _longest_answer(np.asarray(labels[1:]))  # nothing foretells a first token
+            useful.append(answer >= 2)
+            longest_answer = max(longest_answer, answer)
+            longest_row = max(longest_row, len(ids))
+            greatest_id = max(greatest_id, max(ids, default=0))
+    if greatest_id >= config.vocab_size:
+        raise ValueError(
+            f"`{name}` holds the token id {greatest_id}, but {type(target).__name__} has {config.vocab_size} tokens: "
+            "prepare the data with the target's tokenizer."
+        )
+    if not any(useful):
+        raise ValueError(
+            f"None of the {len(useful)} rows of `{name}` holds two answer tokens in a row (labels other than "
+            f"{IGNORE_INDEX}), so there is nothing to learn: did `max_length` cut the answers away?"
+        )
+    if num_steps > longest_answer - 1:
+        raise ValueError(
+            f"`ttt_steps` is {num_steps}, but the longest answer of `{name}` has {longest_answer} tokens, which serve "
+            f"{longest_answer - 1} steps at most; lower `ttt_steps` or give longer answers."
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and longest_row > positions:
+        raise ValueError(
+            f"`{name}` has a row of {longest_row} tokens, but {type(target).__name__} was made for {positions} "
+            "(`max_position_embeddings`); prepare the data with a lower `max_length`."
+        )
+    if all(useful):
+        return dataset
+    logger.warning(
+        "%d of %d rows of `%s` have no answer to learn from; left out.", useful.count(False), len(useful), name
+    )
+    return dataset.select(np.flatnonzero(useful))
+
+
+def _longest_answer(labels: np.ndarray) -> int:
+    """Length of the longest run of labels that are not ignored."""
+    borders = np.flatnonzero(np.diff(np.concatenate([[False], labels != IGNORE_INDEX, [False]])))
+    return int(np.diff(borders)[::2].max(initial=0))

@@ -1,0 +1,141 @@
+"""What a training command is asked to do: runs, from a YAML file and options, and how far each of them has come."""
+
+import difflib
+import json
+from argparse import ArgumentParser
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+# Trainer writes it last.
+_LAST_FILE_OF_CHECKPOINT = "trainer_state.json"
+# Names with a leading underscore are not uploaded by Trainer.
+_RECORD = "_run.json"
+
+
+def read_runs(argv: list[str], names: Collection[str]) -> list[list[str]]:
+    r"""
+    The options of every run of a command line: one run, or one for each stage of a YAML file.
+
+    The command line is options alone, or a YAML file and options that override it. The file maps option names to
+    values. With an entry `stages`, a list of such mappings, it describes one run for each, which the other entries are
+    common to. Unless it says otherwise, a stage writes to the folder of its name in `output_dir`, and starts from the
+    draft of the stage before it.
+
+    Values reach the parser of the command line as text, so that a number means the same in both places (to YAML,
+    `1e-4` is a string).
+
+    Args:
+        argv: Command line without the program's name.
+        names: Names of all options.
+
+    Returns:
+        For each run a command line of options alone.
+    """
+    if not argv or not argv[0].endswith((".yaml", ".yml")):
+        return [argv]
+    path, overrides = argv[0], argv[1:]
+    settings = yaml.safe_load(Path(path).read_text())
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no options; write one `name: value` a line.")
+    stages = settings.pop("stages", None)
+    if stages is None:
+        _check_names(settings, names, path)
+        return [_as_options(settings) + overrides]
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) and "stage" in stage for stage in stages):
+        raise ValueError(f"`stages` of {path} must be a list of mappings, each with at least a `stage`.")
+
+    # An `output_dir` of the command line is the common one.
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output_dir", "--output-dir", default=settings.get("output_dir"))
+    common, overrides = parser.parse_known_args(overrides)
+    if common.output_dir is None:
+        raise ValueError(f"{path} has stages and no `output_dir`; name the folder that theirs shall lie in.")
+    runs: list[list[str]] = []
+    folders: list[str] = []
+    draft = settings.get("draft")
+    for stage in stages:
+        default = {"output_dir": str(Path(common.output_dir) / str(stage["stage"])), "draft": draft}
+        run = settings | default | stage
+        _check_names(run, names, path)
+        if run["output_dir"] in folders:
+            raise ValueError(f"Two stages of {path} write to {run['output_dir']}; give one another `output_dir`.")
+        folders.append(run["output_dir"])
+        draft = run["output_dir"]
+        runs.append(_as_options(run) + overrides)
+    return runs
+
+
+def _check_names(settings: dict[str, Any], names: Collection[str], path: str) -> None:
+    for name in settings:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"; did you mean `{near[0]}`?" if near else "."
+            raise ValueError(f"{path}: no option is called `{name}`{hint}")
+
+
+def _as_options(settings: dict[str, Any]) -> list[str]:
+    options = []
+    for name, value in settings.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            options += [f"--{name}", *map(str, value)]
+        else:
+            options.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return options
+
+
+class RunFolder:
+    r"""
+    The output folder of a run, and how far the run has come.
+
+    Args:
+        path: The folder.
+        recipe: What the outcome of the run depends on, by name; JSON values.
+
+    Raises:
+        ValueError: the folder holds a run with another recipe.
+    """
+
+    def __init__(self, path: str | Path, recipe: dict[str, Any]):
+        self.path = Path(path)
+        self.recipe = json.loads(json.dumps(recipe))
+        record = json.loads(text) if (text := self._read()) else {"recipe": self.recipe, "finished": False}
+        self.finished: bool = record["finished"]
+        changed = [
+            f"{name} was {record['recipe'].get(name)!r}, is {self.recipe.get(name)!r}"
+            for name in sorted({*record["recipe"], *self.recipe})
+            if record["recipe"].get(name) != self.recipe.get(name)
+        ]
+        if changed:
+            state = "a finished" if self.finished else "an interrupted"
+            raise ValueError(
+                f"{self.path} holds {state} run with other options ({'; '.join(changed)}): use another `output_dir`, "
+                "or delete this one to train anew."
+            )
+
+    def _read(self) -> str | None:
+        record = self.path / _RECORD
+        return record.read_text() if record.exists() else None
+
+    def write(self, finished: bool) -> None:
+        """Record that the run is under way, or finished."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / _RECORD).write_text(json.dumps({"finished": finished, "recipe": self.recipe}, indent=2))
+
+    def last_checkpoint(self) -> str | None:
+        """Folder of the newest checkpoint of a recorded run that was written to its end, if there is one."""
+        if self._read() is None:
+            return None
+        steps = {
+            int(folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")): folder
+            for folder in self.path.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+            if folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdecimal()
+            and (folder / _LAST_FILE_OF_CHECKPOINT).exists()
+        }
+        return str(steps[max(steps)]) if steps else None
