@@ -8,6 +8,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..configuration_confu import ConFuConfig
 from ..demo_target import demo_target_path
 from ..modeling_confu import ConFuDraftModel
 from .arguments import ConFuTrainingArguments
-from .data import IGNORE_INDEX, DatasetReport, load_jsonl, prepare_dataset
+from .data import IGNORE_INDEX, DatasetReport, load_rows, prepare_dataset
 from .decoding import DecodingEvaluation
 from .initialisation import warm_start
 from .runs import RunFolder, read_runs
@@ -33,7 +34,7 @@ class DraftArguments:
     """Target, data and draft of a training run."""
 
     target: str = field(metadata={"help": "Target: a Hub id, a folder, or 'demo' for SmolLM2-135M-Instruct."})
-    data: list[str] = field(metadata={"help": "JSONL files (.gz too) of rows that `prepare_dataset` reads."})
+    data: list[str] = field(metadata={"help": "Rows that `prepare_dataset` reads: JSONL files, folders, Hub datasets (`id:split`)."})
     draft: str | None = field(
         default=None, metadata={"help": "Draft to continue from; a new one, started from the target, if not given."}
     )
@@ -163,7 +164,7 @@ def prepare(
     arguments: DraftArguments, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset, Dataset | None]:
     """Rows to train on, and rows held out, spread evenly over the data."""
-    rows = [row for path in arguments.data for row in load_jsonl(path)]
+    rows = chain.from_iterable(map(load_rows, arguments.data))
     report = DatasetReport()
     vocab_size = target.config.get_text_config(decoder=True).vocab_size
     dataset = prepare_dataset(rows, tokenizer, arguments.max_length, vocab_size=vocab_size, report=report)
