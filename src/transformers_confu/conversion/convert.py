@@ -1,4 +1,4 @@
-"""The conversion command: `python -m transformers_confu.conversion.convert in|out --help`."""
+"""The conversion command: `confu convert in|out --help`, or `python -m transformers_confu.conversion.convert`."""
 
 import argparse
 import sys
@@ -10,9 +10,8 @@ from .from_eagle3 import convert_eagle3
 from .to_eagle3 import export_eagle3
 
 
-def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=prog or "python -m transformers_confu.conversion.convert",
         description="Make a ConFu draft of an EAGLE-3 draft, or write a ConFu draft's EAGLE-3 part for other engines.",
     )
     directions = parser.add_subparsers(dest="direction", required=True)
@@ -58,9 +57,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """The command; its exit status. `prog` is what a front calls it."""
-    arguments = make_parser(prog).parse_args(argv)
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit status."""
+    arguments = make_parser().parse_args(argv)
     try:
         if arguments.direction == "in":
             overrides = {

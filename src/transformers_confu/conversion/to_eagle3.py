@@ -167,7 +167,7 @@ def _speculators_config(
             ],
             "verifier": {
                 "name_or_path": _name_of(target),
-                "architectures": [] if target is None else load_target_config(target).architectures or [],
+                "architectures": _architectures_of(target),
             },
         },
         "transformer_layer_config": layer,
@@ -203,6 +203,12 @@ def _name_of(target: str | Path | PreTrainedModel | None) -> str | None:
     if isinstance(target, PreTrainedModel):
         return target.config._name_or_path or None
     return None if target is None else str(target)
+
+
+def _architectures_of(target: str | Path | PreTrainedModel | None) -> list[str]:
+    if isinstance(target, PreTrainedModel):
+        return [type(target).__name__]
+    return [] if target is None else load_target_config(target).architectures or []
 
 
 def _card(format: str, target_name: str | None) -> ModelCard:

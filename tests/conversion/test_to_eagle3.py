@@ -1,0 +1,187 @@
+"""Round trips through the forms of other libraries, and what they cannot express."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from eagle3_source import Source
+from helpers import make_tiny_draft, make_tiny_target
+from transformers_confu import ConFuDraftModel
+from transformers_confu.conversion import convert_eagle3, export_eagle3
+from transformers_confu.conversion.convert import main
+from transformers_confu.conversion.dialects import read_settings
+
+
+@pytest.fixture(scope="module")
+def target():
+    return make_tiny_target(num_hidden_layers=8, eos_token_id=[2, 5])
+
+
+def table(width: int = 32) -> torch.Tensor:
+    return torch.randn(97, width, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+
+
+def targets_table() -> torch.Tensor:
+    return make_tiny_target(num_hidden_layers=8).get_input_embeddings().weight.detach().clone()
+
+
+SOURCES = {
+    "flat": Source("flat", (1, 4, 7)),
+    "flat, narrow": Source("flat", (2, 4, 6), hidden_size=24, head_dim=10, embeddings=table(24)),
+    "flat, full vocabulary": Source("flat", (2, 4, 6), draft_vocab_size=None),
+    "flat, EAGLE-3.1": Source("flat", (2, 4, 6), fc_norm=True, norm_output=True),
+    "flat, biases and RoPE": Source("flat", (1, 2, 3, 5, 7), norm_before_fc=True, bias=True, linear_factor=4.0),
+    "speculators": Source("speculators", (2, 4, 6), norm_before_residual=True, embeddings=targets_table()),
+    "speculators, not so": Source("speculators", (2, 4, 6), norm_before_residual=False, embeddings=targets_table()),
+    "speculators, every switch": Source(
+        "speculators", (1, 2, 5), norm_output=True, fc_norm=True, qk_norm=True, bias=True, embeddings=table()
+    ),
+    "speculators, wide": Source("speculators", (2, 4, 6), hidden_size=40, linear_factor=2.0, embeddings=table(40)),
+    "speculators, full vocabulary": Source("speculators", (2, 4, 6), draft_vocab_size=None, embeddings=table()),
+}
+FORMS = {"flat": "sglang", "speculators": "speculators"}
+
+
+def read_folder(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
+def test_in_and_out_gives_the_source_back(source, target, tmp_path):
+    source.write(tmp_path / "source")
+    export_eagle3(convert_eagle3(tmp_path / "source", target), tmp_path / "out", FORMS[source.form], target)
+    config, weights = read_folder(tmp_path / "source")
+    out_config, out_weights = read_folder(tmp_path / "out")
+    assert out_weights.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(out_weights[name], tensor) and out_weights[name].dtype == tensor.dtype, name
+    names = {name.replace("midlayer.", "layers.0.") for name in weights}
+    # Of the length, the greater is written: a draft's own may only be that of its training.
+    settings = read_settings(config, names, target.config, {})
+    assert read_settings(out_config, names, target.config, {}) == settings
+    layer, out_layer = (c.get("transformer_layer_config", c) for c in (config, out_config))
+    assert (layer["max_position_embeddings"], out_layer["max_position_embeddings"]) == (64, 512)
+    assert (out_layer["eos_token_id"], out_layer["bos_token_id"]) == ([2, 5], 1)
+
+
+@pytest.mark.parametrize("form", ["sglang", "speculators"])
+@pytest.mark.parametrize("name", [name for name, source in SOURCES.items() if source.form == "flat"])
+def test_out_and_in_gives_the_draft_back(name, form, target, tmp_path):
+    SOURCES[name].write(tmp_path / "source")
+    draft = convert_eagle3(tmp_path / "source", target)
+    export_eagle3(draft, tmp_path / "out", form, target)
+    again = convert_eagle3(tmp_path / "out", target)
+    assert again.config.to_dict() == draft.config.to_dict()
+    state = again.state_dict()
+    for key, tensor in draft.state_dict().items():
+        if not key.startswith("future_channel."):
+            assert torch.equal(state[key], tensor) and state[key].dtype == tensor.dtype, key
+
+
+def test_the_words_of_the_forms(target, tmp_path):
+    draft = make_tiny_draft(target, draft_vocab_size=40, target_hidden_state_indices=[2, 4, 5])
+    draft.generation_config.confu_depth = 5
+    export_eagle3(draft, tmp_path / "sglang", "sglang")
+    config, weights = read_folder(tmp_path / "sglang")
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["model_type"] == "llama"
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]  # outputs of layers
+    assert (config["vocab_size"], config["draft_vocab_size"], config["num_hidden_layers"]) == (97, 40, 1)
+    assert (config["rope_theta"], config["rope_scaling"], config["torch_dtype"]) == (10000.0, None, "float64")
+    assert "midlayer.self_attn.q_proj.weight" in weights and "embed_tokens.weight" not in weights
+    assert not any(name.startswith(("layers.", "future_channel.")) for name in weights)
+
+    export_eagle3(draft, tmp_path / "speculators", "speculators", target)
+    config, weights = read_folder(tmp_path / "speculators")
+    assert "model_type" not in config and config["speculators_model_type"] == "eagle3"
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]  # inputs of layers
+    assert config["norm_before_residual"] is False  # which readers would else take for true
+    assert config["transformer_layer_config"]["vocab_size"] == 97 and config["draft_vocab_size"] == 40
+    proposal = config["speculators_config"]["proposal_methods"][0]
+    assert proposal["speculative_tokens"] == 5
+    assert config["speculators_config"]["verifier"]["architectures"] == ["LlamaForCausalLM"]
+    assert torch.equal(weights["embed_tokens.weight"], target.get_input_embeddings().weight)
+    assert "layers.0.self_attn.q_proj.weight" in weights
+
+
+@pytest.mark.parametrize("form", ["sglang", "speculators"])
+def test_the_card_says_that_the_future_channel_is_left_out(form, target, tmp_path):
+    export_eagle3(make_tiny_draft(target), tmp_path, form, target)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "**ConFu's future channel is not in it**" in card.text and "`confu_contemplation=0`" in card.text
+    assert {"eagle3", form} <= set(card.data.tags)
+
+
+REFUSED = {
+    "normalised heads": (
+        {"use_qk_norm": True},
+        "sglang",
+        "normalises queries and keys (`use_qk_norm`), which the form",
+    ),
+    "normalised residual": ({"norm_before_residual": True}, "sglang", "normalises the residual"),
+    "biases in the MLP": ({"mlp_bias": True}, "sglang", "has biases in its MLP"),
+    "embeddings of its own": ({"has_own_embeddings": True}, "sglang", "SGLang would replace them by the target's"),
+    "embeddings as a tap": ({"target_hidden_state_indices": [0, 2]}, "sglang", "taps the hidden states [0, 2]"),
+    "final state as a tap": ({"target_hidden_state_indices": [2, 8]}, "speculators", "taps the hidden states [2, 8]"),
+    "no target": ({}, "speculators", "holds the target's embeddings, and this draft has none of its own"),
+    "another form": ({}, "gguf", "`format` is 'gguf'; it must be 'sglang' or 'speculators'."),
+}
+
+
+@pytest.mark.parametrize("overrides, form, sentence", REFUSED.values(), ids=REFUSED.keys())
+def test_what_a_form_cannot_express_is_refused(overrides, form, sentence, target, tmp_path):
+    with pytest.raises(ValueError) as error:
+        export_eagle3(make_tiny_draft(target, **overrides), tmp_path / "out", form)
+    assert sentence in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_of_other_sizes_is_refused(target, tmp_path):
+    with pytest.raises(ValueError, match="No embedding table of 97 x 32 was found"):
+        export_eagle3(make_tiny_draft(target), tmp_path / "out", "speculators", make_tiny_target(vocab_size=90))
+
+
+def test_files_of_another_draft_are_not_mixed_in(target, tmp_path):
+    export_eagle3(make_tiny_draft(target), tmp_path)
+    with pytest.raises(FileExistsError, match="is not empty; give a new folder"):
+        export_eagle3(make_tiny_draft(target), tmp_path)
+
+
+# The command
+
+
+def test_the_command_converts_in_and_out(target, tmp_path, capsys):
+    source = Source("flat", (2, 4, 6), norm_output=True)
+    source.write(tmp_path / "source")
+    target.save_pretrained(tmp_path / "target")
+    folders = {name: str(tmp_path / name) for name in ("source", "target", "draft", "out")}
+    options = ["--dtype", "float32", "--num-soft-prompts", "3", "--no-norm-output", "--taps", "1", "3", "5"]
+    into = ["in", folders["source"], "--target", folders["target"], "--output", folders["draft"], *options]
+    assert main(into) == 0
+    assert "taps [1, 3, 5], draft vocabulary 40 of 97" in capsys.readouterr().out
+    draft = ConFuDraftModel.from_pretrained(tmp_path / "draft")
+    assert draft.dtype == torch.float32 and draft.config.num_soft_prompts == 3 and not draft.config.norm_output
+    assert torch.equal(draft.fc.weight, source.weights()["fc.weight"].float())
+
+    out = ["out", folders["draft"], "--output", folders["out"], "--format", "speculators"]
+    assert main(out) == 1
+    assert "this draft has none of its own; pass `target`" in capsys.readouterr().err
+    assert main([*out, "--target", folders["target"]]) == 0
+    assert "without the future channel" in capsys.readouterr().out
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["fc.weight"], draft.fc.weight)
+    assert main([*out, "--target", folders["target"]]) == 1  # not written twice
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_the_command_says_what_is_wrong(tmp_path, capsys):
+    Source("flat", (2, 4, 6)).write(tmp_path / "source")
+    make_tiny_target(num_hidden_layers=8).save_pretrained(tmp_path / "target")
+    into = ["in", str(tmp_path / "source"), "--target", str(tmp_path / "target"), "--output", str(tmp_path / "draft")]
+    assert main([*into, "--dtype", "float31"]) == 1
+    assert "--dtype is 'float31', expected the name of a torch dtype" in capsys.readouterr().err
+    assert main([*into, "--taps", "2", "4"]) == 1
+    assert "`fc.weight` reads 96 numbers, but the 2 taps" in capsys.readouterr().err
+    assert not (tmp_path / "draft").exists()
