@@ -43,9 +43,9 @@ COMMANDS = {
         "confu train config.yaml",
     ),
     "evaluate": Command(
-        "evaluation.benchmark",
+        "evaluation.command",
         "Measure accepted length and speed against plain generate, on questions of your own or a benchmark.",
-        "confu evaluate --draft runs/draft --questions questions.jsonl",
+        "confu evaluate --drafts runs/draft --questions questions.jsonl --output results.jsonl --report report",
     ),
 }
 
