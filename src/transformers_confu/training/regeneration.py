@@ -1,7 +1,7 @@
 """On-policy training data: the target itself answers the prompts.
 
 A draft learns to foretell the target, so it has to see what the target says, not what a person or another model
-said. Answers come from plain `generate`, half of them greedy and half sampled by default, and are kept as token ids.
+said. Half of the answers are greedy and half sampled by default; they are kept as token ids.
 
     python -m transformers_confu.training.regeneration --target demo --prompts prompts.jsonl --output answers.jsonl
 """
@@ -23,7 +23,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..configuration_confu import ConFuConfig
 from ..demo_target import load_target
+from ..target_runner import check_target
+from .continuous_batching import Request, answer, end_token_ids
 from .data import Messages, encode_prompt, load_jsonl, parse_json_object
 
 
@@ -71,13 +74,14 @@ class _Prompt:
     input_ids: list[int]
 
 
-@dataclass(frozen=True)
-class _Batch:
-    prompts: list[_Prompt]
-    temperature: float
-    seed: int
+@dataclass(eq=False)
+class _Planned(Request):
+    """A request and the prompt that it answers."""
+
+    prompt: _Prompt = field(kw_only=True)
 
 
+@torch.no_grad()
 def regenerate(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -90,73 +94,68 @@ def regenerate(
     temperatures: Sequence[float] = (0.0, 0.8),
     seed: int = 0,
 ) -> RegenerationReport:
-    """Lets the target answer prompts and appends the answers to a JSONL file, batch by batch.
+    """Lets the target answer prompts and appends each answer to a JSONL file as it ends.
 
-    Prompts are sorted by length, longest first (memory runs out at once or not at all), and cut into batches, which
-    take the temperatures in turn. All other settings are those of the target's `generation_config`. A row is
+    Prompts are sorted by length, longest first (memory runs out at once or not at all), and take the temperatures in
+    turn. All other settings are those of the target's `generation_config`. A row is
     `{id, prompt, answer, answer_ids, temperature, finished}`: `answer_ids` includes the token that ended the answer,
     `finished` is False if the answer was cut at `max_new_tokens`. `prepare_dataset` takes these rows as they are.
 
     An interrupted call is resumed by the same call: a torn last line is removed, answered prompts are skipped. Each
-    batch is drawn from a seed of its own, so the file is then the same as without the interruption. The global random
-    state is left as it was.
+    answer is drawn from a seed of its own, so it is the same whatever is answered beside it, but for the rounding of
+    kernels. The order of the rows is that in which answers ended. The global random state is not touched.
 
     Args:
-        target: the model in evaluation mode.
+        target: the model in evaluation mode, with full attention; see `check_target`.
         tokenizer: its tokenizer, with a chat template.
         prompts: rows with a unique `id` (string or integer) and `prompt` (one user turn, or messages).
         output_path: the `.jsonl` file, created if missing.
         max_new_tokens: longest answer, in tokens.
-        batch_size: prompts answered at once.
+        batch_size: prompts answered at once. Memory holds as many rows of the longest prompt and answer.
         max_prompt_length: longer prompts (in tokens, template included) are skipped and counted.
         temperatures: one or more; 0 means greedy.
         seed: seed of the sampling.
 
     Raises:
-        ValueError: a setting or a prompt is invalid, or the output holds answers of other prompts or settings.
+        ValueError: a setting or a prompt is invalid, the target cannot be run in rows of different lengths, or the
+            output holds answers of other prompts or settings.
     """
     output_path = Path(output_path)
     _check_settings(target, output_path, max_new_tokens, batch_size, max_prompt_length, temperatures)
     encoded = _encode_prompts(prompts, tokenizer)
     fitting = [prompt for prompt in encoded if len(prompt.input_ids) <= max_prompt_length]
-    batches = _plan_batches(fitting, batch_size, temperatures, seed)
+    planned = _plan(fitting, temperatures, seed)
 
-    answered = _resume(output_path, batches, max_new_tokens) if output_path.exists() else set()
+    answered = _resume(output_path, planned, max_new_tokens) if output_path.exists() else set()
+    missing = [request for request in planned if request.prompt.id not in answered]
 
     report = RegenerationReport(prompts=len(encoded), too_long=len(encoded) - len(fitting), resumed=len(answered))
+    ends = end_token_ids(target)
+    capacity = max((len(request.input_ids) for request in missing), default=0) + max_new_tokens
     start = time.perf_counter()
     output_path.parent.mkdir(parents=True, exist_ok=True)
     with (
         open(output_path, "a", encoding="utf-8") as file,
         tqdm(total=len(fitting), initial=len(answered), unit="answer", desc="Regenerating") as progress,
     ):
-        for batch in batches:
-            missing = [prompt.id not in answered for prompt in batch.prompts]
-            if not any(missing):
-                continue
-            # A half-written batch is answered whole again: a row's draws depend on the rows beside it.
-            for prompt, answer_ids, is_missing in zip(
-                batch.prompts, _answer(target, tokenizer, batch, max_new_tokens), missing, strict=True
-            ):
-                if not is_missing:
-                    continue
-                finished = answer_ids[-1] in _eos_token_ids(target)
-                row = {
-                    "id": prompt.id,
-                    "prompt": prompt.prompt,
-                    "answer": tokenizer.decode(answer_ids, skip_special_tokens=True),
-                    "answer_ids": answer_ids,
-                    "temperature": batch.temperature,
-                    "finished": finished,
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                report.written += 1
-                report.unfinished += not finished
-                report.tokens += len(answer_ids)
+        for request in answer(target, missing, min(batch_size, max(1, len(missing))), capacity, max_new_tokens):
+            finished = request.answer_ids[-1] in ends
+            row = {
+                "id": request.prompt.id,
+                "prompt": request.prompt.prompt,
+                "answer": tokenizer.decode(request.answer_ids, skip_special_tokens=True),
+                "answer_ids": request.answer_ids,
+                "temperature": request.temperature,
+                "finished": finished,
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
+            report.written += 1
+            report.unfinished += not finished
+            report.tokens += len(request.answer_ids)
             report.seconds = time.perf_counter() - start
-            progress.update(sum(missing))
-            progress.set_postfix_str(f"{report.tokens_per_second:,.0f} tokens/s")
+            progress.update()
+            progress.set_postfix_str(f"{report.tokens_per_second:,.0f} tokens/s", refresh=False)
     return report
 
 
@@ -170,6 +169,7 @@ def _check_settings(
 ) -> None:
     if target.training:
         raise ValueError("The target is in training mode, so dropout would change its answers: call target.eval().")
+    check_target(target, ConFuConfig.from_target(target.config))
     if output_path.suffix != ".jsonl":
         raise ValueError(f"The output is {output_path}, expected a .jsonl file; compress it when it is complete.")
     for name, value in (
@@ -206,23 +206,21 @@ def _encode_prompts(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedToke
     return prompts
 
 
-def _plan_batches(prompts: list[_Prompt], batch_size: int, temperatures: Sequence[float], seed: int) -> list[_Batch]:
-    """All batches of a complete run, whatever is answered already."""
-    prompts = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))
-    batches = []
-    for number, first in enumerate(range(0, len(prompts), batch_size)):
-        members = prompts[first : first + batch_size]
+def _plan(prompts: list[_Prompt], temperatures: Sequence[float], seed: int) -> list[_Planned]:
+    """All requests of a complete run, whatever is answered already."""
+    planned = []
+    for number, prompt in enumerate(sorted(prompts, key=lambda prompt: -len(prompt.input_ids))):
         temperature = float(temperatures[number % len(temperatures)])
-        content = json.dumps([seed, temperature, [[prompt.id, prompt.input_ids] for prompt in members]])
-        batch_seed = int.from_bytes(hashlib.sha256(content.encode()).digest()[:7], "big")
-        batches.append(_Batch(members, temperature, batch_seed))
-    return batches
+        content = json.dumps([seed, temperature, prompt.id, prompt.input_ids])
+        own_seed = int.from_bytes(hashlib.sha256(content.encode()).digest()[:7], "big")
+        planned.append(_Planned(prompt.input_ids, temperature, own_seed, prompt=prompt))
+    return planned
 
 
-def _resume(path: Path, batches: list[_Batch], max_new_tokens: int) -> set[str | int]:
+def _resume(path: Path, requests: list[_Planned], max_new_tokens: int) -> set[str | int]:
     """Ids answered in `path`. A last line without its line break, left by a stopped writer, is cut off."""
     planned: dict[Any, tuple[str | Messages, float]] = {
-        prompt.id: (prompt.prompt, batch.temperature) for batch in batches for prompt in batch.prompts
+        request.prompt.id: (request.prompt.prompt, request.temperature) for request in requests
     }
     answered: set[str | int] = set()
     with open(path, "r+b") as file:
@@ -246,46 +244,6 @@ def _resume(path: Path, batches: list[_Batch], max_new_tokens: int) -> set[str |
     return answered
 
 
-def _eos_token_ids(target: PreTrainedModel) -> list[int]:
-    eos = target.generation_config.eos_token_id
-    if eos is None:
-        return []
-    return [eos] if isinstance(eos, int) else list(eos)
-
-
-def _answer(
-    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: _Batch, max_new_tokens: int
-) -> list[list[int]]:
-    """Answer ids of each prompt, up to and including the token that ended the answer."""
-    eos_token_ids = _eos_token_ids(target)
-    # Padding is masked, so any valid id will do.
-    pad_token_id = next((i for i in (tokenizer.pad_token_id, *eos_token_ids) if i is not None), 0)
-    longest = max(len(prompt.input_ids) for prompt in batch.prompts)
-    input_ids = torch.full((len(batch.prompts), longest), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for index, prompt in enumerate(batch.prompts):
-        input_ids[index, longest - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
-        attention_mask[index, longest - len(prompt.input_ids) :] = 1
-
-    sampling = {"do_sample": True, "temperature": batch.temperature} if batch.temperature else {"do_sample": False}
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(batch.seed)
-        sequences = target.generate(
-            input_ids=input_ids.to(target.device),
-            attention_mask=attention_mask.to(target.device),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad_token_id,
-            return_dict_in_generate=False,
-            **sampling,
-        )
-
-    answers = []
-    for answer_ids in sequences[:, longest:].tolist():
-        end = next((index for index, token in enumerate(answer_ids, start=1) if token in eos_token_ids), None)
-        answers.append(answer_ids[:end])
-    return answers
-
-
 @dataclass
 class RegenerationArguments:
     """Arguments of the command line."""
@@ -294,7 +252,7 @@ class RegenerationArguments:
     prompts: str = field(metadata={"help": "JSONL file (also .gz) of rows with 'id' and 'prompt'."})
     output: str = field(metadata={"help": "JSONL file of the answers; a run that was interrupted is resumed."})
     max_new_tokens: int = field(default=512, metadata={"help": "Longest answer, in tokens."})
-    batch_size: int = field(default=32, metadata={"help": "Prompts answered at once."})
+    batch_size: int = field(default=64, metadata={"help": "Prompts answered at once."})
     max_prompt_length: int = field(default=1024, metadata={"help": "Longer prompts (in tokens) are skipped."})
     temperatures: list[float] = field(
         default_factory=lambda: [0.0, 0.8], metadata={"help": "Temperatures the batches take in turn; 0 is greedy."}
