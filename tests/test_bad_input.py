@@ -142,23 +142,23 @@ CALLS = {
         "got a StaticCache; leave",
     ),
     "offloaded cache": (
-        lambda t, d: generate(t, d, past_key_values=DynamicCache(offloading=True)),
+        lambda t, d: generate(t, d, cache=DynamicCache(offloading=True)),
         "ConFu decoding needs a plain, non-offloaded DynamicCache of full-attention layers, got an offloaded",
     ),
     "quantised cache": (
-        lambda t, d: generate(t, d, past_key_values=cache_of(QuantisedLayer)),
+        lambda t, d: generate(t, d, cache=cache_of(QuantisedLayer)),
         "got a DynamicCache with layers of type QuantisedLayer; leave `cache_implementation`",
     ),
     "sliding cache": (
-        lambda t, d: generate(t, d, past_key_values=cache_of(DynamicSlidingWindowLayer)),
+        lambda t, d: generate(t, d, cache=cache_of(DynamicSlidingWindowLayer)),
         "got a DynamicCache with layers of type DynamicSlidingWindowLayer",
     ),
     "cache of another target": (
-        lambda t, d: generate(t, make_tiny_draft(t, target_num_key_value_heads=1), past_key_values=filled_cache(t, 2)),
+        lambda t, d: generate(t, make_tiny_draft(t, target_num_key_value_heads=1), cache=filled_cache(t, 2)),
         "The target caches 2 key/value heads of size 8, but the draft's soft prompts are for 1 of size 8",
     ),
     "cache that holds all inputs": (
-        lambda t, d: generate(t, d, past_key_values=filled_cache(t, 5)),
+        lambda t, d: generate(t, d, cache=filled_cache(t, 5)),
         "The cache holds 5 tokens and the inputs add none; the newest token must not be cached.",
     ),
     # A draft for another target

@@ -77,17 +77,17 @@ def continued(text: torch.LongTensor, cache: DynamicCache, ids: str, mask: torch
     """Arguments that continue `text`: all of its ids, or those that are not cached with a mask for all."""
     mask = torch.ones_like(text) if mask is None else mask
     if ids == "all":
-        return {"ids": text, "past_key_values": cache, "attention_mask": mask}
-    return {"ids": text[:, cache.get_seq_length() :], "past_key_values": cache, "attention_mask": mask}
+        return {"ids": text, "cache": cache, "attention_mask": mask}
+    return {"ids": text[:, cache.get_seq_length() :], "cache": cache, "attention_mask": mask}
 
 
 def assert_continues(arguments: dict, draft, state: str, **options) -> torch.LongTensor:
     """Both decodings of the same arguments agree, in ids and in the cache they return; the assisted text."""
-    plain = decode(**(arguments | {"past_key_values": copy.deepcopy(arguments["past_key_values"])}), **options)
+    plain = decode(**(arguments | {"cache": copy.deepcopy(arguments["cache"])}), **options)
     other = decode(**arguments, draft=draft, **options)
     assert draft.last_statistics.draft_state == state
     assert torch.equal(plain.sequences, other.sequences)
-    for one, two in zip(plain.past_key_values.layers, other.past_key_values.layers, strict=True):
+    for one, two in zip(plain.cache.layers, other.cache.layers, strict=True):
         assert_close((one.keys, one.values), (two.keys, two.values), FP64_ROUNDING)
     return other
 
@@ -115,7 +115,7 @@ def test_three_turns(kind, do_sample, ids):
         new = output.sequences if ids == "all" or turn == 0 else output.sequences[:, arguments["ids"].shape[1] :]
         whole = new if ids == "all" or turn == 0 else torch.cat([text, new], dim=-1)
         assert torch.equal(whole, scratch.sequences)
-        text, cache = torch.cat([whole, random_ids(3 + turn, seed=turn)], dim=-1), output.past_key_values
+        text, cache = torch.cat([whole, random_ids(3 + turn, seed=turn)], dim=-1), output.cache
 
 
 def test_a_restarted_draft_proposes_otherwise():
@@ -123,8 +123,8 @@ def test_a_restarted_draft_proposes_otherwise():
     _, draft = tiny()
     first = decode(random_ids(6), draft)
     text = torch.cat([first.sequences, random_ids(3)], dim=-1)
-    del first.past_key_values.confu_state
-    restarted = assert_continues(continued(text, first.past_key_values, "all"), draft, "restarted")
+    del first.cache.confu_state
+    restarted = assert_continues(continued(text, first.cache, "all"), draft, "restarted")
     assert restarted.proposed[0] != decode(text, draft).proposed[0]
 
 
@@ -133,11 +133,11 @@ def test_a_cache_of_plain_generate(ids):
     _, draft = tiny()
     first = decode(random_ids(6))
     text = torch.cat([first.sequences, random_ids(4)], dim=-1)
-    second = assert_continues(continued(text, first.past_key_values, ids), draft, "restarted")
+    second = assert_continues(continued(text, first.cache, ids), draft, "restarted")
     # From there on the draft has a state to carry.
     whole = second.sequences if ids == "all" else torch.cat([text[:, : -second_new(second, 20)], second.sequences], -1)
     text = torch.cat([whole, random_ids(2)], dim=-1)
-    assert_continues(continued(text, second.past_key_values, ids), draft, "carried")
+    assert_continues(continued(text, second.cache, ids), draft, "carried")
 
 
 def second_new(output, max_new_tokens: int) -> int:
@@ -150,7 +150,7 @@ def second_new(output, max_new_tokens: int) -> int:
 def test_a_cropped_cache(removed, ids):
     _, draft = tiny()
     first = decode(random_ids(6), draft)
-    cache = first.past_key_values
+    cache = first.cache
     cache.crop(-removed)
     text = torch.cat([first.sequences[:, : cache.get_seq_length()], random_ids(4)], dim=-1)
     assert_continues(continued(text, cache, ids), draft, "restarted")
@@ -161,13 +161,13 @@ def test_a_cropped_cache_that_has_grown_again():
     target, draft = tiny()
     # Forwards of one row each, here and below, so that rounding cannot tell the texts apart.
     first = decode(random_ids(6), draft, knobs=KNOBS | {"tree_size": 1, "contemplation": 0})
-    cache, length = first.past_key_values, first.past_key_values.get_seq_length()
+    cache, length = first.cache, first.cache.get_seq_length()
     cache.crop(-4)
     other = torch.cat([random_ids(3, seed=9), first.sequences[:, length - 1 : length]], dim=-1)
     assert not torch.equal(other, first.sequences[:, length - 4 : length])
     with torch.no_grad():
         for token in other.T:
-            target(token[None], past_key_values=cache)
+            target(token[None], cache=cache)
     assert cache.get_seq_length() == length
     text = torch.cat([first.sequences[:, : length - 4], other, random_ids(2)], dim=-1)
     assert_continues(continued(text, cache, "all"), draft, "restarted")
@@ -178,7 +178,7 @@ def test_deep_copies_go_separate_ways(ids):
     _, draft = tiny()
     first = decode(random_ids(6), draft)
     texts = [torch.cat([first.sequences, random_ids(3, seed=seed)], dim=-1) for seed in (1, 2, 3)]
-    caches = [copy.deepcopy(first.past_key_values), copy.deepcopy(first.past_key_values), first.past_key_values]
+    caches = [copy.deepcopy(first.cache), copy.deepcopy(first.cache), first.cache]
     for text, cache in zip(texts, caches, strict=True):
         second = assert_continues(continued(text, cache, ids), draft, "carried")
         assert second.proposed == decode(text, draft).proposed
@@ -191,7 +191,7 @@ def test_a_changed_last_token(new, ids):
     _, draft = tiny()
     first = decode(random_ids(6), draft)
     text = torch.cat([first.sequences[:, :-1], (first.sequences[:, -1:] + 1) % 97, random_ids(new)], dim=-1)
-    second = assert_continues(continued(text, first.past_key_values, ids), draft, "carried")
+    second = assert_continues(continued(text, first.cache, ids), draft, "carried")
     assert second.proposed == decode(text, draft).proposed
 
 
@@ -200,9 +200,7 @@ def test_going_on_without_new_tokens(ids):
     _, draft = tiny()
     whole = decode(random_ids(6), max_new_tokens=30).sequences
     first = decode(random_ids(6), draft, max_new_tokens=12)
-    second = assert_continues(
-        continued(first.sequences, first.past_key_values, ids), draft, "carried", max_new_tokens=18
-    )
+    second = assert_continues(continued(first.sequences, first.cache, ids), draft, "carried", max_new_tokens=18)
     assert torch.equal(second.sequences[:, -18:], whole[:, -18:])
 
 
@@ -210,7 +208,7 @@ def test_nothing_but_cached_tokens():
     _, draft = tiny()
     first = decode(random_ids(6), draft)
     with pytest.raises(ValueError, match="holds 25 tokens and the inputs add none"):
-        decode(first.sequences[:, :-1], draft, past_key_values=first.past_key_values)
+        decode(first.sequences[:, :-1], draft, cache=first.cache)
 
 
 @both_ways
@@ -220,7 +218,7 @@ def test_a_first_turn_of_few_tokens(max_new_tokens, ids):
     _, draft = tiny()
     first = decode(random_ids(6), draft, max_new_tokens=max_new_tokens)
     text = torch.cat([first.sequences, random_ids(3)], dim=-1)
-    second = assert_continues(continued(text, first.past_key_values, ids), draft, "carried")
+    second = assert_continues(continued(text, first.cache, ids), draft, "carried")
     assert second.proposed == decode(text, draft).proposed
 
 
@@ -228,7 +226,7 @@ def test_a_prompt_of_one_token():
     _, draft = tiny()
     first = decode(random_ids(1), draft, max_new_tokens=1)
     text = torch.cat([first.sequences, random_ids(3)], dim=-1)
-    assert_continues(continued(text, first.past_key_values, "all"), draft, "carried")
+    assert_continues(continued(text, first.cache, "all"), draft, "carried")
 
 
 @both_ways
@@ -245,7 +243,7 @@ def test_a_padded_first_turn(holes, ids):
     mask = torch.nn.functional.pad(mask, (0, text.shape[1] - mask.shape[1]), value=1)
     if holes:
         mask[:, [-3, -5]] = 0
-    second = assert_continues(continued(text, first.past_key_values, ids, mask), draft, "carried")
+    second = assert_continues(continued(text, first.cache, ids, mask), draft, "carried")
     assert second.proposed == decode(text, draft, attention_mask=mask).proposed
     if not holes:
         assert second.proposed == decode(text[:, PADDING:], draft).proposed
@@ -257,7 +255,7 @@ def test_other_knobs_in_the_next_turn(knobs):
     for before, after in ((KNOBS, KNOBS | knobs), (KNOBS | knobs, KNOBS)):
         first = decode(random_ids(6), draft, knobs=before)
         text = torch.cat([first.sequences, random_ids(3)], dim=-1)
-        second = decode(text, draft, knobs=after, past_key_values=first.past_key_values)
+        second = decode(text, draft, knobs=after, cache=first.cache)
         assert draft.last_statistics.draft_state == "carried"
         assert torch.equal(second.sequences, decode(text).sequences)
         assert second.proposed == decode(text, draft, knobs=after).proposed
@@ -268,16 +266,14 @@ def test_another_draft_starts_anew():
     other_draft = make_tiny_draft(target, seed=5)
     first = decode(random_ids(6), draft)
     text = torch.cat([first.sequences, random_ids(3)], dim=-1)
-    assert_continues(continued(text, first.past_key_values, "all"), other_draft, "restarted")
+    assert_continues(continued(text, first.cache, "all"), other_draft, "restarted")
 
 
 def test_the_callers_own_cache():
     # Passed empty and kept by the caller: the state has to travel on it though no dict is returned.
     target, draft = tiny()
     cache = DynamicCache()
-    first = target.generate(
-        random_ids(6), assistant_model=draft, past_key_values=cache, do_sample=False, max_new_tokens=20
-    )
+    first = target.generate(random_ids(6), assistant_model=draft, cache=cache, do_sample=False, max_new_tokens=20)
     assert torch.equal(first, decode(random_ids(6)).sequences)
     text = torch.cat([first, random_ids(3)], dim=-1)
     assert_continues(continued(text, cache, "all"), draft, "carried")
@@ -290,14 +286,14 @@ def test_the_returned_cache_in_plain_generate(turns, ids):
     output = decode(random_ids(6), draft)
     for turn in range(turns - 1):
         text = torch.cat([output.sequences, random_ids(3, seed=turn)], dim=-1)
-        output = decode(text, draft, past_key_values=output.past_key_values)
+        output = decode(text, draft, cache=output.cache)
     text = torch.cat([output.sequences, random_ids(4, seed=7)], dim=-1)
-    second = decode(**continued(text, output.past_key_values, ids))
+    second = decode(**continued(text, output.cache, ids))
     assert torch.equal(second.sequences[:, -20:], decode(text).sequences[:, -20:])
     # And after that with the draft again, which has not seen what was written meanwhile.
     whole = decode(text).sequences
     text = torch.cat([whole, random_ids(2, seed=8)], dim=-1)
-    assert_continues(continued(text, second.past_key_values, ids), draft, "restarted")
+    assert_continues(continued(text, second.cache, ids), draft, "restarted")
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2])
@@ -305,7 +301,7 @@ def test_chunked_prefill_behind_a_cache(chunk_size):
     _, draft = tiny()
     first = decode(random_ids(6), draft)
     text = torch.cat([first.sequences, random_ids(5)], dim=-1)
-    arguments = continued(text, first.past_key_values, "all")
+    arguments = continued(text, first.cache, "all")
     second = assert_continues(arguments, draft, "carried", prefill_chunk_size=chunk_size)
     assert second.proposed == decode(text, draft).proposed
 
@@ -317,9 +313,9 @@ def test_embeddings_behind_a_cache():
     text = torch.cat([first.sequences, random_ids(4)], dim=-1)
     with torch.no_grad():
         embeddings = target.get_input_embeddings()(text)
-    cache = first.past_key_values
-    plain = decode(text, inputs_embeds=embeddings, past_key_values=copy.deepcopy(cache))
-    other = decode(text, draft, inputs_embeds=embeddings, past_key_values=cache)
+    cache = first.cache
+    plain = decode(text, inputs_embeds=embeddings, cache=copy.deepcopy(cache))
+    other = decode(text, draft, inputs_embeds=embeddings, cache=cache)
     assert torch.equal(plain.sequences, other.sequences)
     assert draft.last_statistics.draft_state == "carried"
 
@@ -328,8 +324,8 @@ def test_an_interrupted_turn_can_be_repeated():
     target, draft = tiny()
     first = decode(random_ids(6), draft)
     text = torch.cat([first.sequences, random_ids(3)], dim=-1)
-    cache = first.past_key_values
-    proposed = decode(text, draft, past_key_values=copy.deepcopy(cache)).proposed
+    cache = first.cache
+    proposed = decode(text, draft, cache=copy.deepcopy(cache)).proposed
     for number in (0, 1, 4, 9):
 
         def interrupt(batch_id, input_ids, number=number):
@@ -338,14 +334,14 @@ def test_an_interrupted_turn_can_be_repeated():
             return list(range(97))
 
         with pytest.raises(KeyboardInterrupt):
-            decode(text, draft, past_key_values=cache, prefix_allowed_tokens_fn=interrupt)
+            decode(text, draft, cache=cache, prefix_allowed_tokens_fn=interrupt)
     assert assert_continues(continued(text, cache, "all"), draft, "carried").proposed == proposed
 
 
 def test_a_cache_holds_one_state_of_the_draft():
     _, draft = tiny()
     first = decode(random_ids(6), draft)
-    state = first.past_key_values.confu_state
-    assert state.length == first.past_key_values.get_seq_length() == 25
+    state = first.cache.confu_state
+    assert state.length == first.cache.get_seq_length() == 25
     assert state.cache.get_seq_length() == 24  # the newest token waits for the one that follows it
-    assert not draft.__dict__.keys() & {"cache", "confu_state", "past_key_values"}
+    assert not draft.__dict__.keys() & {"cache", "confu_state"}

@@ -86,8 +86,8 @@ def test_all_fields_together(kind, contemplation, options, oracle):
     assert type(plain) is type(other) and plain.keys() == other.keys()
     assert_close(plain.logits, other.logits, 1e-6)  # Transformers rounds them to fp32
     assert_close(plain.attentions, other.attentions, FP64_ROUNDING)
-    assert plain.past_key_values.get_seq_length() == other.past_key_values.get_seq_length()
-    for one, two in zip(plain.past_key_values.layers, other.past_key_values.layers, strict=True):
+    assert plain.cache.get_seq_length() == other.cache.get_seq_length()
+    for one, two in zip(plain.cache.layers, other.cache.layers, strict=True):
         assert_close((one.keys, one.values), (two.keys, two.values), FP64_ROUNDING)
 
 
@@ -132,7 +132,7 @@ def test_eos_inside_an_accepted_path(position):
     other = assisted(target, draft, PROMPT, oracle_text=text, **options)
     assert torch.equal(plain.sequences, other.sequences)
     assert_close(plain.scores, other.scores, 1e-6)
-    assert other.past_key_values.get_seq_length() == other.sequences.shape[1] - 1
+    assert other.cache.get_seq_length() == other.sequences.shape[1] - 1
     emitted = other.sequences.shape[1] - PROMPT.shape[1]
     assert sum(draft.last_statistics.emitted) == emitted - 1
 
@@ -493,10 +493,10 @@ def test_inference_mode():
     with torch.inference_mode():
         first = assisted(target, draft, PROMPT, return_dict_in_generate=True, **GREEDY)
     longer = torch.cat([first.sequences.clone(), random_ids(2)], dim=-1)
-    cache = first.past_key_values
+    cache = first.cache
     assert torch.equal(
         target.generate(longer, **GREEDY),
-        assisted(target, draft, longer, call={"past_key_values": cache}, **GREEDY),
+        assisted(target, draft, longer, call={"cache": cache}, **GREEDY),
     )
     assert not torch.is_inference_mode_enabled()
 
@@ -506,7 +506,7 @@ def test_inference_mode():
 def test_an_interrupt_leaves_the_cache_as_it_was(forward, layer):
     target, draft = tiny()
     first = target.generate(PROMPT, return_dict_in_generate=True, **GREEDY)
-    cache, text = first.past_key_values, torch.cat([first.sequences, random_ids(3)], dim=-1)
+    cache, text = first.cache, torch.cat([first.sequences, random_ids(3)], dim=-1)
     length = cache.get_seq_length()
     before = [(cached.keys.clone(), cached.values.clone()) for cached in cache.layers]
     calls = 0
@@ -521,13 +521,13 @@ def test_an_interrupt_leaves_the_cache_as_it_was(forward, layer):
     hook = target.model.layers[layer].mlp.register_forward_pre_hook(interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
-            assisted(target, draft, text, call={"past_key_values": cache}, **GREEDY)
+            assisted(target, draft, text, call={"cache": cache}, **GREEDY)
     finally:
         hook.remove()
     assert cache.get_seq_length() == length
     for cached, (keys, values) in zip(cache.layers, before, strict=True):
         assert torch.equal(cached.keys, keys) and torch.equal(cached.values, values)
-    again = assisted(target, draft, text, call={"past_key_values": cache}, **GREEDY)
+    again = assisted(target, draft, text, call={"cache": cache}, **GREEDY)
     assert torch.equal(again, target.generate(text, **GREEDY))
 
 
@@ -542,12 +542,10 @@ def test_an_interrupt_leaves_an_empty_cache_usable():
             return scores
 
     with pytest.raises(KeyboardInterrupt):
-        assisted(
-            target, draft, PROMPT, call={"past_key_values": cache, "logits_processor": [Interrupting()]}, **GREEDY
-        )
+        assisted(target, draft, PROMPT, call={"cache": cache, "logits_processor": [Interrupting()]}, **GREEDY)
     assert cache.get_seq_length() == 0
     expected = target.generate(PROMPT, **GREEDY)
-    assert torch.equal(expected, target.generate(PROMPT, past_key_values=cache, **GREEDY))
+    assert torch.equal(expected, target.generate(PROMPT, cache=cache, **GREEDY))
 
 
 def test_a_refused_call_does_no_work(monkeypatch):

@@ -227,7 +227,7 @@ def test_forward_with_a_cache_is_eagle_3_written_out(target, overrides, implemen
                 inputs_embeds=torch.stack([row[0] for row in new])[None],
                 features=torch.stack([row[1] for row in new])[None],
                 position_ids=torch.tensor([[row[2] for row in new]]),
-                past_key_values=cache,
+                cache=cache,
                 future=future,
                 **kwargs,
             )
@@ -236,7 +236,7 @@ def test_forward_with_a_cache_is_eagle_3_written_out(target, overrides, implemen
         run(rows[:3], num_queries=1)
         output = run(rows[3:], num_queries=1)
         logits, feature = naive.step(rows, range(5), 4, slot)
-        assert output.logits.shape == (1, 1, 97) and output.past_key_values is cache
+        assert output.logits.shape == (1, 1, 97) and output.cache is cache
         assert close(output.logits[0, 0], logits) and close(output.features[0, 0], feature)
 
         # Two siblings read the row's feature; neither sees the other.

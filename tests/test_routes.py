@@ -217,15 +217,15 @@ def test_the_stock_loop_continues_a_cache(target, draft, chains):
     first = target.generate(PROMPT, return_dict_in_generate=True, **GREEDY)
     ids = torch.cat([first.sequences, torch.tensor([[5, 6]])], dim=1)
     plain = target.generate(ids, **GREEDY)
-    cached = first.past_key_values.get_seq_length()
+    cached = first.cache.get_seq_length()
     new = {"inputs": ids[:, cached:], "attention_mask": torch.ones_like(ids)}
-    cache = copy.deepcopy(first.past_key_values)
-    target.generate(**new, past_key_values=cache, assistant_model=draft, generation_config=chain_config(target))
+    cache = copy.deepcopy(first.cache)
+    target.generate(**new, cache=cache, assistant_model=draft, generation_config=chain_config(target))
     assert draft.last_statistics.draft_state == "restarted"  # it sees the new tokens only, as here
     expected = chains.copy()
     chains.clear()
     use_stock_loop(target, draft)
-    continued = target.generate(**new, past_key_values=first.past_key_values, **ASSISTED, **GREEDY)
+    continued = target.generate(**new, cache=first.cache, **ASSISTED, **GREEDY)
     assert torch.equal(continued, plain[:, cached:])
     assert_same_chains(chains, expected)
 
@@ -233,10 +233,10 @@ def test_the_stock_loop_continues_a_cache(target, draft, chains):
 def test_the_stock_loop_fills_a_cache(target, draft):
     use_stock_loop(target, draft)
     output = target.generate(
-        PROMPT, past_key_values=DynamicCache(), return_dict_in_generate=True, output_scores=True, **ASSISTED, **GREEDY
+        PROMPT, cache=DynamicCache(), return_dict_in_generate=True, output_scores=True, **ASSISTED, **GREEDY
     )
     assert len(output.scores) == 24
-    assert output.past_key_values.get_seq_length() == output.sequences.shape[1] - 1
+    assert output.cache.get_seq_length() == output.sequences.shape[1] - 1
 
 
 def test_the_stock_loop_samples_by_the_same_law():
@@ -292,7 +292,7 @@ def test_every_draft_runs_its_own_engine(target):
 def test_an_attribute_of_an_instance_does_not_dispatch(target):
     """Mocks and lazily built objects answer to every name; only a class that defines the method is a draft."""
     assistant = SimpleNamespace(confu_decode=lambda *args, **kwargs: "dispatched")
-    with pytest.raises(KeyError, match="use_cache"):  # the first thing that the native method looks up
+    with pytest.raises(RuntimeError, match="requires a cache"):  # the first thing that the native method looks for
         GenerationMixin._assisted_decoding(target, PROMPT, None, None, None, assistant_model=assistant)
 
 

@@ -147,7 +147,7 @@ class TargetRunner:
             inputs_embeds=embeddings,
             attention_mask=additive_mask(torch.cat([visible, itself, slots], dim=-1), like=embeddings),
             position_ids=position_ids.to(embeddings.device),
-            past_key_values=SlotCache(cache, self.channel, keep=False),
+            cache=SlotCache(cache, self.channel, keep=False),
             use_cache=True,
             output_hidden_states=self.config.future_hidden_state_indices,
             return_dict=True,
@@ -185,20 +185,20 @@ class TargetRunner:
         num_nodes = tree.size
         inputs_embeds = self.embed(tree.tokens.to(input_device(self.target)))  # (B, N, Ht)
         depths, sees = tree.depths, tree.ancestors
-        past_key_values: Cache = cache
+        written: Cache = cache
         if nodes is not None:
             num_rows = nodes.shape[1]
             contemplate = self.channel.contemplate_token(routed_by)[:, None, :].expand(-1, num_rows, -1)
             inputs_embeds = torch.cat([inputs_embeds, contemplate.to(inputs_embeds)], dim=1)
             depths = torch.cat([depths, depths.gather(1, nodes) + 1], dim=1)
             sees = self._rows_see(sees, nodes)
-            past_key_values = SlotCache(cache, self.channel, keep=True)
+            written = SlotCache(cache, self.channel, keep=True)
         prefix = visible[:, None, :].expand(-1, depths.shape[1], -1)
         outputs = self.target(
             inputs_embeds=inputs_embeds,
             attention_mask=additive_mask(torch.cat([prefix, sees], dim=-1), like=inputs_embeds),
             position_ids=(root_positions[:, None] + depths).to(inputs_embeds.device),
-            past_key_values=past_key_values,
+            cache=written,
             use_cache=True,
             output_hidden_states=self.recorded,
             return_dict=True,
@@ -324,7 +324,7 @@ def check_target(target: PreTrainedModel, config: ConFuConfig) -> None:
             "id; use a target that reads its input embeddings only."
         )
     parameters = inspect.signature(target.forward).parameters
-    if missing := [p for p in ("inputs_embeds", "position_ids", "past_key_values") if p not in parameters]:
+    if missing := [p for p in ("inputs_embeds", "position_ids", "cache") if p not in parameters]:
         raise ValueError(f"{name}.forward takes no {', '.join(f'`{p}`' for p in missing)}, which a draft tree needs.")
     if getattr(target, "_tp_size", None) not in (None, 1):
         raise ValueError(
@@ -378,5 +378,5 @@ def check_cache(cache: Any, config: ConFuConfig) -> None:
         found = f"{'an offloaded' if getattr(cache, 'offloading', False) else 'a'} {type(cache).__name__}"
     raise ValueError(
         f"ConFu decoding needs a plain, non-offloaded DynamicCache of full-attention layers, got {found}; leave "
-        "`cache_implementation` and `past_key_values` unset, or pass `DynamicCache()`."
+        "`cache_implementation` and `cache` unset, or pass `DynamicCache()`."
     )

@@ -159,7 +159,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
                 features=features.gather(1, parents),
                 position_ids=(last_position + level).expand_as(frontier_tokens),
                 attention_mask=self._tree_mask(grower.frontier_ancestors, num_true_rows),
-                past_key_values=self._cache,
+                cache=self._cache,
                 future=future,
             )
             features = output.features
@@ -174,7 +174,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
             inputs_embeds=torch.cat([row.inputs_embeds for row in rows], dim=1),
             features=self.draft.fuse_taps(torch.cat([row.taps for row in rows], dim=1)),
             position_ids=torch.cat([row.position_ids for row in rows], dim=1),
-            past_key_values=self._cache,
+            cache=self._cache,
             future=future,
             num_queries=1,
         )

@@ -76,7 +76,7 @@ class Chat:
         sequences = self.target.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            cache=cache,
             assistant_model=self.draft,
             streamer=streamer,
             return_dict_in_generate=False,

@@ -204,7 +204,7 @@ def confu_decode(
     knobs = ConFuKnobs.resolve(generation_config, draft.generation_config)
     check_target(target, draft.config)
     check_call(generation_config, input_ids, synced_gpus, model_kwargs)
-    check_cache(model_kwargs["past_key_values"], draft.config)
+    check_cache(model_kwargs["cache"], draft.config)
     decoding = _Decoding(draft, target, input_ids, knobs, logits_processor, stopping_criteria, generation_config)
     output = decoding.run(model_kwargs, streamer)
     draft.last_statistics = decoding.statistics
@@ -214,7 +214,7 @@ def confu_decode(
 SUPPORTED_MODEL_KWARGS = {
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    "cache",
     "use_cache",
     "inputs_embeds",
     "logits_to_keep",
@@ -230,7 +230,7 @@ def check_call(
     model_kwargs: dict[str, Any],
 ) -> None:
     """Refuse what the round loop cannot do, with the kind of error that Transformers gives."""
-    if not model_kwargs.get("use_cache") or model_kwargs.get("past_key_values") is None:
+    if not model_kwargs.get("use_cache") or model_kwargs.get("cache") is None:
         raise ValueError("assisted generation with a ConFu draft requires `use_cache=True`")
     if generation_config.num_beams > 1:
         raise ValueError(
@@ -302,7 +302,7 @@ class _Decoding:
         self, model_kwargs: dict[str, Any], streamer: BaseStreamer | None
     ) -> GenerateDecoderOnlyOutput | torch.LongTensor:
         self.streamer = streamer
-        cache: DynamicCache = model_kwargs["past_key_values"]
+        cache: DynamicCache = model_kwargs["cache"]
         length, carried = cache.get_seq_length(), CarriedState.take_from(cache)
         draft_length = 0 if carried is None else carried.cache.get_seq_length()
         try:
@@ -329,7 +329,7 @@ class _Decoding:
             logits=self.logits,
             attentions=self.attentions,
             hidden_states=self.hidden_states,
-            past_key_values=cache,
+            cache=cache,
         )
 
     def _prefill(
@@ -417,7 +417,7 @@ class _Decoding:
         """The target's forward over the prompt, in chunks if asked for; last outputs, and taps of all rows."""
         length = prompt["position_ids"].shape[1]
         chunk_size = self.generation_config.prefill_chunk_size or length
-        cache = model_kwargs["past_key_values"]
+        cache = model_kwargs["cache"]
         mask = model_kwargs.get("attention_mask")
         kwargs = {
             name: value for name, value in model_kwargs.items() if name not in ("inputs_embeds", "attention_mask")

@@ -53,12 +53,12 @@ class ConFuDraftOutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(batch, queries, draft_vocab_size)`): Scores over the draft vocabulary.
         features (`torch.FloatTensor` of shape `(batch, queries, hidden_size)`): The features of the next drafted rows,
             see [`~ConFuDraftModel.next_features`].
-        past_key_values (`Cache`, *optional*): The draft's key/value cache with this call's rows appended.
+        cache (`Cache`, *optional*): The draft's key/value cache with this call's rows appended.
     """
 
     logits: torch.FloatTensor | None = None
     features: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
 
 
 class ConFuExpertMixture(nn.Module):
@@ -175,7 +175,7 @@ class ConFuAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         future: FutureToken | None = None,
         future_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         num_queries: int | None = None,
@@ -190,8 +190,8 @@ class ConFuAttention(nn.Module):
         query_states, _ = apply_rotary_pos_emb(query_states, query_states, cos[:, -num_rows:], sin[:, -num_rows:])
         _, key_states = apply_rotary_pos_emb(key_states, key_states, cos, sin)
 
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
         if future is not None:
             # After the update: the slot is read by this call's queries and stored by none.
             key_states = torch.cat([key_states, rotate(future.key, *future_position_embeddings)], dim=-2)
@@ -261,7 +261,7 @@ class ConFuPreTrainedModel(PreTrainedModel):
     config_class = ConFuConfig
     base_model_prefix = ""
     _no_split_modules = ["ConFuDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True
     _supports_attention_backend = True
 
@@ -385,7 +385,7 @@ class ConFuDraftModel(ConFuPreTrainedModel, GenerationMixin):
         features: torch.Tensor,
         position_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         future: FutureToken | None = None,
         num_queries: int | None = None,
     ) -> ConFuDraftOutput:
@@ -399,7 +399,7 @@ class ConFuDraftModel(ConFuPreTrainedModel, GenerationMixin):
             position_ids (`torch.LongTensor` of shape `(batch, rows)`): Positions of the features.
             attention_mask (`torch.FloatTensor` of shape `(batch, 1, queries, cached + rows)`, *optional*): Additive.
                 May be left out for a single query, which then sees everything.
-            past_key_values ([`Cache`], *optional*): The draft's cache; the rows are appended.
+            cache ([`Cache`], *optional*): The draft's cache; the rows are appended.
             future ([`FutureToken`], *optional*): One `[f]` for all queries, which must then share one position;
                 without it this is plain EAGLE-3.
             num_queries (`int`, *optional*): Compute outputs for the last rows only; the others are just stored.
@@ -411,14 +411,14 @@ class ConFuDraftModel(ConFuPreTrainedModel, GenerationMixin):
             future,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             future_position_embeddings=self.rotary_emb(inputs_embeds, position_ids[:, -1:] + 1) if future else None,
             num_queries=num_queries,
         )
         return ConFuDraftOutput(
             logits=self.lm_head(self.norm(hidden_states)),
             features=self.next_features(hidden_states),
-            past_key_values=past_key_values,
+            cache=cache,
         )
 
     def confu_decode(self, target: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

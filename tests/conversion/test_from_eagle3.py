@@ -120,14 +120,14 @@ def test_a_converted_draft_computes_what_its_source_computes(case):
         embeds[None, :rows],
         draft.fuse_taps(taps),
         first_position + torch.arange(rows)[None],
-        past_key_values=cache,
+        cache=cache,
         num_queries=1,
     )
     logits = [output.logits[0, 0]]
     for step in range(drafted):
         row = rows + step
         position = torch.tensor([[first_position + row]])
-        output = draft(embeds[None, row, None], output.features, position, past_key_values=cache)
+        output = draft(embeds[None, row, None], output.features, position, cache=cache)
         logits.append(output.logits[0, 0])
     assert close(torch.stack(logits), expected)
 

@@ -79,7 +79,7 @@ def test_soft_prompts_are_the_keys_and_values_of_a_text():
     ids = torch.tensor([4, 8, 15])
     channel = warm_start(target, TOKENS, config_for(target), soft_prompt_ids=ids).future_channel
     cache = DynamicCache(config=target.config)
-    target(ids[None], past_key_values=cache)
+    target(ids[None], cache=cache)
     for layer_idx, layer in enumerate(cache.layers):
         keys, values = channel.slots(layer_idx, like=layer.keys)
         torch.testing.assert_close(keys, layer.keys)

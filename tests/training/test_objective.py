@@ -139,7 +139,7 @@ def run_naive_target(
         ),
         position_ids=torch.cat([token, token + 1])[None],
         attention_mask=mask[None, None],
-        past_key_values=past,
+        cache=past,
         output_hidden_states=True,
     )
     torch.testing.assert_close(outputs.logits[:, :length], plain.logits, rtol=1e-10, atol=1e-10)
@@ -179,7 +179,7 @@ def naive_objective(target, draft: ConFuDraftModel, text: Batch, anchors: Anchor
             predicted = row + 2 + step
             if predicted >= length or labels[predicted] == -100:
                 break
-            output = draft(next_embeds, features, positions, past_key_values=cache, future=future, num_queries=1)
+            output = draft(next_embeds, features, positions, cache=cache, future=future, num_queries=1)
             features, next_embeds = output.features, embeds[:, predicted, None]
             positions = positions[:, -1:] + 1
 
@@ -430,7 +430,7 @@ def test_training_and_decoding_foresee_the_same(name, monkeypatch):
     # Decoding: the prompt's own contemplate row, then a round whose tree is the true continuation as a chain.
     runner = TargetRunner(target, draft.config, draft.future_channel)
     cache = DynamicCache(config=target.config)
-    outputs = target(ids[:, :root], past_key_values=cache, output_hidden_states=runner.recorded)
+    outputs = target(ids[:, :root], cache=cache, output_hidden_states=runner.recorded)
     routed_by = runner.taps(outputs.hidden_states)[:, -1]
     visible = torch.ones(1, root, dtype=torch.bool)
     of_prompt = runner.contemplate(cache, routed_by[:, None], torch.tensor([[root]]), visible[:, None])[0, 0]

@@ -72,7 +72,7 @@ def decode_row(
             inputs_embeds=embeds[:, first + 1 : row + 1],
             features=features[:, :-1],
             position_ids=positions[:, first:row],
-            past_key_values=cache,
+            cache=cache,
             num_queries=1,
         )
     features, next_token = features[:, -1:], row + 1
@@ -81,7 +81,7 @@ def decode_row(
             inputs_embeds=embeds[:, next_token, None],
             features=features,
             position_ids=positions[:, next_token - 1, None],
-            past_key_values=cache,
+            cache=cache,
             future=future,
         )
         features = output.features

@@ -34,7 +34,7 @@ def test_loss_and_gradients_are_those_of_single_rows():
             if not real:
                 continue
             cache = DynamicCache(config=target.config)
-            states = target(text[None, : anchor + 1], past_key_values=cache, output_hidden_states=True).hidden_states
+            states = target(text[None, : anchor + 1], cache=cache, output_hidden_states=True).hidden_states
             final = runner.contemplate(
                 cache,
                 runner.taps(states)[:, router, None],

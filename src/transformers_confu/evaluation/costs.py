@@ -42,7 +42,7 @@ class Bench:
         with torch.no_grad():
             outputs = target(
                 input_ids=ids,
-                past_key_values=self.cache,
+                cache=self.cache,
                 use_cache=True,
                 output_hidden_states=self.runner.recorded,
             )

@@ -102,5 +102,5 @@ def _copy(ours: torch.Tensor, theirs: torch.Tensor | None) -> bool:
 def _keys_and_values(target: PreTrainedModel, token_ids: torch.LongTensor) -> torch.Tensor:
     """Cached keys and values of a text, `(layers, 2, num_key_value_heads, length, head_dim)`."""
     cache = DynamicCache(config=target.config)
-    target(input_ids=token_ids[None].to(target.device), past_key_values=cache, use_cache=True)
+    target(input_ids=token_ids[None].to(target.device), cache=cache, use_cache=True)
     return torch.stack([torch.stack([layer.keys[0], layer.values[0]]).float().cpu() for layer in cache.layers])

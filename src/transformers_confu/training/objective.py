@@ -177,7 +177,7 @@ def target_forward(
             input_ids=input_ids,
             # Padding is on the right, where no real row sees it, and causal masking alone is cheaper.
             attention_mask=None if bool(attention_mask.all()) else attention_mask,
-            past_key_values=cache,
+            cache=cache,
             use_cache=keep_cache,
             output_hidden_states=runner.config.target_hidden_state_indices,
             **({"logits_to_keep": is_teacher} if keeps_logits else {}),

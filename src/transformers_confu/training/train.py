@@ -34,7 +34,9 @@ class DraftArguments:
     """Target, data and draft of a training run."""
 
     target: str = field(metadata={"help": "Target: a Hub id, a folder, or 'demo' for SmolLM2-135M-Instruct."})
-    data: list[str] = field(metadata={"help": "Rows that `prepare_dataset` reads: JSONL files, folders, Hub datasets (`id:split`)."})
+    data: list[str] = field(
+        metadata={"help": "Rows that `prepare_dataset` reads: JSONL files, folders, Hub datasets (`id:split`)."}
+    )
     draft: str | None = field(
         default=None, metadata={"help": "Draft to continue from; a new one, started from the target, if not given."}
     )
