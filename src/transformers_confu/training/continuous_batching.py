@@ -181,7 +181,7 @@ def answer(
             input_ids=newest,
             attention_mask=additive_mask(cache.sees(), like=like),
             position_ids=cache.lengths[:, None],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         ).logits[:, -1]
         cache.lengths[active] += 1
@@ -207,7 +207,7 @@ def _read_prompts(
         input_ids=input_ids.to(cache.lengths.device),
         attention_mask=attention_mask.to(cache.lengths.device),
         position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0).to(cache.lengths.device),
-        past_key_values=prompts,
+        cache=prompts,
         use_cache=True,
         **({"logits_to_keep": 1} if target._supports_logits_to_keep() else {}),
     )
