@@ -1,12 +1,16 @@
 """The evaluation command: `python -m transformers_confu.evaluation.command --help`, or with a YAML file of options."""
 
+import shlex
 import sys
+from pathlib import Path
 
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from .aggregation import Comparison, settings_of
 from .arguments import EvaluationArguments
+from .plots import matplotlib_pyplot
+from .report import write_report
 from .runner import measure
 from .tables import speed_table
 
@@ -14,17 +18,23 @@ from .tables import speed_table
 def main(argv: list[str] | None = None) -> None:
     """Measure what is not measured yet, print the main table of each setting, write the report if asked for."""
     argv = sys.argv[1:] if argv is None else argv
+    command = f"confu evaluate {shlex.join(argv)}"
     parser = HfArgumentParser(EvaluationArguments)
     if len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
         (arguments,) = parser.parse_yaml_file(argv[0])
+        command += f"\n\n# {argv[0]}\n{Path(argv[0]).read_text(encoding='utf-8').rstrip()}"
     else:
         (arguments,) = parser.parse_args_into_dataclasses(argv)
+    if arguments.report is not None:
+        matplotlib_pyplot()  # a missing package shows before the work, not after it
     logging.set_verbosity_warning()
     file = measure(arguments)
     for setting in settings_of(file.answers):
         comparison = Comparison(setting, file.answers, arguments.seed)
         print(f"\n{setting}; {len(comparison.questions)} questions, {len(comparison.runs)} runs\n")
         print(speed_table(comparison).markdown())
+    if arguments.report is not None:
+        print(f"\nReport: {write_report(file, Path(arguments.report), command, arguments.seed)}")
 
 
 if __name__ == "__main__":

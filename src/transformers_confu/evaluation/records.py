@@ -134,6 +134,7 @@ class RecordFile:
         if path.suffix != ".jsonl":
             raise ValueError(f"`output` is {path}; expected a .jsonl file.")
         self.path = path
+        self.settings = settings
         self.answers: list[Answer] = []
         self.costs: list[dict[str, Any]] = []
         path.parent.mkdir(parents=True, exist_ok=True)
