@@ -2,7 +2,9 @@
 
 import gzip
 import json
-from functools import cache
+import threading
+from functools import cache, partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import groupby
 
 import pytest
@@ -302,14 +304,38 @@ def test_load_rows(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "rows.jsonl").write_text(lines)
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
-    for name in ("rows.jsonl", "rows.json", "rows.csv", "folder", "saved"):
+    (tmp_path / "lines.json").write_text(lines)
+    for name in ("rows.jsonl", "rows.json", "lines.json", "rows.csv", "folder", "saved"):
         assert list(load_rows(tmp_path / name)) == rows, name
         assert list(load_rows(str(tmp_path / name))) == rows
-    with pytest.raises(ValueError, match=r"There is no file .*none\.jsonl"):
-        load_rows(tmp_path / "none.jsonl")
     (tmp_path / "rows.xyz").write_text("?")
-    with pytest.raises(ValueError, match=r"rows\.xyz cannot be read as a file, a folder or a Hub dataset"):
-        load_rows(tmp_path / "rows.xyz")
+    (tmp_path / "list.json").write_text("[1]")
+    for name, message in (
+        ("none.jsonl", r"There is no file, folder, address or Hub dataset .*none\.jsonl"),
+        ("rows.xyz", r"rows\.xyz cannot be read as a file, folder, address or Hub dataset"),
+        ("list.json", r"list\.json cannot be read .* list of other things"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_rows(tmp_path / name)
+
+
+def test_load_rows_from_an_address(tmp_path):
+    rows = [{"prompt": "a\u2028b"}, {"prompt": "b"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            address = f"http://127.0.0.1:{server.server_port}"
+            assert load_rows(f"{address}/rows.jsonl") == rows
+            with pytest.raises(ValueError, match=r"There is no .*none\.jsonl"):
+                load_rows(f"{address}/none.jsonl")
+        finally:
+            server.shutdown()
+            thread.join(timeout=10)
+    with pytest.raises(ValueError, match=r"rows\.jsonl, or it is out of reach: Cannot connect"):
+        load_rows(f"{address}/rows.jsonl")
 
 
 def test_load_rows_asks_the_hub_for_name_configuration_and_split(monkeypatch):

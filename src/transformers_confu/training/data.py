@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow.compute as pc
+from aiohttp import ClientError
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset, load_from_disk
 from datasets import Sequence as SequenceFeature
 from jinja2.exceptions import TemplateError
@@ -74,39 +76,59 @@ class DatasetReport:
 
 
 def load_rows(source: str | Path) -> Iterable[Mapping[str, Any]]:
-    """Rows from wherever they are: a file, a folder or a dataset of the Hub.
+    """Rows from wherever they are: a file, a folder, an address or a dataset of the Hub.
 
     Args:
         source: one of
 
-            - a `.jsonl` or `.jsonl.gz` file, read by `load_jsonl`; or a `.json`, `.csv` or `.parquet` file,
+            - a `.jsonl` or `.jsonl.gz` file, read by `load_jsonl`,
+            - a `.json` file (a list of objects, or one object per line), or a `.csv` or `.parquet` file,
+            - the https address of a `.jsonl` or `.json` file,
             - a folder that `Dataset.save_to_disk` wrote, or one of data files,
             - the id of a Hub dataset, with a split if it is not "train" and a configuration if it has several:
               `"HuggingFaceH4/ultrachat_200k:train_sft"`, `"openai/gsm8k:main:train"`.
 
     Raises:
-        ValueError: there is no such file, folder or dataset, or it cannot be read.
+        ValueError: there is no such file, folder, address or dataset, or it cannot be read.
     """
     path = Path(source)
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        if not path.exists():
-            raise ValueError(f"There is no file {path}.")
-        return load_jsonl(path)
     try:
+        if str(source).startswith(("https://", "http://")):
+            with fsspec.open(str(source), "rb") as file:
+                return _parse_json_rows(file.read(), path)
+        if path.name.endswith((".jsonl", ".jsonl.gz")):
+            return load_jsonl(path)
+        if path.suffix == ".json":
+            return _parse_json_rows(path.read_bytes(), path)
         if path.is_file():
-            builder = path.suffix.removeprefix(".")
-            return load_dataset(builder, data_files=str(path), split="train")
+            return load_dataset(path.suffix.removeprefix("."), data_files=str(path), split="train")
         if path.is_dir():
             is_saved = (path / "dataset_info.json").exists()
             return load_from_disk(path) if is_saved else load_dataset(str(path), split="train")
         name, *rest = str(source).split(":")
         *configuration, split = rest or ["train"]
         return load_dataset(name, *configuration, split=split)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except FileNotFoundError as error:
         raise ValueError(
-            f"{source} cannot be read as a file, a folder or a Hub dataset (id, id:split or id:configuration:split): "
-            f"{error}"
+            f"There is no file, folder, address or Hub dataset {source}, or it is out of reach: "
+            f"{error.__cause__ or error}"
         ) from error
+    except (OSError, ValueError, RuntimeError, TypeError, ClientError) as error:
+        raise ValueError(
+            f"{source} cannot be read as a file, folder, address or Hub dataset (id, id:split or "
+            f"id:configuration:split): {error}"
+        ) from error
+
+
+def _parse_json_rows(content: bytes, path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON list, or of the lines of a JSONL file."""
+    if content.lstrip()[:1] == b"[":
+        rows = json.loads(content)
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path} holds a list of other things than objects.")
+        return rows
+    lines = enumerate(content.splitlines(), start=1)
+    return [parse_json_object(line, path, number) for number, line in lines if line.strip()]
 
 
 def load_jsonl(path: str | Path) -> list[dict[str, Any]]:
