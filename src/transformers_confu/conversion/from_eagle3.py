@@ -12,6 +12,7 @@ from ..configuration_confu import ConFuConfig
 from ..modeling_confu import ConFuDraftModel
 from .checkpoints import fetch, load_target_config, read_json, read_target_embeddings, read_weights, some
 from .dialects import dialect_of, read_settings
+from .vocabulary_map import check_vocabulary_map, marks_of
 
 
 logger = logging.getLogger(__name__)
@@ -112,25 +113,11 @@ def _check_draft_vocabulary(weights: dict[str, torch.Tensor], size: int, vocab_s
             raise ValueError("The source has a `t2d` that leaves tokens out, but no `d2t`.")
         weights.pop("t2d", None)
         return
-    if offsets.dtype.is_floating_point or tuple(offsets.shape) != (size,):
-        raise ValueError(
-            f"`d2t` holds {offsets.dtype} of shape {tuple(offsets.shape)}, expected integers of shape ({size},)."
-        )
-    token_ids = torch.arange(size) + offsets.long()
+    if tuple(offsets.shape) != (size,):
+        raise ValueError(f"`d2t` has the shape {tuple(offsets.shape)}, expected ({size},), the draft's vocabulary.")
     if mask is None:
-        mask = torch.zeros(vocab_size, dtype=torch.bool)
-        mask[token_ids[(token_ids >= 0) & (token_ids < vocab_size)]] = True
-    if tuple(mask.shape) != (vocab_size,):
-        raise ValueError(f"`t2d` has the shape {tuple(mask.shape)}, expected ({vocab_size},), one entry per token.")
-    marked = mask.bool().nonzero()[:, 0]
-    if not torch.equal(marked, token_ids):
-        if torch.equal(marked, offsets.long()):
-            raise ValueError("`d2t` holds token ids, expected offsets: token id minus index.")
-        differ = int((marked != token_ids).sum()) if len(marked) == size else size
-        raise ValueError(
-            f"`d2t` and `t2d` name different tokens: `d2t` leads to {differ} of {size} tokens out of order, twice, "
-            f"outside of 0..{vocab_size - 1} or unknown to `t2d`, which marks {len(marked)}."
-        )
+        mask = marks_of(offsets, vocab_size)
+    check_vocabulary_map(offsets, mask, vocab_size)
     weights["d2t"], weights["t2d"] = offsets.long(), mask.bool()
 
 
