@@ -28,10 +28,17 @@ def starts(rows: list[int]) -> dict[int, int]:
     return start_of
 
 
-def sampled(labels: torch.LongTensor, replication: int, max_lag: int, seed: int) -> Anchors:
+def sampled(labels: torch.LongTensor, replication: int, max_lag: int, seed: int, limit: int | None = None) -> Anchors:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return sample_anchors(labels, replication, max_lag)
+        return sample_anchors(labels, replication, max_lag, limit)
+
+
+def routes(anchors: Anchors, text: int) -> dict[int, int]:
+    """Positions of the anchors of one text, in order, and which position routes each."""
+    exists = anchors.exists[text]
+    positions, routed_by = anchors.positions[text, exists].tolist(), anchors.routed_by[text, exists].tolist()
+    return dict(zip(positions, routed_by, strict=True))
 
 
 # At least one token is always the prompt's: rows start at the last prompt token.
@@ -124,6 +131,35 @@ def test_lags_and_anchors_are_uniform():
         assert set(numbers.tolist()) == expected
         # About 5,000 draws: a tenth of the mean is more than three standard deviations.
         assert ((counts / counts.float().mean() - 1).abs() < 0.1).all()
+
+
+@given(batches(), st.integers(0, 6), st.integers(1, 7), st.integers(1, 9), st.integers(0, 2**31))
+@settings(derandomize=True, deadline=None)
+def test_a_limit_leaves_some_of_the_anchors_there_were(labels, replication, max_lag, limit, seed):
+    all_of_them = routes(sampled(labels, replication, max_lag, seed), text=0)
+    limited = sampled(labels, replication, max_lag, seed, limit)
+    for number, text in enumerate(labels):
+        start_of = starts(naive_rows(text))
+        first_rows = set(start_of.values())
+        kept = routes(limited, number)
+        assert first_rows <= kept.keys()
+        assert len(kept) <= max(limit, len(first_rows))
+        if number == 0:  # later texts draw other numbers than without a limit
+            assert kept.items() <= all_of_them.items()
+            assert len(kept) == min(len(all_of_them), max(limit, len(first_rows)))
+        for row, start in start_of.items():
+            serving = [index for index, at in enumerate(kept) if max(start, row - replication) <= at <= row]
+            assert limited.of_row[number, row] == (serving[-1] if serving else -1)
+
+
+def test_anchors_under_a_limit_are_drawn_evenly():
+    labels = make_labels((2, 60))
+    counts = torch.zeros(62)
+    for seed in range(1000):
+        anchors = sampled(labels, replication=0, max_lag=1, seed=seed, limit=6)
+        counts[anchors.positions[0]] += 1
+    assert counts[1] == 1000  # the last prompt token
+    torch.testing.assert_close(counts[2:60], torch.full((58,), 1000 * 5 / 58), rtol=0.5, atol=0)
 
 
 def test_short_answers():

@@ -1,42 +1,22 @@
-"""`ConFuTrainer` and the training command on tiny targets: what is taught, saved, resumed, measured and refused."""
+"""`ConFuTrainer` on tiny targets: what is taught, saved, resumed, measured and refused."""
 
-import gc
-import json
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from datasets import Dataset, concatenate_datasets
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from helpers import make_tiny_target
 from transformers_confu import ConFuConfig, ConFuDraftModel
 from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
-from transformers_confu.training.train import main
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Trainer collects garbage at every start; what was imported long ago need not be looked through each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
 def target() -> PreTrainedModel:
     return make_tiny_target(dtype=torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def keep_random_state():
-    """Training seeds the global generator."""
-    with torch.random.fork_rng(devices=[]):
-        yield
 
 
 def make_draft(target: PreTrainedModel, seed: int = 0, **overrides) -> ConFuDraftModel:
@@ -136,6 +116,15 @@ def test_bf16_trains(target, rows, tmp_path):
     torch.testing.assert_close(torch.tensor(losses[True]), torch.tensor(losses[False]), rtol=0.05, atol=0)
 
 
+def test_bf16_reaches_the_draft(target, rows, tmp_path):
+    trainer = make_trainer(target, tmp_path, train_dataset=rows, eval_dataset=rows, max_steps=1, bf16=True)
+    seen = set()
+    trainer.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    trainer.evaluate()
+    trainer.train()
+    assert seen == {torch.bfloat16}
+
+
 def test_the_target_stays_as_it_was(rows, tmp_path):
     target = make_tiny_target(dtype=torch.float32).train()
     before = {name: value.clone() for name, value in target.state_dict().items()}
@@ -169,6 +158,74 @@ def test_the_optimiser_holds_what_this_stage_teaches(target, rows, tmp_path, sta
     make_trainer(target, tmp_path, trainer.model, train_dataset=rows, max_steps=1, stage="joint")
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
     assert_equal(weights(trainer.model), before)
+
+
+GROUPS = {
+    "contemplate": TAUGHT_BY_WARM_UP,
+    "future": ("future_channel.future_",),
+    "core": ("fc.", "layers.", "norm.", "lm_head."),
+}
+
+
+def test_groups_learn_at_their_own_rates(target, rows, tmp_path):
+    settings = {"train_dataset": rows, "max_steps": 1, "optim": "sgd", "max_grad_norm": 0}
+    common, own = (
+        make_trainer(target, tmp_path, **settings, learning_rate=0.1, **rates)
+        for rates in ({}, {"contemplate_learning_rate": 0.4, "future_learning_rate": 0.0})
+    )
+    before = weights(common.model)
+    for trainer in (common, own):
+        trainer.train()
+    assert logged(own, "learning_rate") == [0.1]
+    for group, factor in (("core", 1), ("contemplate", 4), ("future", 0)):
+        for name, value in weights(own.model).items():
+            if name.startswith(GROUPS[group]):
+                step = weights(common.model)[name] - before[name]
+                torch.testing.assert_close(value - before[name], factor * step, rtol=1e-3, atol=1e-6, msg=name)
+    assert sorted(sum(GROUPS.values(), ())) and all(name.startswith(sum(GROUPS.values(), ())) for name in before), (
+        "a parameter in no group"
+    )
+
+
+@pytest.mark.parametrize("frozen", [["core"], ["contemplate", "future"]])
+def test_frozen_groups_stay(target, rows, tmp_path, frozen):
+    trainer = make_trainer(target, tmp_path, train_dataset=rows, max_steps=2, weight_decay=0.1, frozen=frozen)
+    before = weights(trainer.model)
+    trainer.train()
+    for name, value in weights(trainer.model).items():
+        is_frozen = name.startswith(sum((GROUPS[group] for group in frozen), ()))
+        assert torch.equal(value, before[name]) == is_frozen, name
+
+
+def test_fewer_anchors_cover_less(target, rows, tmp_path):
+    coverage = [
+        make_trainer(target, tmp_path, eval_dataset=rows, anchors_per_sequence=limit).evaluate()[
+            "eval_future_coverage"
+        ]
+        for limit in (None, 2, 1)
+    ]
+    assert coverage[0] > coverage[1] > coverage[2] > 0
+
+
+def test_a_target_is_given_by_name_or_as_a_peft_model(target, rows, tmp_path, saved_target):
+    named = make_trainer(str(saved_target), tmp_path, make_draft(target), eval_dataset=rows, target_dtype="float32")
+    mapped = make_trainer(
+        str(saved_target), tmp_path, make_draft(target), target_dtype="float32", target_device_map={"": "cpu"}
+    )
+    ids = torch.tensor([[3, 14, 15]])
+    for trainer in (named, mapped):
+        assert torch.equal(trainer.target_model(ids).logits, target(ids).logits)
+        assert not any(parameter.requires_grad for parameter in trainer.target_model.parameters())
+
+    adapted = get_peft_model(
+        make_tiny_target(dtype=torch.float32), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    expected = adapted.eval()(ids).logits
+    assert not torch.allclose(expected, target(ids).logits)
+    trainer = make_trainer(adapted, tmp_path, make_draft(target), train_dataset=rows, eval_dataset=rows, max_steps=1)
+    assert torch.equal(trainer.target_model(ids).logits, expected)
+    assert trainer.evaluate()["eval_loss"] != named.evaluate()["eval_loss"]
+    trainer.train()
 
 
 def test_the_warm_up_teaches_contemplate_rows(target, tmp_path):
@@ -283,18 +340,85 @@ def test_a_checkpoint_is_the_draft_alone(target, rows, tmp_path):
     assert torch.equal(target.generate(ids, do_sample=False, max_new_tokens=12, assistant_model=loaded), plain)
 
 
-@pytest.mark.parametrize("at", [2, 7], ids=["in the first epoch", "in the second epoch"])
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(target, rows, tmp_path, at):
-    settings = {"train_dataset": rows, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": at}
-    whole = make_trainer(target, tmp_path, **settings)
+class Interruption(TrainerCallback):
+    """Stops a run the hard way, right after a step."""
+
+    def __init__(self, at: int):
+        self.at = at
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.on_step_end(args, state, control)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step > self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "at, settings",
+    [(2, {}), (7, {}), (5, {"stage": "warm_up"}), (3, {"gradient_accumulation_steps": 2})],
+    ids=["in the first epoch", "in the second epoch", "at the end of an epoch", "of accumulated batches"],
+)
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(target, rows, tmp_path, at, settings):
+    settings = settings | {
+        "train_dataset": rows,
+        "eval_dataset": rows,
+        "num_train_epochs": 3,
+        "save_strategy": "steps",
+        "save_steps": at,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    whole = make_trainer(target, tmp_path / "whole", **settings)
     whole.train()
-    steps_of_an_epoch = whole.state.global_step // 3
-    assert at % steps_of_an_epoch != 0 and at // steps_of_an_epoch == (at > 2)
-    resumed = make_trainer(target, tmp_path, make_draft(target, seed=9), **settings)
+    interrupted = make_trainer(target, tmp_path / "resumed", **settings, callbacks=[Interruption(at)])
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    resumed = make_trainer(target, tmp_path / "resumed", make_draft(target, seed=9), **settings)
     torch.manual_seed(1234)
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+    resumed.train(resume_from_checkpoint=True)
     assert_equal(weights(resumed.model), weights(whole.model))
-    assert logged(resumed, "loss") == logged(whole, "loss")
+    for name in ("loss", "eval_loss", "eval_tau_greedy"):
+        assert logged(resumed, name) == logged(whole, name)
+
+
+def test_anchors_differ_between_steps(target, rows, tmp_path):
+    # Two rows in one batch: nothing else varies.
+    trainer = make_trainer(
+        target, tmp_path, train_dataset=rows.select([1, 5]), max_steps=4, learning_rate=0.0, ttt_steps=2
+    )
+    trainer.train()
+    assert len(set(logged(trainer, "loss"))) == 4
+
+
+def test_the_best_checkpoint_is_that_of_the_highest_tau(target, tmp_path):
+    class Forget(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step > 4:
+                torch.nn.init.zeros_(model.lm_head.weight)
+
+    rows = Dataset.from_dict({"input_ids": [[5, 9, *[11] * 14]] * 4, "labels": [[-100, -100, *[11] * 14]] * 4})
+    trainer = make_trainer(
+        target,
+        tmp_path,
+        train_dataset=rows,
+        eval_dataset=rows,
+        callbacks=[Forget()],
+        max_steps=6,
+        learning_rate=3e-2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    taus = logged(trainer, "eval_tau_greedy")
+    best = taus.index(max(taus)) + 1
+    assert best < 6 and trainer.state.best_global_step == best
+    assert_equal(trainer.model.state_dict(), load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors"))
+    assert trainer.evaluate()["eval_tau_greedy"] == max(taus)
 
 
 def test_epochs_differ_in_order(target, rows, tmp_path):
@@ -324,7 +448,14 @@ def test_evaluation_measures_and_repeats(target, rows, tmp_path):
     assert "test_tau_greedy" in trainer.evaluate(metric_key_prefix="test")
 
 
-def test_evaluation_weighs_tokens_not_batches(target, rows, tmp_path):
+def test_several_evaluation_sets_have_names(target, rows, tmp_path):
+    trainer = make_trainer(target, tmp_path, eval_dataset={"all": rows, "one": rows.select([1])})
+    metrics = trainer.evaluate()
+    assert 1 <= metrics["eval_all_tau_greedy"] and 1 <= metrics["eval_one_tau_greedy"]
+    assert metrics["eval_all_loss"] == make_trainer(target, tmp_path, eval_dataset=rows).evaluate()["eval_loss"]
+
+
+def test_evaluation_weighs_rows_not_batches(target, rows, tmp_path):
     results = []
     for tokens_per_batch in (16, 64, 1024):
         trainer = make_trainer(target, tmp_path, eval_dataset=rows, stage="core", tokens_per_batch=tokens_per_batch)
@@ -353,6 +484,11 @@ def test_a_draft_in_half_precision_is_refused(target, tmp_path):
         make_trainer(target, tmp_path, make_draft(target).bfloat16())
 
 
+def test_sharding_in_one_process_is_refused(target, tmp_path):
+    with pytest.raises(ValueError, match="`shard_target` needs several processes; start them with `torchrun`"):
+        make_trainer(target, tmp_path, shard_target=True)
+
+
 @pytest.mark.parametrize("field, value", [("vocab_size", 98), ("hidden_size", 40), ("num_hidden_layers", 6)])
 def test_another_target_is_refused(target, tmp_path, field, value):
     other = make_tiny_target(dtype=torch.float32, **{field: value})
@@ -379,6 +515,15 @@ def test_missing_datasets_are_refused(target, tmp_path):
         ({"max_lag": 0}, "`max_lag` is 0; it must be at least 1."),
         ({"ttt_decay": 0.0}, "`ttt_decay` is 0.0; it must be above 0 and at most 1."),
         ({"ttt_decay": 1.5}, "`ttt_decay` is 1.5; it must be above 0 and at most 1."),
+        ({"loss": "l2"}, "`loss` is 'l2'; it must be one of kl, soft_cross_entropy, tv, lk_alpha, lk_lambda."),
+        ({"anchors_per_sequence": 0}, "`anchors_per_sequence` is 0; it must be at least 1."),
+        ({"future_learning_rate": -1.0}, "`future_learning_rate` is -1.0; it must not be negative."),
+        ({"frozen": ["head"]}, "`frozen` names 'head'; the groups are core, contemplate, future."),
+        ({"stage": "core", "frozen": ["core"]}, "Nothing is left to train: stage 'core' teaches core, and `frozen`"),
+        ({"gradient_checkpointing": True}, "`activation_checkpointing` (`gradient_checkpointing`) is not supported"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` has no effect here"),
+        ({"auto_find_batch_size": True}, "`auto_find_batch_size` has no effect here: lower `tokens_per_batch`"),
+        ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "`hub_strategy='checkpoint'` would publish optimiser"),
         ({"remove_unused_columns": True}, "`remove_unused_columns` must be False: `input_ids` and `labels` feed"),
     ],
 )
@@ -386,87 +531,3 @@ def test_bad_arguments_are_refused(tmp_path, arguments, message):
     with pytest.raises(ValueError) as error:
         ConFuTrainingArguments(output_dir=str(tmp_path), **arguments)
     assert str(error.value).startswith(message)
-
-
-# The command
-
-
-@pytest.fixture(scope="module")
-def saved_target(tmp_path_factory) -> Path:
-    """A tiny target and a tokenizer of its 97 tokens, in one folder."""
-    folder = tmp_path_factory.mktemp("target")
-    target = make_tiny_target(dtype=torch.float32, eos_token_id=96)
-    target.save_pretrained(folder)
-    vocabulary = {chr(32 + index): index for index in range(96)} | {"<end>": 96}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}>"
-    fast.save_pretrained(folder)
-    return folder
-
-
-def write_run(folder: Path, saved_target: Path, **options) -> str:
-    """A YAML file of options for the training command, over a few rows of data."""
-    generator = torch.Generator().manual_seed(0)
-    with open(folder / "data.jsonl", "w") as file:
-        for number in range(12):
-            answer = torch.randint(96, (12 + number,), generator=generator).tolist()
-            print(json.dumps({"prompt": f"question {number}", "answer_ids": answer + [96]}), file=file)
-    settings = {
-        "target": str(saved_target),
-        "target_dtype": "float32",
-        "data": [str(folder / "data.jsonl")],
-        "draft_vocab_size": 50,
-        "num_soft_prompts": 5,
-        "instruction": "abc",
-        "eval_rows": 3,
-        "output_dir": str(folder / "draft"),
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "tokens_per_batch": 128,
-        "ttt_steps": 2,
-        "max_steps": 3,
-        "save_strategy": "no",
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(settings | options))
-    return str(folder / "run.yaml")
-
-
-def test_the_command_trains_a_new_draft_and_continues_it(saved_target, tmp_path, capsys):
-    main([write_run(tmp_path, saved_target)])
-    printed = capsys.readouterr().out
-    assert "rows: 12 kept of 12" in printed and "Draft vocabulary: 50 tokens" in printed
-    assert "eval_tau_greedy" in printed
-    first = ConFuDraftModel.from_pretrained(tmp_path / "draft")
-    assert (first.config.draft_vocab_size, first.config.num_soft_prompts) == (50, 5)
-    assert first.t2d[96], "a draft that cannot propose the end loses the last round of each answer"
-    assert (tmp_path / "draft" / "tokenizer.json").exists()
-
-    target = make_tiny_target(dtype=torch.float32, eos_token_id=96)
-    ids = torch.tensor([[3, 14, 15]])
-    plain = target.generate(ids, do_sample=False, max_new_tokens=10)
-    assert torch.equal(target.generate(ids, do_sample=False, max_new_tokens=10, assistant_model=first), plain)
-
-    draft = str(tmp_path / "draft")
-    main([write_run(tmp_path, saved_target, draft=draft, learning_rate=0.0, output_dir=str(tmp_path / "second"))])
-    second = ConFuDraftModel.from_pretrained(tmp_path / "second")
-    assert_equal(second.state_dict(), first.state_dict())
-
-
-def test_the_command_can_hold_out_nothing(saved_target, tmp_path, capsys):
-    main([write_run(tmp_path, saved_target, eval_rows=0, max_steps=1, num_soft_prompts=0)])
-    assert "eval_" not in capsys.readouterr().out
-    assert (tmp_path / "draft" / "model.safetensors").exists()
-
-
-def test_the_command_takes_options_too(saved_target, tmp_path):
-    write_run(tmp_path, saved_target)
-    options = yaml.safe_load((tmp_path / "run.yaml").read_text()) | {"max_steps": 1}
-    arguments = []
-    for name, value in options.items():
-        arguments += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
-    main(arguments)
-    assert (tmp_path / "draft" / "model.safetensors").exists()

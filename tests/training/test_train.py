@@ -1,0 +1,216 @@
+"""The training command: one run or stages, from files and options; skipped, continued or refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from commands import weights_of, write_run
+from transformers import TrainerCallback
+
+from helpers import make_tiny_target
+from transformers_confu import ConFuDraftModel
+from transformers_confu.training import ConFuTrainer
+from transformers_confu.training.runs import read_runs
+from transformers_confu.training.train import main
+
+
+def test_the_command_trains_a_new_draft_and_continues_it(saved_target, tmp_path, capsys):
+    main([write_run(tmp_path, saved_target)])
+    printed = capsys.readouterr().out
+    assert "rows: 12 kept of 12" in printed and "Draft vocabulary: 50 tokens" in printed
+    assert "eval_tau_greedy" in printed
+    first = ConFuDraftModel.from_pretrained(tmp_path / "draft")
+    assert (first.config.draft_vocab_size, first.config.num_soft_prompts) == (50, 5)
+    assert first.t2d[96], "a draft that cannot propose the end loses the last round of each answer"
+    assert (tmp_path / "draft" / "tokenizer.json").exists()
+
+    target = make_tiny_target(dtype=torch.float32, eos_token_id=96)
+    ids = torch.tensor([[3, 14, 15]])
+    plain = target.generate(ids, do_sample=False, max_new_tokens=10)
+    assert torch.equal(target.generate(ids, do_sample=False, max_new_tokens=10, assistant_model=first), plain)
+
+    draft = str(tmp_path / "draft")
+    main([write_run(tmp_path, saved_target, draft=draft, learning_rate=0.0, output_dir=str(tmp_path / "second"))])
+    second = ConFuDraftModel.from_pretrained(tmp_path / "second")
+    for name, value in second.state_dict().items():
+        assert torch.equal(value, first.state_dict()[name]), name
+
+
+def test_the_command_can_hold_out_nothing(saved_target, tmp_path, capsys):
+    main([write_run(tmp_path, saved_target, eval_rows=0, max_steps=1, num_soft_prompts=0)])
+    assert "eval_" not in capsys.readouterr().out
+    assert (tmp_path / "draft" / "model.safetensors").exists()
+
+
+def test_the_command_takes_options_too(saved_target, tmp_path):
+    write_run(tmp_path, saved_target)
+    options = yaml.safe_load((tmp_path / "run.yaml").read_text()) | {"max_steps": 1}
+    arguments = []
+    for name, value in options.items():
+        arguments += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    main(arguments)
+    assert (tmp_path / "draft" / "model.safetensors").exists()
+
+
+def test_ablations_are_options(saved_target, tmp_path):
+    run = write_run(tmp_path, saved_target, max_steps=1)
+    main([run])
+    main([run, "--num_experts=1", "--num_soft_prompts", "3", "--instruction=", f"--output_dir={tmp_path / 'second'}"])
+    first, second = (ConFuDraftModel.from_pretrained(tmp_path / name) for name in ("draft", "second"))
+    assert first.config.num_contemplate_experts == first.config.num_future_experts == 8
+    assert second.config.num_contemplate_experts == second.config.num_future_experts == 1
+    assert second.config.num_future_experts_per_token == 1
+    # Keys of a text are far larger than random ones.
+    assert second.future_channel.soft_prompts.std() < 0.1 * first.future_channel.soft_prompts.std()
+
+
+def test_evaluation_decodes_held_out_prompts(saved_target, tmp_path):
+    options = {"decoding_prompts": 2, "decoding_tokens": 8, "decoding_knobs": {"confu_tree_size": 4}}
+    metrics = []
+    with pytest.MonkeyPatch.context() as patch:
+        evaluate = ConFuTrainer.evaluate
+        patch.setattr(ConFuTrainer, "evaluate", lambda self: metrics.append(evaluate(self)))
+        main([write_run(tmp_path, saved_target, max_steps=1, stage="core", **options)])
+    assert metrics[0]["eval_decoding_mismatches"] == 0 and metrics[0]["eval_decoding_tau"] >= 1
+
+
+# Stages
+
+
+STAGES = [
+    {"stage": "core", "max_steps": 3},
+    {"stage": "warm_up", "max_steps": 4, "learning_rate": "1e-2"},
+    {"stage": "joint", "max_steps": 3},
+]
+
+
+def test_three_stages_follow_from_each_other(saved_target, tmp_path, capsys):
+    run = write_run(tmp_path, saved_target, stages=STAGES, output_dir=str(tmp_path / "runs"))
+    main([run])
+    core, warm_up, joint = (weights_of(tmp_path / "runs" / name) for name in ("core", "warm_up", "joint"))
+    for name in core:
+        is_of_warm_up = name.startswith(("future_channel.soft_prompts", "future_channel.contemplate_token."))
+        assert torch.equal(core[name], warm_up[name]) != is_of_warm_up, name
+        assert torch.equal(warm_up[name], joint[name]) == (name in ("d2t", "t2d")), name
+
+    capsys.readouterr()
+    before = (tmp_path / "runs" / "joint" / "model.safetensors").stat().st_mtime_ns
+    main([run])
+    printed = capsys.readouterr().out
+    for stage in ("core", "warm_up", "joint"):
+        assert f"Stage {stage}: finished, in {tmp_path / 'runs' / stage}" in printed
+    assert (tmp_path / "runs" / "joint" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("stage, step", [("core", 1), ("warm_up", 3), ("joint", 2)])
+def test_an_interrupted_stage_is_continued(saved_target, tmp_path, capsys, stage, step):
+    settings = {"stages": STAGES, "save_strategy": "steps", "save_steps": 1, "eval_rows": 0}
+    main([write_run(tmp_path, saved_target, output_dir=str(tmp_path / "whole"), **settings)])
+
+    class Interruption(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if args.stage == stage and state.global_step > step:
+                raise KeyboardInterrupt
+
+    run = write_run(tmp_path, saved_target, output_dir=str(tmp_path / "parts"), **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        train = ConFuTrainer.train
+        patch.setattr(
+            ConFuTrainer, "train", lambda self, **kwargs: (self.add_callback(Interruption()), train(self, **kwargs))
+        )
+        with pytest.raises(KeyboardInterrupt):
+            main([run])
+    # A checkpoint that was being written when the machine went down is not one.
+    (tmp_path / "parts" / stage / "checkpoint-99").mkdir()
+    capsys.readouterr()
+    main([run])
+    assert (
+        f"Stage {stage}: continues from {tmp_path / 'parts' / stage / f'checkpoint-{step}'}" in capsys.readouterr().out
+    )
+    whole, parts = (weights_of(tmp_path / name / "joint") for name in ("whole", "parts"))
+    for name, value in whole.items():
+        assert torch.equal(value, parts[name]), name
+
+
+def test_a_run_of_other_options_is_not_overwritten(saved_target, tmp_path):
+    run = write_run(tmp_path, saved_target, max_steps=1)
+    main([run])
+    main([run, "--logging_steps=3", "--save_steps=7"])  # nothing that changes the outcome
+    with pytest.raises(ValueError) as error:
+        main([run, "--learning_rate=1e-5"])
+    assert str(error.value) == (
+        f"{tmp_path / 'draft'} holds a finished run with other options (learning_rate was 0.0003, is 1e-05): use "
+        "another `output_dir`, or delete this one to train anew."
+    )
+
+
+# Reading
+
+
+NAMES = {"target", "draft", "output_dir", "stage", "max_steps", "learning_rate", "data", "knobs"}
+
+
+def read(folder: Path, text: str, *options: str) -> list[list[str]]:
+    (folder / "run.yaml").write_text(text)
+    return read_runs([str(folder / "run.yaml"), *options], NAMES)
+
+
+def test_options_alone_are_one_run():
+    assert read_runs(["--max_steps", "3"], NAMES) == [["--max_steps", "3"]]
+    assert read_runs([], NAMES) == [[]]
+
+
+def test_a_file_becomes_options(tmp_path):
+    text = "learning_rate: 1e-4\ndata: [a, b]\ndraft: null\nknobs: {x: 1}\nmax_steps: 3"
+    assert read(tmp_path, text, "--max_steps", "5") == [
+        ["--learning_rate=1e-4", "--data", "a", "b", '--knobs={"x": 1}', "--max_steps=3", "--max_steps", "5"]
+    ]
+
+
+def test_stages_share_what_they_do_not_override(tmp_path):
+    text = """
+        output_dir: runs
+        learning_rate: 1
+        draft: first
+        stages:
+          - {stage: core}
+          - {stage: joint, learning_rate: 2}
+          - {stage: joint, output_dir: last, draft: runs/core}
+    """
+    core, joint, last = (
+        dict(option.removeprefix("--").split("=") for option in run) for run in read(tmp_path, text, "--max_steps=5")
+    )
+    assert core == {
+        "output_dir": "runs/core",
+        "learning_rate": "1",
+        "draft": "first",
+        "stage": "core",
+        "max_steps": "5",
+    }
+    assert joint == core | {"output_dir": "runs/joint", "learning_rate": "2", "draft": "runs/core", "stage": "joint"}
+    assert last == core | {"output_dir": "last", "draft": "runs/core", "stage": "joint"}
+    assert "--output_dir=other/core" in read(tmp_path, text, "--output_dir", "other")[0]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "run.yaml holds no options; write one `name: value` a line."),
+        ("max_step: 3", "run.yaml: no option is called `max_step`; did you mean `max_steps`?"),
+        ("output_dir: a\nstages: [{stage: core, lerning_rate: 1}]", "did you mean `learning_rate`?"),
+        (
+            "output_dir: a\nstages: [core]",
+            "`stages` of {path} must be a list of mappings, each with at least a `stage`.",
+        ),
+        (
+            "stages: [{stage: core}]",
+            "{path} has stages and no `output_dir`; name the folder that theirs shall lie in.",
+        ),
+        ("output_dir: a\nstages: [{stage: joint}, {stage: joint}]", "Two stages of {path} write to a/joint; give one"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, text, message):
+    with pytest.raises(ValueError) as error:
+        read(tmp_path, text)
+    assert message.format(path=tmp_path / "run.yaml") in str(error.value)
