@@ -95,6 +95,10 @@ class ArmAnswers:
         prefill = sum(turn.rounds.seconds["prefill"] for turn in turns) / len(turns)
         return {**means, "rest": rest, "prefill": prefill}
 
+    def round_seconds(self) -> float:
+        """Mean seconds of a round, prefill left out."""
+        return sum(seconds for part, seconds in self.parts().items() if part != "prefill")
+
 
 class Comparison:
     r"""
@@ -176,6 +180,10 @@ class Comparison:
         other = over or self.plain
         return self.interval(lambda weights: rate(arm, weights) / rate(other, weights), members)
 
+    def tokens_per_second(self, arm: ArmAnswers, members: Sequence[int] | None = None) -> Interval:
+        """Total tokens over total time, all runs together."""
+        return self.interval(lambda weights: rate(arm, weights), members)
+
     def speedup_difference(self, arm: ArmAnswers, other: ArmAnswers) -> Interval:
         """Difference of the two arms' speed-ups over plain generation."""
         return self.interval(
@@ -203,14 +211,18 @@ class Comparison:
         return Spread.of(arm.emitted[:, run].sum() / arm.rounds[:, run].sum() for run in range(len(self.runs)))
 
     def references(self, arm: ArmAnswers) -> list[ArmAnswers]:
-        """What a contemplating arm is set against: EAGLE-3 mode with the same tree, of its own and of other drafts."""
-        if not arm.has_accepted or not arm.arm.contemplation:
-            return []
-        return [
+        """What a drafted arm is set against: EAGLE-3 mode with the same tree, of every draft; each pair once."""
+        alike = [
             other
             for other in self.drafted()
             if not other.arm.contemplation and other.arm.tree_size == arm.arm.tree_size
         ]
+        return alike if arm.arm.contemplation else alike[alike.index(arm) + 1 :]
+
+    def of_main_size(self) -> list[ArmAnswers]:
+        """Drafted arms with the tree size that comes first."""
+        arms = self.drafted()
+        return [arm for arm in arms if arm.arm.tree_size == arms[0].arm.tree_size]
 
 
 def tau(arm: ArmAnswers, weights: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     file = measure(arguments)
     for setting in settings_of(file.answers):
         comparison = Comparison(setting, file.answers, arguments.seed)
-        print(f"\n{setting}; {len(comparison.questions)} questions, {len(comparison.runs)} runs\n")
+        print(f"\n{setting}. Questions: {len(comparison.questions)}. Runs: {len(comparison.runs)}.\n")
         print(speed_table(comparison).markdown())
     if arguments.report is not None:
         print(f"\nReport: {write_report(file, Path(arguments.report), command, arguments.seed)}")

@@ -21,7 +21,7 @@ from .machine import synchronise
 
 
 CURVE_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-REPEATS = 9
+REPEATS = 15
 INSTRUMENTED_TOKENS = 48
 
 

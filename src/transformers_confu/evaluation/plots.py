@@ -102,19 +102,13 @@ def cost_plots(costs: list[dict[str, Any]], folder: Path) -> list[Plot]:
     return _draw([forward_curve], costs, folder, "")
 
 
-def of_main_size(comparison: Comparison) -> list[ArmAnswers]:
-    """Drafted arms with the tree size that comes first."""
-    arms = comparison.drafted()
-    return [arm for arm in arms if arm.arm.tree_size == arms[0].arm.tree_size]
-
-
 def style_of(index: int) -> dict[str, Any]:
     index %= len(COLOURS)
     return {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": DASHES[index], "markersize": 6}
 
 
 def survival(pyplot: Any, comparison: Comparison) -> tuple[Any, str, str] | None:
-    arms = of_main_size(comparison)
+    arms = comparison.of_main_size()
     if not arms:
         return None
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
@@ -125,8 +119,8 @@ def survival(pyplot: Any, comparison: Comparison) -> tuple[Any, str, str] | None
         depth = max(depth, len(levels))
         left.plot([0, *levels], [1, *result["survival"]], label=arm.arm.label, **style_of(index))
         right.plot(levels, result["conditional"], **style_of(index))
-    left.set(xlabel="accepted drafted tokens, l", ylabel="P(accepted ≥ l)", ylim=(0, 1.03))
-    right.set(xlabel="draft step, l", ylabel="P(step l accepted | step l − 1 was)", ylim=(0, 1.03))
+    left.set(xlabel="accepted drafted tokens l", ylabel="P(accepted ≥ l)", ylim=(0, 1.03))
+    right.set(xlabel="draft step l", ylabel="P(accepted ≥ l | accepted ≥ l − 1)", ylim=(0, 1.03))
     left.set_xticks(range(depth + 1))
     right.set_xticks(range(1, depth + 1))
     figure.legend(loc="outside upper center", ncols=min(3, len(arms)))
@@ -140,7 +134,7 @@ def survival(pyplot: Any, comparison: Comparison) -> tuple[Any, str, str] | None
 
 def speedup_by_group(pyplot: Any, comparison: Comparison) -> tuple[Any, str, str]:
     baselines = [arm for arm in comparison.arms.values() if arm.has_rounds and not arm.has_accepted]
-    arms = [*of_main_size(comparison), *baselines][:MOST_BARS]
+    arms = [*comparison.of_main_size(), *baselines][:MOST_BARS]
     members = [*comparison.groups.items(), ("all", None)]
     figure, axes = pyplot.subplots(figsize=(9, 3.8), layout="constrained")
     width = 0.84 / max(1, len(arms))

@@ -74,8 +74,8 @@ class Departure:
 
     Args:
         turn, position (`int`): The first token that differs.
-        gap (`float`, *optional*): How much larger the target's logit of plain generation's token is than that of this
-            arm's token, in one forward over the common text; `None` if one text ends there, or when sampling.
+        gap (`float`, *optional*): How far apart the target's logits of the two tokens are in one forward over the
+            common text; `None` if one text ends there, or when sampling.
     """
 
     turn: int

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +85,7 @@ def write_report(file: RecordFile, folder: Path, command: str, seed: int) -> Pat
         plots = plots_of(comparison, folder / "plots", slug)
         for table in tables:
             _save(table, folder / "tables", slug)
-        count = f"{len(comparison.questions)} questions, {len(comparison.runs)} runs."
+        count = f"Questions: {len(comparison.questions)}. Runs: {len(comparison.runs)}."
         sections.append(Section(str(setting), [count, *tables, *plots]))
     general = [table for table in (curve_table(file.costs), parameter_table(file.costs)) if table is not None]
     for table in general:
@@ -153,13 +154,13 @@ def html_page(sections: Iterable[Section]) -> str:
                 picture = base64.b64encode(part.path.read_bytes()).decode()
                 body.append(
                     f"<h3>{html.escape(part.title)}</h3><figure><img alt={_quoted(part.title)} "
-                    f'src="data:image/png;base64,{picture}"><figcaption>{html.escape(part.caption)}</figcaption>'
+                    f'src="data:image/png;base64,{picture}"><figcaption>{_prose(part.caption)}</figcaption>'
                     "</figure>"
                 )
             elif isinstance(part, Preformatted):
                 body.append(f"<pre>{html.escape(part.text)}</pre>")
             else:
-                body.append(f"<p>{html.escape(part)}</p>")
+                body.append(f"<p>{_prose(part)}</p>")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><title>ConFu evaluation</title>'
@@ -174,8 +175,12 @@ def _html_table(table: Table) -> str:
     )
     return (
         f'<h3>{html.escape(table.title)}</h3><div class="wide"><table><thead><tr>{head}</tr></thead>'
-        f'<tbody>{rows}</tbody></table></div><p class="note">{html.escape(table.note)}</p>'
+        f'<tbody>{rows}</tbody></table></div><p class="note">{_prose(table.note)}</p>'
     )
+
+
+def _prose(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def _quoted(text: str) -> str:

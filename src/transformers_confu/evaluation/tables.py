@@ -101,25 +101,43 @@ def speed_table(comparison: Comparison) -> Table:
         "speed",
         "Speed and accepted length",
         f"tau: tokens emitted in rounds / rounds. Speed-up: against plain generate, total tokens over total time, and "
-        f"as the mean of the questions' ratios. {INTERVALS}; in square brackets the lowest and highest of "
-        f"{len(comparison.runs)} runs around their median. Identical: texts equal to plain generate's.",
-        ["arm", "tau", "tokens/s", "speed-up, total", "by run", "speed-up, mean", "identical"],
+        f"as the mean of the questions' ratios. {INTERVALS}; in square brackets the lowest and highest run around the "
+        f"median of {len(comparison.runs)}. Identical: texts equal to plain generate's.",
+        ["arm", "tau", "tokens/s", "speed-up, total", "total by run", "speed-up, mean", "identical"],
         rows,
     )
 
 
-def group_table(comparison: Comparison, name: str) -> Table:
-    """Tau or speed-up by group."""
-    figure: Callable[..., Interval] = comparison.tau if name == "tau" else comparison.speedup_total
+def group_table(comparison: Comparison, name: str, title: str, figure: Callable[..., Interval]) -> Table:
+    """A figure of each arm (`comparison.tau` and the like) by group and over all."""
     arms = [arm for arm in comparison.arms.values() if arm.has_rounds]
     groups = list(comparison.groups.items())
-    title = {"tau": "Accepted length (tau) by group", "speedup": "Speed-up by group (total tokens over total time)"}
     return Table(
-        f"{name}_by_group",
-        title[name],
+        name,
+        title,
         f"{INTERVALS}. Questions: {', '.join(f'{group} {len(members)}' for group, members in groups)}.",
         ["arm", *(group for group, _ in groups), "all"],
         [[arm.arm.label, *(figure(arm, members) for _, members in groups), figure(arm)] for arm in arms],
+    )
+
+
+def group_depth_table(comparison: Comparison) -> Table | None:
+    """Survival by group, with the main tree size."""
+    results = [
+        (arm.arm.label, group, arm.acceptance(members)["survival"])
+        for arm in comparison.of_main_size()
+        for group, members in comparison.groups.items()
+    ]
+    if not results:
+        return None
+    depth = max(len(survival) for _, _, survival in results)
+    return Table(
+        "survival_by_group",
+        "P(accepted >= l) by group",
+        "Over all rounds of the group's questions.",
+        ["arm", "group", *(f"l = {level}" for level in range(1, depth + 1))],
+        [[label, group, *survival, *[0.0] * (depth - len(survival))] for label, group, survival in results],
+        digits=3,
     )
 
 
@@ -131,9 +149,9 @@ def depth_table(comparison: Comparison) -> Table | None:
     depth = max(len(result["survival"]) for _, result in results)
     rows = []
     for arm, result in results:
-        for label, name in (("P(accepted >= l)", "survival"), ("given l - 1", "conditional")):
-            values = result[name] + [None] * (depth - len(result[name]))
-            rows.append([arm.arm.label, label, *values])
+        missing = depth - len(result["survival"])
+        rows.append([arm.arm.label, "P(accepted >= l)", *result["survival"], *[0.0] * missing])
+        rows.append([arm.arm.label, "given l - 1", *result["conditional"], *[None] * missing])
     return Table(
         "acceptance_by_depth",
         "Acceptance by draft step",
@@ -162,7 +180,7 @@ def difference_table(comparison: Comparison) -> Table | None:
         return None
     return Table(
         "differences",
-        "ConFu against EAGLE-3 mode",
+        "Against EAGLE-3 mode",
         f"{INTERVALS}: where it leaves out 0 (or, for the quotient, 1), the two arms differ beyond what other "
         "questions of the same kind would change.",
         ["arm", "against", "tau, difference", "speed, quotient", "speed-up, difference"],
@@ -260,8 +278,8 @@ def exactness_table(comparison: Comparison) -> Table:
     return Table(
         "exactness",
         "Texts against plain generate's",
-        "An answer departs where its first token differs. Position: of that token in its turn, median. Gap: how much "
-        "the target prefers plain generate's token to the other there, in logits of one forward over the common "
+        "An answer departs where its first token differs. Position: of that token in its turn, median. Gap: how far "
+        "apart the target's logits of the two tokens are there, in one forward over the common "
         f"text{sampled}. In fp32 a gap above 1e-4 is no tie of rounding.",
         ["arm", "answers", "identical", "position", "gap, median", "gap, largest", "above 1e-4"],
         rows,
@@ -270,12 +288,15 @@ def exactness_table(comparison: Comparison) -> Table:
 
 
 def extra_cost_table(comparison: Comparison, costs: list[dict[str, Any]]) -> Table | None:
+    drafted = {arm.arm.label: arm for arm in comparison.drafted() if arm.parts()}
     rows = []
     for cost in costs:
-        if cost["dtype"] != comparison.setting.dtype or "per_round" not in cost:
+        if cost["dtype"] != comparison.setting.dtype or cost["label"] not in drafted:
             continue
-        if cost["label"] not in {arm.arm.label for arm in comparison.drafted()}:
-            continue
+        arm = drafted[cost["label"]]
+        without = [
+            other for other in comparison.references(arm) if other.arm.draft == arm.arm.draft and other.parts()
+        ]  # fmt: skip
         parts = {name: 1000 * seconds for name, seconds in cost["per_round"].items()}
         total = sum(parts.values())
         rows.append(
@@ -283,6 +304,7 @@ def extra_cost_table(comparison: Comparison, costs: list[dict[str, Any]]) -> Tab
                 cost["label"],
                 *(parts[name] for name in ("rows", "slots", "contemplate_experts", "future_experts", "projections")),
                 total,
+                1000 * (arm.round_seconds() - without[0].round_seconds()) if without else None,
                 *(total / emitted for emitted in range(1, MAX_EMITTED + 1)),
             ]
         )
@@ -292,9 +314,11 @@ def extra_cost_table(comparison: Comparison, costs: list[dict[str, Any]]) -> Tab
         "extra_cost",
         "What contemplation adds, milliseconds",
         f"Per round: contemplate rows in the target's forward, soft-prompt slots in it, experts of [con] and of [f], "
-        f"projections of f. Then their sum per emitted token, for rounds that emit 1 to {MAX_EMITTED}. Forwards over "
-        f"a context of {costs[0]['context']} tokens, medians; experts and projections inside a real call.",
-        ["arm", "rows", "slots", "[con] experts", "[f] experts", "projections", "round"]
+        f"projections of f, and their sum; beside it how much longer the rounds of the answers above were than in "
+        f"EAGLE-3 mode of the same draft. Then the sum per emitted token, for rounds that emit 1 to {MAX_EMITTED}. "
+        f"Forwards over a context of {costs[0]['context']} tokens, medians, whose differences carry the machine's "
+        "noise; experts and projections inside a real call.",
+        ["arm", "rows", "slots", "[con] experts", "[f] experts", "projections", "sum", "in the answers"]
         + [f"/{emitted}" for emitted in range(1, MAX_EMITTED + 1)],
         rows,
         digits=3,
@@ -340,9 +364,12 @@ def tables_of(comparison: Comparison, costs: list[dict[str, Any]]) -> list[Table
     tables = [
         speed_table(comparison),
         difference_table(comparison),
-        group_table(comparison, "speedup"),
-        group_table(comparison, "tau"),
+        group_table(comparison, "tau_by_group", "Accepted length (tau) by group", comparison.tau),
+        group_table(comparison, "speedup_by_group", "Speed-up by group, total", comparison.speedup_total),
+        group_table(comparison, "mean_speedup_by_group", "Speed-up by group, mean", comparison.speedup_mean),
+        group_table(comparison, "rate_by_group", "Tokens per second by group", comparison.tokens_per_second),
         depth_table(comparison),
+        group_depth_table(comparison),
         time_table(comparison),
         extra_cost_table(comparison, costs),
         rows_table(comparison),

@@ -1,0 +1,90 @@
+"""Which arms run under which settings."""
+
+import pytest
+from transformers import GenerationConfig
+
+from transformers_confu.evaluation.arguments import EvaluationArguments
+from transformers_confu.evaluation.arms import comparisons, drafts_of
+
+
+OWN = GenerationConfig(confu_tree_size=16, confu_depth=4, confu_contemplation=4)
+
+
+def plan(**options):
+    arguments = EvaluationArguments(output="o.jsonl", **options)
+    return comparisons(arguments, {draft.name: OWN for draft in drafts_of(arguments)})
+
+
+def labels(**options):
+    (arms,) = plan(**options).values()
+    return [arm.label for arm in arms]
+
+
+def test_budgets_are_those_of_the_draft_and_no_arm_runs_twice():
+    assert labels(drafts=["d"]) == [
+        "plain generate",
+        "prompt lookup",
+        "EAGLE-3 mode, N = 16",
+        "ConFu, C = 4, N = 16",
+        "ConFu, C = N, N = 16",
+    ]
+    # 4 is the default, and 4 and 99 are all rows of a tree of 4.
+    assert labels(drafts=["d"], tree_sizes=[4], contemplations=["default", 4, 99, "full"], baselines=["plain"]) == [
+        "plain generate",
+        "ConFu, C = N, N = 4",
+    ]
+
+
+def test_several_drafts_are_told_apart_by_name():
+    found = labels(drafts=["confu=runs/a", "runs/b"], eagle3_drafts=["c/eagle3"], contemplations=["0", "full"])
+    assert found[2:] == [
+        "confu: EAGLE-3 mode, N = 16",
+        "confu: ConFu, C = N, N = 16",
+        "b: EAGLE-3 mode, N = 16",
+        "b: ConFu, C = N, N = 16",
+        "eagle3: EAGLE-3 mode, N = 16",
+    ]
+    with pytest.raises(ValueError, match="More than one draft is called b; name them, as in `first=runs/b`"):
+        labels(drafts=["runs/b", "other/b"])
+
+
+def test_all_combinations_or_one_factor_at_a_time():
+    options = {"drafts": ["d"], "temperatures": [0.0, 1.0], "tree_sizes": [16, 8], "dtypes": ["bfloat16", "float32"]}
+    grid = plan(**options)
+    assert {(s.dtype, s.temperature): {arm.tree_size for arm in arms} for s, arms in grid.items()} == {
+        (dtype, temperature): {0, 16, 8} for dtype in ("bfloat16", "float32") for temperature in (0.0, 1.0)
+    }
+    one = plan(one_factor=True, **options)
+    assert {(s.dtype, s.temperature): {arm.tree_size for arm in arms} for s, arms in one.items()} == {
+        ("bfloat16", 0.0): {0, 16, 8},
+        ("bfloat16", 1.0): {0, 16},
+        ("float32", 0.0): {0, 16},
+    }
+
+
+def test_yaml_may_give_one_value_for_a_list():
+    arguments = EvaluationArguments(
+        output="o.jsonl", drafts="d", temperatures=0.7, tree_sizes=8, contemplations=[0, "full"], max_new_tokens=5
+    )
+    assert (arguments.drafts, arguments.temperatures, arguments.tree_sizes) == (["d"], [0.7], [8])
+    assert (arguments.contemplations, arguments.max_new_tokens) == (["0", "full"], [5])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"runs": 0}, "`runs` is 0; expected at least 1"),
+        ({"temperatures": [-1.0]}, "expected temperatures of 0 or above"),
+        ({"max_new_tokens": [1]}, "limits of at least 2 tokens"),
+        ({"baselines": ["prompt_lookup"]}, "expected 'plain', which every speed-up refers to"),
+        ({"baselines": ["plain", "lookahead"]}, "of the others any of prompt_lookup"),
+        ({"tree_sizes": [8, 8]}, r"`tree_sizes` is \[8, 8\]; leave out what comes twice"),
+        ({"dtypes": []}, "`dtypes` is empty"),
+        ({"contemplations": ["some"]}, "holds 'some'; expected a number of rows, 'default' or 'full'"),
+        ({"contemplations": ["-1"]}, "holds '-1'"),
+        ({"tree_sizes": [0]}, "`confu_tree_size` is 0"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(drafts=["d"], **options)

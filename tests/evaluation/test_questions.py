@@ -1,0 +1,87 @@
+"""Files of questions: what is read, how questions are chosen, and what is refused."""
+
+import json
+from unittest import mock
+
+import pytest
+
+from transformers_confu.evaluation.questions import SPEC_BENCH, Question, fetch, load_questions, stratified
+
+
+def write(tmp_path, rows, name="questions.jsonl"):
+    path = tmp_path / name
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_spec_bench_rows_and_plain_prompts(tmp_path):
+    rows = [
+        {"question_id": 81, "category": "writing", "turns": ["one", "two"], "reference": ["unused"]},
+        {"question_id": 241, "category": "translation", "turns": ["three"]},
+    ]
+    assert load_questions(write(tmp_path, rows)) == [
+        Question("81", "writing", ("one", "two")),
+        Question("241", "translation", ("three",)),
+    ]
+    assert [question.group for question in load_questions(write(tmp_path, rows))] == ["mt_bench", "translation"]
+    prompts = [{"prompt": "a"}, {"prompt": "b", "id": "x", "category": "mine"}]
+    assert load_questions(write(tmp_path, prompts)) == [
+        Question("1", "prompts", ("a",)),
+        Question("x", "mine", ("b",)),
+    ]
+    assert load_questions(write(tmp_path, ["first", "", "second"], "prompts.txt")) == [
+        Question("1", "prompts", ("first",)),
+        Question("2", "prompts", ("second",)),
+    ]
+
+
+ONE = {"question_id": 1, "category": "qa", "turns": ["a"]}
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([], "holds no question"),
+        ([ONE, "{"], "line 2 is not JSON"),
+        ([ONE, ONE], "holds question 1 twice; make the ids unique"),
+        ([{"question_id": 1, "turns": ["a"]}], "question 1 has `turns` but no `category`; add it, or give plain"),
+        ([{"turns": ["a"]}], "has `turns` but no `question_id` and no `category`"),
+        ([{"text": "a"}], r"question 1 has the fields \['text'\]; expected `question_id`, `category` and `turns`"),
+        ([ONE | {"turns": []}], r"question 1 \(id 1\) has no turns; expected a list of one or more texts"),
+        ([ONE | {"turns": "a"}], "has no turns; expected a list"),
+        ([ONE | {"turns": ["a", " "]}], "has the turn ' '; every turn must be a text"),
+        ([{"prompt": ""}], "has the turn ''; every turn must be a text"),
+        ([{"prompt": None}], "has the turn None; every turn must be a text"),
+    ],
+)
+def test_bad_files_are_refused_in_one_sentence(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        load_questions(write(tmp_path, rows))
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ValueError, match="There is no file .*nowhere.jsonl; give a JSONL file"):
+        load_questions(tmp_path / "nowhere.jsonl")
+
+
+def test_every_group_gives_as_many_and_its_categories_take_turns():
+    categories = ["writing"] * 3 + ["math"] * 3 + ["stem"] * 2 + ["qa"] * 5
+    questions = [Question(str(number), category, ("a",)) for number, category in enumerate(categories)]
+    chosen = stratified(questions, 4)
+    # Of MT-bench the first of each category, then the second of the first; in the file's order.
+    assert [question.id for question in chosen] == ["0", "1", "3", "6", "8", "9", "10", "11"]
+    assert stratified(questions, None) == questions
+    with pytest.raises(ValueError, match="Group qa holds 5 questions, `num_per_group` asks for 6; lower it"):
+        stratified(questions, 6)
+
+
+def test_urls_are_downloaded_and_a_failure_says_what_to_do(tmp_path):
+    path = write(tmp_path, [ONE])
+    assert fetch(str(path)) == path
+    with mock.patch("datasets.DownloadManager.download", return_value=str(path)) as download:
+        assert fetch(None) == path
+        assert fetch("hf://datasets/org/name/questions.jsonl") == path
+    assert [call.args[0] for call in download.call_args_list] == [SPEC_BENCH, "hf://datasets/org/name/questions.jsonl"]
+    with mock.patch("datasets.DownloadManager.download", side_effect=ConnectionError("offline")):
+        with pytest.raises(ValueError, match=r"could not be fetched from https.* \(ConnectionError\); download"):
+            fetch(None)
