@@ -66,18 +66,42 @@ def warm_start(
     if left:
         logger.warning("Warm start: %s of the target have other shapes or no weights; left random.", ", ".join(left))
 
+    start_future_channel(draft, target, soft_prompt_ids)
+    return draft
+
+
+@torch.no_grad()
+def start_future_channel(
+    draft: ConFuDraftModel, target: PreTrainedModel, soft_prompt_ids: torch.LongTensor | None = None
+) -> None:
+    r"""
+    Start a new future channel from its target; the draft's core stays as it is.
+
+    Args:
+        draft ([`ConFuDraftModel`]): Changed.
+        target ([`PreTrainedModel`]): The target.
+        soft_prompt_ids (`torch.LongTensor` of shape `(num_soft_prompts,)`, *optional*): A text whose keys and values
+            in the target become the soft prompts.
+    """
+    config, channel = draft.config, draft.future_channel
     if soft_prompt_ids is not None and config.num_soft_prompts > 0:
         if len(soft_prompt_ids) != config.num_soft_prompts:
             raise ValueError(
                 f"`soft_prompt_ids` holds {len(soft_prompt_ids)} tokens; the draft has {config.num_soft_prompts} soft "
                 "prompts, one for each."
             )
-        draft.future_channel.soft_prompts.copy_(_keys_and_values(target, soft_prompt_ids))
+        channel.soft_prompts.copy_(_keys_and_values(target, soft_prompt_ids))
     # `[con]` starts at the size of a real token's embedding, which differs between targets by orders of magnitude.
     embedding = _weight(target.get_input_embeddings())
     if embedding is not None:
-        draft.future_channel.contemplate_token.experts.normal_(std=float(embedding.float().std()))
-    return draft
+        channel.contemplate_token.experts.normal_(std=float(embedding.float().std()))
+
+
+def is_channel_untrained(draft: ConFuDraftModel) -> bool:
+    """Whether the future channel is as conversion leaves it: switched off, and without effect on the residual."""
+    residual = draft.future_channel.future_residual
+    switched_off = getattr(draft.generation_config, "confu_contemplation", None) == 0
+    return switched_off and (residual is None or not bool(residual.weight.any()))
 
 
 def _weight(module: nn.Module, path: str = "") -> torch.Tensor | None:

@@ -22,7 +22,7 @@ from ..modeling_confu import ConFuDraftModel
 from .arguments import ConFuTrainingArguments
 from .data import IGNORE_INDEX, DatasetReport, load_rows, prepare_dataset
 from .decoding import DecodingEvaluation
-from .initialisation import warm_start
+from .initialisation import is_channel_untrained, start_future_channel, warm_start
 from .runs import RunFolder, read_runs
 from .targets import load_frozen_target
 from .trainer import ConFuTrainer
@@ -111,6 +111,10 @@ def run(arguments: DraftArguments, training_arguments: ConFuTrainingArguments) -
     train_dataset, eval_dataset = prepare(arguments, target, tokenizer)
     if arguments.draft is not None:
         draft = ConFuDraftModel.from_pretrained(arguments.draft, dtype=torch.float32)
+        if training_arguments.stage != "core" and is_channel_untrained(draft):  # a converted draft
+            size = draft.config.num_soft_prompts
+            start_future_channel(draft, target, instruction_ids(tokenizer, arguments.instruction, size))
+            del draft.generation_config.confu_contemplation
     else:
         draft = new_draft(target, tokenizer, train_dataset, arguments)
     trainer = ConFuTrainer(
@@ -202,11 +206,18 @@ def new_draft(
         num_future_experts=experts,
         num_future_experts_per_token=min(2, experts),
     )
-    ids = None
-    if arguments.instruction and arguments.num_soft_prompts > 0:
-        ids = torch.tensor(tokenizer(arguments.instruction, add_special_tokens=False)["input_ids"])
-        ids = ids.repeat(-(-arguments.num_soft_prompts // len(ids)))[: arguments.num_soft_prompts]
+    ids = instruction_ids(tokenizer, arguments.instruction, arguments.num_soft_prompts)
     return warm_start(target, vocabulary.token_ids, config, soft_prompt_ids=ids)
+
+
+def instruction_ids(
+    tokenizer: PreTrainedTokenizerBase, instruction: str, num_soft_prompts: int
+) -> torch.LongTensor | None:
+    """Tokens of the instruction, cut or repeated to one for each soft prompt; `None` for an empty one."""
+    if not instruction or num_soft_prompts == 0:
+        return None
+    ids = torch.tensor(tokenizer(instruction, add_special_tokens=False)["input_ids"])
+    return ids.repeat(-(-num_soft_prompts // len(ids)))[:num_soft_prompts]
 
 
 def decoding_evaluation(trainer: ConFuTrainer, arguments: DraftArguments) -> DecodingEvaluation:

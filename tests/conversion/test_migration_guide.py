@@ -1,0 +1,93 @@
+"""The commands of the migration guide, run on a tiny target: from an EAGLE-3 draft to a trained ConFu draft."""
+
+import builtins
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eagle3_source import Source
+from transformers_confu import ConFuDraftModel, chat, fit
+from transformers_confu.conversion import convert
+from transformers_confu.training import train
+
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = {"convert": convert.main, "train": train.main, "chat": chat.main, "check": fit.main}
+TINY = "--use_cpu=True --report_to=none --disable_tqdm=True --max_steps=2 --tokens_per_batch=128 --eval_rows=2".split()
+
+
+@pytest.fixture
+def guide(tmp_path, monkeypatch) -> str:
+    """The guide, with folders of this test for the names in it, in whose folder the test runs."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from _targets import tiny_target, tiny_tokenizer
+
+    target, tokenizer = tiny_target(), tiny_tokenizer()
+    config = target.config
+    target.save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    layers = config.num_hidden_layers
+    source = Source(
+        "flat",
+        (1, 2, layers - 1),
+        hidden_size=config.hidden_size,
+        target_hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        draft_vocab_size=200,
+        num_target_layers=layers,
+    )
+    source.write(tmp_path / "source", "bin")
+    with open(tmp_path / "answers.jsonl", "w") as file:
+        for number in range(12):
+            print(json.dumps({"prompt": f"question {number}", "answer_ids": [*range(40, 60 + number)]}), file=file)
+    monkeypatch.chdir(tmp_path)
+    sys.modules.pop("_targets")
+    text = (ROOT / "docs" / "migrate_from_eagle3.md").read_text(encoding="utf-8")
+    return text.replace("yuhuili/EAGLE3-LLaMA3.1-Instruct-8B", "source").replace(
+        "meta-llama/Llama-3.1-8B-Instruct", "target"
+    )
+
+
+def test_the_guide_leads_to_a_trained_draft(guide, monkeypatch, capsys):
+    [settings] = re.findall(r"```yaml\n(.*?)```", guide, flags=re.DOTALL)
+    Path("migrate.yaml").write_text(settings)
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", guide, flags=re.DOTALL) for line in block.splitlines()]
+    commands = [shlex.split(line) for line in lines]
+    assert [command[1] for command in commands] == ["convert", "train", "chat", "convert", "convert"]
+    commands.insert(1, "confu check target runs/converted".split())
+    answers = iter(["question 3"])
+
+    def ask(prompt: str) -> str:
+        if (line := next(answers, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr(builtins, "input", ask)
+    for command in commands:
+        extra = {"train": TINY, "chat": ["--max-new-tokens", "12"]}.get(command[1], [])
+        assert not COMMANDS[command[1]](command[2:] + extra), command
+    output = capsys.readouterr().out
+    assert "runs/converted fits target." in output and "tau" in output
+
+    converted, warmed, trained = (
+        ConFuDraftModel.from_pretrained(f"runs/{name}", dtype=torch.float32)
+        for name in ("converted", "migrated/warm_up", "migrated/joint")
+    )
+    assert converted.generation_config.confu_contemplation == 0
+    assert not hasattr(warmed.generation_config, "confu_contemplation")  # the channel is used from now on
+    assert not hasattr(trained.generation_config, "confu_contemplation")
+    # The warm-up starts the channel from the target and leaves the core alone; then all of it learns.
+    for name in ("fc.weight", "layers.0.self_attn.q_proj.weight"):
+        before, middle, after = (model.get_parameter(name) for model in (converted, warmed, trained))
+        assert torch.equal(before, middle) and not torch.equal(middle, after)
+    soft_prompts = [model.future_channel.soft_prompts for model in (converted, warmed, trained)]
+    assert not torch.allclose(soft_prompts[0], soft_prompts[1], atol=0.05)  # of a text, no longer random
+    assert torch.allclose(soft_prompts[1], soft_prompts[2], atol=0.05) and not torch.equal(*soft_prompts[1:])
+    for form in ("exported-for-sglang", "exported"):
+        assert torch.equal(load_file(f"{form}/model.safetensors")["fc.weight"], trained.fc.weight)
