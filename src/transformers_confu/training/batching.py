@@ -274,14 +274,16 @@ class PackedTokenBatchSampler(TokenBatchSampler):
     anew for every epoch. Arguments, order and processes: see `TokenBatchSampler`.
 
     Args:
-        packed_length: tokens of a sequence, at least the longest row and by default just that. A higher one packs
-            closer, and makes attention dearer: its cost a token grows with the length of the sequence.
+        packed_length: tokens of a sequence, at least the longest row. By default twice that, within the budget: a row
+            of more than half a sequence leaves room for short ones only. Longer sequences pack closer still and make
+            attention dearer, whose cost a token grows with them.
     """
 
     def __init__(
         self, lengths: Sequence[int], tokens_per_batch: int, packed_length: int | None = None, **kwargs: Any
     ) -> None:
-        self.packed_length = packed_length or max(lengths, default=0)
+        longest = max(lengths, default=0)
+        self.packed_length = packed_length or max(longest, min(2 * longest, tokens_per_batch))
         super().__init__(lengths, tokens_per_batch, **kwargs)
 
     def _plan(self) -> None:
