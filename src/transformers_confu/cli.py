@@ -32,10 +32,21 @@ COMMANDS = {
         "Chat in the terminal with a target and its draft, and watch tau.",
         "confu chat --target demo",
     ),
+    "data prompts": Command(
+        "training.prompts",
+        "Build a set of prompts from public sources, without the questions of evaluation sets.",
+        "confu data prompts --sources open --output prompts.jsonl",
+    ),
     "data regenerate": Command(
         "training.regeneration",
         "Let the target answer prompts: a draft learns from its target's own answers.",
         "confu data regenerate --target demo --prompts prompts.jsonl --output answers.jsonl",
+    ),
+    "data serve-regenerate": Command(
+        "training.served_regeneration",
+        "The same through a server of vLLM or SGLang, at scale, and turn by turn.",
+        "confu data serve-regenerate --server http://localhost:8000/v1 --tokenizer Qwen/Qwen3-4B "
+        "--prompts prompts.jsonl --output answers.jsonl",
     ),
     "train": Command(
         "training.train",

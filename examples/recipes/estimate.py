@@ -1,0 +1,222 @@
+"""
+Estimate memory and time of a recipe from small runs on this machine, without the target's weights:
+
+    python examples/recipes/estimate.py examples/recipes/qwen3-4b/train.yaml --gpus 8 --tokens 600e6
+
+Single training steps are run at the target's and the draft's true widths, with 2 and 4 of the target's layers and with
+two numbers of tokens. Of each, the peak of memory and the number of floating-point operations (of matrix products and
+attention, by torch's counter) are measured. Both grow linearly with layers and tokens:
+
+    m(L, T) = constant + T * (a + b * L)
+
+a and b come from the four runs, and are taken at the target's true number of layers. To the memory of a token is added
+what does not depend on it: the target in bf16, the draft in fp32 with gradients and both moments of AdamW (16 bytes a
+parameter). Time is operations / (GPUs * peak * utilisation); a utilisation is measured here too, as the share of the
+speed of one large matrix product of this machine, but the one of a GPU can only be assumed.
+
+The draft's attention grows with the square of a row's length, which these short rows do not show: see the README.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from datasets import Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+
+from transformers_confu import ConFuConfig, ConFuDraftModel
+from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
+
+
+# As published by their makers; the files themselves are behind a licence form.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+CONFIGS = {
+    "meta-llama/Llama-3.2-3B-Instruct": lambda: LlamaConfig(
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+        rope_parameters=LLAMA3_ROPE | {"factor": 32.0},
+    ),
+    "meta-llama/Llama-3.1-8B-Instruct": lambda: LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        tie_word_embeddings=False,
+        rope_parameters=LLAMA3_ROPE | {"factor": 8.0},
+    ),
+    "Qwen/Qwen3-4B": lambda: Qwen3Config(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+    ),
+}
+LAYERS = (2, 4)
+TOKENS = (64, 192)
+ROW = 64  # tokens of a row, the first quarter of it a prompt
+
+
+@dataclass
+class Step:
+    """What one training step took."""
+
+    peak: int  # bytes
+    operations: int
+    seconds: float
+
+
+def draft_config(config: PretrainedConfig, recipe: dict, taps: list[int] | None = None) -> ConFuConfig:
+    sizes = {name: recipe[name] for name in ("draft_vocab_size", "num_soft_prompts")}
+    return ConFuConfig.from_target(config, **sizes, **({"target_hidden_state_indices": taps} if taps else {}))
+
+
+def parameters(make) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in make().parameters())
+
+
+def measure_here(recipe: dict, stage: str, layers: int, tokens: int) -> Step:
+    """One step of a stage with a target of a few layers; the memory of this process tells the peak."""
+    config = CONFIGS[recipe["target"]]()
+    config.num_hidden_layers = layers
+    if hasattr(config, "layer_types"):
+        config.layer_types = config.layer_types[:layers]
+    target = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    draft = ConFuDraftModel(draft_config(config, recipe, taps=[0, 1, layers]))
+    row = {"input_ids": list(range(ROW)), "labels": [-100] * (ROW // 4) + list(range(ROW // 4, ROW))}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = ConFuTrainer(
+            model=draft,
+            target_model=target,
+            args=ConFuTrainingArguments(
+                output_dir=folder,
+                use_cpu=True,
+                bf16=True,
+                optim="sgd",  # AdamW's moments are counted by formula
+                stage=stage,
+                max_steps=1,
+                tokens_per_batch=tokens,
+                ttt_steps=recipe["ttt_steps"],
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list([row] * (tokens // ROW)),
+        )
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        start = time.perf_counter()
+        with FlopCounterMode(display=False) as counter:
+            trainer.train()
+        seconds = time.perf_counter() - start
+    status = dict(line.split(":\t") for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
+    return Step(int(status["VmHWM"].split()[0]) * 1024, counter.get_total_flops(), seconds)
+
+
+def measure(path: str, stage: str, layers: int, tokens: int) -> Step:
+    """The same in a process of its own, so that no memory is left from before."""
+    command = [sys.executable, __file__, path, "--step", stage, str(layers), str(tokens)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return Step(**json.loads(output.splitlines()[-1]))
+
+
+def per_token(steps: dict[tuple[int, int], Step], name: str, layers: int) -> float:
+    """a + b * L of the module's formula."""
+    (few, many), (short, long) = LAYERS, TOKENS
+    slopes = {
+        number: (getattr(steps[number, long], name) - getattr(steps[number, short], name)) / (long - short)
+        for number in LAYERS
+    }
+    return slopes[few] + (slopes[many] - slopes[few]) / (many - few) * (layers - few)
+
+
+def matmul_speed(size: int = 2048) -> float:
+    """Operations per second of a large product in bf16."""
+    factor = torch.ones(size, size, dtype=torch.bfloat16)
+    factor @ factor
+    start = time.perf_counter()
+    for _ in range(3):
+        factor @ factor
+    return 3 * 2 * size**3 / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="train.yaml")
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--peak", type=float, default=989e12, help="operations per second of a GPU; an H100's in bf16")
+    parser.add_argument("--utilisation", type=float, default=0.3, help="assumed share of it")
+    parser.add_argument("--tokens", type=float, default=600e6, help="tokens of one pass over the data")
+    parser.add_argument("--step", nargs=3, metavar=("STAGE", "LAYERS", "TOKENS"), help="only measure one step")
+    arguments = parser.parse_args()
+    recipe = yaml.safe_load(Path(arguments.recipe).read_text())
+    if arguments.step:
+        stage, layers, tokens = arguments.step
+        print(json.dumps(measure_here(recipe, stage, int(layers), int(tokens)).__dict__))
+        return
+
+    config = CONFIGS[recipe["target"]]()
+    target_size = parameters(lambda: AutoModelForCausalLM.from_config(config))
+    draft_size = parameters(lambda: ConFuDraftModel(draft_config(config, recipe)))
+    fixed = 2 * target_size + 16 * draft_size
+    print(f"target {target_size / 1e9:.2f} billion parameters, draft {draft_size / 1e6:.0f} million")
+    print(f"target in bf16, draft with AdamW: {fixed / 2**30:.1f} GiB")
+    speed = matmul_speed()
+    for stage in ("core", "warm_up", "joint"):
+        steps = {
+            (layers, tokens): measure(arguments.recipe, stage, layers, tokens)
+            for layers in LAYERS
+            for tokens in TOKENS
+        }
+        print(f"\n{stage}, measured: layers, tokens: peak in GiB, operations, seconds")
+        for (layers, tokens), step in steps.items():
+            print(f"  {layers}, {tokens}: {step.peak / 2**30:.2f}, {step.operations:.3e}, {step.seconds:.1f}")
+
+        memory, operations = (per_token(steps, name, config.num_hidden_layers) for name in ("peak", "operations"))
+        step = steps[LAYERS[1], TOKENS[1]]
+        print(f"  utilisation here: {step.operations / step.seconds / speed:.0%} of {speed / 1e9:.0f} GFLOP/s")
+        tokens = recipe["tokens_per_batch"]
+        print(f"{stage}, estimated: {memory / 2**20:.2f} MiB and {operations / 1e9:.1f} GFLOP a token")
+        print(f"  memory with {tokens} tokens: {(fixed + memory * tokens) / 2**30:.0f} GiB a GPU")
+        settings = next(entry for entry in recipe["stages"] if entry["stage"] == stage)
+        total = (
+            settings["max_steps"] * tokens * arguments.gpus
+            if "max_steps" in settings
+            else settings["num_train_epochs"] * arguments.tokens
+        )
+        hours = total * operations / (arguments.gpus * arguments.peak * arguments.utilisation) / 3600
+        print(f"  time for {total / 1e6:.0f} million tokens: {hours:.1f} hours")
+
+
+if __name__ == "__main__":
+    main()

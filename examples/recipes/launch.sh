@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# usage: launch.sh TRAIN_YAML [options of `confu data serve-regenerate`]
+#
+# Prompts -> answers by the target -> core, warm-up, joint -> measurement -> publishing if asked for. Every step that is
+# done is skipped and an interrupted one goes on where it stopped, so the same command resumes. In the environment:
+#
+#   WORK      folder of data and results              (default: the folder of TRAIN_YAML's name in the current one)
+#   GPUS      number of GPUs                          (default: all that nvidia-smi lists)
+#   SOURCES   of the prompts                          (default: paper, which is ShareGPT and UltraChat-200K)
+#   SERVER    URL of a server that serves the target  (default: this script starts `vllm serve` and stops it again)
+#   REPOSITORY  Hub repository to publish to, as org/name  (default: nothing is published)
+#   CARD      facts of its model card, such as ../../hub_cards/*/card.yaml with your figures  (default: WORK/card.yaml)
+#   DRY_RUN   if set, the commands are printed and not run
+set -euo pipefail
+
+yaml=$1
+shift
+name=$(basename "$(cd "$(dirname "$yaml")" && pwd)")
+target=$(sed -n 's/^target: *//p' "$yaml")
+work=${WORK:-$name}
+gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+
+run() {
+  if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "$@" && echo; else "$@"; fi
+}
+
+if [ ! -e "$work/prompts.jsonl" ]; then
+  run confu data prompts --sources ${SOURCES:-paper} --output "$work/prompts.jsonl"
+fi
+
+if [ ! -e "$work/answers.complete" ]; then
+  if [ -z "${SERVER:-}" ]; then
+    serve=(vllm serve "$target" --data-parallel-size "$gpus" --max-model-len 8192)
+    if [ -n "${DRY_RUN:-}" ]; then
+      run "${serve[@]}"
+    else
+      "${serve[@]}" &
+      server=$!
+      trap 'kill "$server" 2>/dev/null || true' EXIT
+      until curl --silent --fail --output /dev/null http://localhost:8000/v1/models; do
+        kill -0 "$server" # ends this script if the server has ended
+        sleep 10
+      done
+    fi
+  fi
+  run confu data serve-regenerate --server "${SERVER:-http://localhost:8000/v1}" --tokenizer "$target" \
+    --prompts "$work/prompts.jsonl" --output "$work/answers.jsonl" --concurrency 512 \
+    --max_prompt_length 1536 --max_new_tokens 1024 "$@"
+  if [ -n "${server:-}" ]; then
+    kill "$server" 2>/dev/null || true
+    wait "$server" 2>/dev/null || true
+  fi
+  run touch "$work/answers.complete"
+fi
+
+# Each of the three stages, and the command as a whole, resumes by itself.
+run accelerate launch --num_processes "$gpus" --num_machines 1 --mixed_precision no --dynamo_backend no --module transformers_confu.training.train \
+  "$yaml" --data "$work/answers.jsonl" --output_dir "$work/runs"
+
+run confu evaluate --target "$target" --drafts "confu=$work/runs/joint" --eagle3_drafts "core=$work/runs/core" \
+  --tree_sizes 30 60 --temperatures 0 0.7 1 --output "$work/results.jsonl" --report "$work/report"
+
+if [ -n "${REPOSITORY:-}" ]; then
+  run confu publish "$work/runs/joint" "$target" "$REPOSITORY" --card "${CARD:-$work/card.yaml}"
+fi

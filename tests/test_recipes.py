@@ -1,0 +1,184 @@
+"""The recipes of the paper's targets, on tiny random targets of just their architectures."""
+
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+
+from transformers_confu import ConFuDraftModel, cli
+from transformers_confu.training import train
+from transformers_confu.training.turns import next_prompt
+
+
+RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
+NAMES = sorted(path.parent.name for path in RECIPES.glob("*/train.yaml"))
+WORDS = ["<s>", "</s>", "user", "assistant", *(f"w{index}" for index in range(92))]
+TEMPLATE = (
+    "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
+SIZES = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+# What the published configurations have besides sizes: rope, tied embeddings (Llama 3.2), heads that do not divide the
+# hidden size (Qwen3).
+CONFIGS = {
+    "llama-3.2-3b-instruct": LlamaConfig(
+        **SIZES,
+        num_hidden_layers=7,
+        head_dim=8,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+    "llama-3.1-8b-instruct": LlamaConfig(
+        **SIZES,
+        num_hidden_layers=8,
+        head_dim=8,
+        max_position_embeddings=131072,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+    "qwen3-4b": Qwen3Config(
+        **SIZES,
+        num_hidden_layers=9,
+        head_dim=12,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+    ),
+}
+
+
+@pytest.fixture(params=NAMES)
+def name(request) -> str:
+    return request.param
+
+
+def write_target(folder: Path, name: str) -> None:
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def write_answers(path: Path) -> None:
+    """Rows as `confu data serve-regenerate` writes them, of conversations and of single prompts."""
+    generator = torch.Generator().manual_seed(0)
+    with open(path, "w") as file:
+        for index in range(12):
+            asked = {"id": f"c{index}", "turns": ["w1 w2 w3", "w4 w5"]} if index % 2 else {"id": index, "prompt": "w6"}
+            said: list[str] = []
+            while prompt := next_prompt(asked, said):
+                ids = torch.randint(4, len(WORDS), (16,), generator=generator).tolist()
+                said.append(" ".join(WORDS[token] for token in ids))
+                answer = {"answer": said[-1], "answer_ids": [*ids, 1], "temperature": 0.0, "finished": True}
+                file.write(json.dumps(prompt | answer) + "\n")
+
+
+def test_a_recipe_for_each_target_of_the_paper():
+    assert NAMES == sorted(CONFIGS)
+    targets = {name: yaml.safe_load((RECIPES / name / "train.yaml").read_text())["target"] for name in NAMES}
+    assert {name: target.split("/")[1].lower() for name, target in targets.items()} == {name: name for name in NAMES}
+
+
+def test_all_stages_train_a_draft_for_the_architecture(name, tmp_path):
+    write_target(tmp_path / "target", name)
+    write_answers(tmp_path / "answers.jsonl")
+    train.main(
+        [
+            str(RECIPES / name / "train.yaml"),
+            *("--target", str(tmp_path / "target"), "--data", str(tmp_path / "answers.jsonl")),
+            *("--output_dir", str(tmp_path / "runs"), "--use_cpu", "true", "--report_to", "none"),
+            *("--max_steps", "2", "--tokens_per_batch", "120", "--draft_vocab_size", "48", "--eval_rows", "2"),
+            *("--dataloader_num_workers", "0"),
+        ]
+    )
+    recipe = yaml.safe_load((RECIPES / name / "train.yaml").read_text())
+    assert [stage["stage"] for stage in recipe["stages"]] == ["core", "warm_up", "joint"]
+    draft = ConFuDraftModel.from_pretrained(tmp_path / "runs" / "joint")
+    core = ConFuDraftModel.from_pretrained(tmp_path / "runs" / "core")
+    assert draft.generation_config.confu_depth == recipe["ttt_steps"]
+    assert draft.config.num_soft_prompts == recipe["num_soft_prompts"]
+    for part in ("layers.0.mlp.up_proj.weight", "future_channel.soft_prompts"):
+        assert not torch.equal(draft.get_parameter(part), core.get_parameter(part))
+    # Decoding with it is exact, on the target as it was written.
+    target = AutoModelForCausalLM.from_pretrained(tmp_path / "target", dtype=torch.float64)
+    assert type(target.config) is type(CONFIGS[name]) and type(AutoConfig.from_pretrained(tmp_path / "target"))
+    ids = torch.tensor([[0, 5, 6, 7]])
+    plain = target.generate(ids, do_sample=False, max_new_tokens=12)
+    assert torch.equal(target.generate(ids, assistant_model=draft.double(), do_sample=False, max_new_tokens=12), plain)
+
+
+def dry_run(name: str, folder: Path, **environment: str) -> list[list[str]]:
+    result = subprocess.run(
+        [RECIPES / name / "launch.sh"],
+        cwd=folder,
+        env=os.environ | {"GPUS": "8", "DRY_RUN": "1"} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return [shlex.split(line) for line in result.stdout.splitlines()]
+
+
+def test_the_launch_file_goes_from_prompts_to_a_measured_draft(name, tmp_path):
+    commands = dry_run(name, tmp_path)
+    assert [" ".join(command[:3]) for command in commands] == [
+        "confu data prompts",
+        f"vllm serve {yaml.safe_load((RECIPES / name / 'train.yaml').read_text())['target']}",
+        "confu data serve-regenerate",
+        f"touch {name}/answers.complete",
+        "accelerate launch --num_processes",
+        f"confu evaluate {'--target'}",
+    ]
+    served = dry_run(name, tmp_path, SERVER="http://elsewhere/v1", REPOSITORY="org/draft", SOURCES="open mine.jsonl")
+    assert ["--server", "http://elsewhere/v1"] == served[1][3:5] and "vllm" not in [command[0] for command in served]
+    assert served[0][3:6] == ["--sources", "open", "mine.jsonl"]
+    assert served[-1][:2] == ["confu", "publish"] and "org/draft" in served[-1]
+
+    (tmp_path / name).mkdir()
+    for done in ("prompts.jsonl", "answers.complete"):
+        (tmp_path / name / done).touch()
+    assert [command[0] for command in dry_run(name, tmp_path)] == ["accelerate", "confu"]
+
+
+def test_the_commands_of_the_launch_file_take_their_options(name, tmp_path, capsys):
+    for command in dry_run(name, tmp_path):
+        if command[0] != "confu":
+            continue
+        with pytest.raises(SystemExit) as end:
+            cli.main([*command[1:], "--help"])
+        assert end.value.code == 0
+        printed = capsys.readouterr().out
+        assert all(option in printed for option in command if option.startswith("--"))
