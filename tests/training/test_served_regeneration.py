@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from helpers import make_tiny_target
-from transformers_confu.training import served_regeneration
+from transformers_confu.training import regeneration, served_regeneration
 from transformers_confu.training.data import encode_prompt, load_jsonl, prepare_dataset
-from transformers_confu.training.regeneration import regenerate
+from transformers_confu.training.regeneration import regenerate, regenerate_turns
 from transformers_confu.training.served_regeneration import regenerate_served
-from transformers_confu.training.turns import next_prompt, regenerate_turns
+from transformers_confu.training.turns import next_prompt
 
 
 WORDS = ["<s>", "</s>", "<unk>", "system", "user", "assistant", *(f"w{index}" for index in range(26))]
@@ -252,6 +252,25 @@ def test_turns_through_the_target_itself(target, tokenizer, tmp_path):
         assert row["prompt"][1] == {"role": "assistant", "content": first[row_id]["answer"]}
     again = regenerate_turns(target, tokenizer, rows, tmp_path / "a.jsonl", **settings)
     assert [report.written for report in again] == [0] * len(reports)
+
+
+def test_the_local_command_takes_turns_and_options_of_the_template(target, tokenizer, tmp_path, capsys):
+    for part in (target, tokenizer):
+        part.save_pretrained(tmp_path / "target")
+    tone = {"chat_template_kwargs": {"tone": "w9"}}
+    rows = [{"id": "a", "turns": ["w1", "w2"], **tone}, {"id": "b", "prompt": "w3", "tools": None}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--target", str(tmp_path / "target"), "--prompts", str(tmp_path / "prompts.jsonl"), "--dtype", "float64"]
+    argv += ["--output", str(tmp_path / "a.jsonl"), "--device", "cpu", "--max_new_tokens", "10"]
+    for _ in range(2):  # the second finds it all done
+        regeneration.main([*argv, "--max_prompt_length", "40", "--temperatures", "0.0"])
+        assert capsys.readouterr().out.startswith("turn 0: prompts: 2")
+    answers = {row["id"]: row for row in load_jsonl(tmp_path / "a.0.jsonl")}
+    assert set(answers) == {"a/0", "b"}
+    assert answers["a/0"]["chat_template_kwargs"] == tone["chat_template_kwargs"] and "tools" not in answers["b"]
+    ids = torch.tensor([encode_prompt("w1", tokenizer, **tone)])
+    expected = target.generate(ids, max_new_tokens=10, pad_token_id=1, attention_mask=torch.ones_like(ids))
+    assert answers["a/0"]["answer_ids"] == expected[0, ids.shape[1] :].tolist()
 
 
 def test_next_prompt():

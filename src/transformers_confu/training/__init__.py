@@ -25,7 +25,7 @@ _MODULE_OF_NAME = {
     "ServedRegenerationReport": "served_regeneration",
     "regenerate_served": "served_regeneration",
     "next_prompt": "turns",
-    "regenerate_turns": "turns",
+    "regenerate_turns": "regeneration",
     "DraftVocabulary": "vocabulary",
     "build_draft_vocabulary": "vocabulary",
     "count_assistant_tokens": "vocabulary",

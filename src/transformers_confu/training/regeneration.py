@@ -27,7 +27,8 @@ from ..configuration_confu import ConFuConfig
 from ..demo_target import load_target
 from ..target_runner import check_target
 from .continuous_batching import Request, answer, end_token_ids
-from .data import Messages, encode_prompt, load_jsonl, parse_json_object
+from .data import Messages, encode_prompt, load_jsonl, load_rows, parse_json_object
+from .turns import TEMPLATE_FIELDS, is_over, next_prompt
 
 
 logger = logging.get_logger(__name__)
@@ -72,6 +73,7 @@ class _Prompt:
     id: str | int
     prompt: str | Messages
     input_ids: list[int]
+    template: dict[str, Any] = field(default_factory=dict)  # its `tools` and `chat_template_kwargs`
 
 
 @dataclass(eq=False)
@@ -108,7 +110,8 @@ def regenerate(
     Args:
         target: the model in evaluation mode, with full attention; see `check_target`.
         tokenizer: its tokenizer, with a chat template.
-        prompts: rows with a unique `id` (string or integer) and `prompt` (one user turn, or messages).
+        prompts: rows with a unique `id` (string or integer) and `prompt` (one user turn, or messages), and with
+            `tools` and `chat_template_kwargs` where the chat template wants them; these are handed on.
         output_path: the `.jsonl` file, created if missing.
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts answered at once. Memory holds as many rows of the longest prompt and answer.
@@ -147,7 +150,7 @@ def regenerate(
                 "answer_ids": request.answer_ids,
                 "temperature": request.temperature,
                 "finished": finished,
-            }
+            } | request.prompt.template
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             report.written += 1
@@ -157,6 +160,40 @@ def regenerate(
             progress.update()
             progress.set_postfix_str(f"{report.tokens_per_second:,.0f} tokens/s", refresh=False)
     return report
+
+
+def regenerate_turns(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Mapping[str, Any]],
+    output_path: str | Path,
+    **settings: Any,
+) -> list[RegenerationReport]:
+    """`regenerate` for rows with `turns`: all first turns, then all second turns, and so on, answers fed back.
+
+    Turn 0 goes to `answers.0.jsonl` if `output_path` is `answers.jsonl`, turn 1 to `answers.1.jsonl`; all of them are
+    training data. The same call resumes an interrupted one. `settings` are those of `regenerate`.
+
+    Returns:
+        The report of every turn.
+    """
+    output_path = Path(output_path)
+    going_on = list(rows)
+    answers: dict[Any, list[str]] = {row["id"]: [] for row in going_on}
+    reports: list[RegenerationReport] = []
+    while prompts := [prompt for row in going_on if (prompt := next_prompt(row, answers[row["id"]]))]:
+        path = output_path.with_name(f"{output_path.stem}.{len(reports)}{output_path.suffix}")
+        reports.append(regenerate(target, tokenizer, prompts, path, **settings))
+        answered = {row["id"]: row for row in load_jsonl(path)}
+        still_going = []
+        for row in going_on:
+            prompt = next_prompt(row, answers[row["id"]])
+            answer_row = answered.get(prompt["id"]) if prompt else None  # none for a prompt that was too long
+            if answer_row is not None and not is_over(answer_row):
+                answers[row["id"]].append(answer_row["answer"])
+                still_going.append(row)
+        going_on = still_going
+    return reports
 
 
 def _check_settings(
@@ -200,9 +237,11 @@ def _encode_prompts(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedToke
             raise ValueError(f"Prompt {index} has the id {identity!r} of an earlier prompt: make the ids unique.")
         seen.add(identity)
         try:
-            prompts.append(_Prompt(identity, prompt, encode_prompt(prompt, tokenizer)))
+            input_ids = encode_prompt(prompt, tokenizer, *(row.get(name) for name in TEMPLATE_FIELDS))
         except ValueError as error:
             raise ValueError(f"Prompt {index} (id {identity!r}): {error}") from error
+        template = {name: row[name] for name in TEMPLATE_FIELDS if row.get(name) is not None}
+        prompts.append(_Prompt(identity, prompt, input_ids, template))
     return prompts
 
 
@@ -219,8 +258,9 @@ def _plan(prompts: list[_Prompt], temperatures: Sequence[float], seed: int) -> l
 
 def _resume(path: Path, requests: list[_Planned], max_new_tokens: int) -> set[str | int]:
     """Ids answered in `path`. A last line without its line break, left by a stopped writer, is cut off."""
-    planned: dict[Any, tuple[str | Messages, float]] = {
-        request.prompt.id: (request.prompt.prompt, request.temperature) for request in requests
+    planned: dict[Any, tuple[Any, ...]] = {
+        request.prompt.id: (request.prompt.prompt, request.temperature, request.prompt.template)
+        for request in requests
     }
     answered: set[str | int] = set()
     with open(path, "r+b") as file:
@@ -230,7 +270,8 @@ def _resume(path: Path, requests: list[_Planned], max_new_tokens: int) -> set[st
             row = parse_json_object(line, path, number)
             length = len(row.get("answer_ids", ()))
             complete = length <= max_new_tokens if row.get("finished") else length == max_new_tokens
-            known = planned.get(row.get("id")) == (row.get("prompt"), row.get("temperature"))
+            template = {name: row[name] for name in TEMPLATE_FIELDS if name in row}
+            known = planned.get(row.get("id")) == (row.get("prompt"), row.get("temperature"), template)
             if not (known and complete) or row["id"] in answered:
                 raise ValueError(
                     f"{path}, line {number} is no answer (id {row.get('id')!r}) that this call would write: repeat "
@@ -249,8 +290,15 @@ class RegenerationArguments:
     """Arguments of the command line."""
 
     target: str = field(metadata={"help": "Model id or folder of the target, or 'demo' for a small public model."})
-    prompts: str = field(metadata={"help": "JSONL file (also .gz) of rows with 'id' and 'prompt'."})
-    output: str = field(metadata={"help": "JSONL file of the answers; a run that was interrupted is resumed."})
+    prompts: str = field(
+        metadata={"help": "JSONL file (also .gz) or Hub dataset of rows with 'id' and 'prompt', or 'turns'."}
+    )
+    output: str = field(
+        metadata={
+            "help": "JSONL file of the answers; a run that was interrupted is resumed. With 'turns' one file for each "
+            "turn, answers.0.jsonl and so on."
+        }
+    )
     max_new_tokens: int = field(default=512, metadata={"help": "Longest answer, in tokens."})
     batch_size: int = field(default=64, metadata={"help": "Prompts answered at once."})
     max_prompt_length: int = field(default=1024, metadata={"help": "Longer prompts (in tokens) are skipped."})
@@ -268,20 +316,17 @@ class RegenerationArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `regenerate` from the command line; `argv` defaults to the process's arguments."""
     (arguments,) = HfArgumentParser(RegenerationArguments).parse_args_into_dataclasses(args=argv)
-    prompts = load_jsonl(arguments.prompts)
+    prompts = list(load_rows(arguments.prompts))
     target, tokenizer = load_target(arguments.target, arguments.dtype, arguments.device)
-    report = regenerate(
-        target,
-        tokenizer,
-        prompts,
-        arguments.output,
-        max_new_tokens=arguments.max_new_tokens,
-        batch_size=arguments.batch_size,
-        max_prompt_length=arguments.max_prompt_length,
-        temperatures=arguments.temperatures,
-        seed=arguments.seed,
-    )
-    print(report)
+    settings = {
+        name: getattr(arguments, name)
+        for name in ("max_new_tokens", "batch_size", "max_prompt_length", "temperatures", "seed")
+    }
+    if any(row.get("turns") is not None for row in prompts):
+        for turn, report in enumerate(regenerate_turns(target, tokenizer, prompts, arguments.output, **settings)):
+            print(f"turn {turn}: {report}")
+    else:
+        print(regenerate(target, tokenizer, prompts, arguments.output, **settings))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,8 @@ becomes a prompt row of its own once the turns before it are answered, and so ea
 the prompt is the text as the target saw it, whatever a chat template does to earlier turns.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from .data import load_jsonl
-from .regeneration import RegenerationReport, regenerate
 
 
 # What a prompt row hands on to the rows made of it: it says how the prompt is rendered.
@@ -64,38 +58,3 @@ def next_prompt(row: Mapping[str, Any], answers: Sequence[str]) -> dict[str, Any
 def is_over(answer: Mapping[str, Any]) -> bool:
     """Whether a conversation ends with this answer row: none goes on behind an answer that was cut or is empty."""
     return not answer["finished"] or not answer["answer"].strip()
-
-
-def regenerate_turns(
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[Mapping[str, Any]],
-    output_path: str | Path,
-    **settings: Any,
-) -> list[RegenerationReport]:
-    """`regenerate` for rows with `turns`: all first turns, then all second turns, and so on.
-
-    Turn 0 goes to `answers.0.jsonl` if `output_path` is `answers.jsonl`, turn 1 to `answers.1.jsonl`; all of them are
-    training data. The same call resumes an interrupted one. `settings` are those of `regenerate`.
-
-    Returns:
-        The report of every turn.
-    """
-    output_path = Path(output_path)
-    rows = list(rows)
-    answers: dict[Any, list[str]] = {row["id"]: [] for row in rows}
-    reports: list[RegenerationReport] = []
-    going_on = rows
-    while prompts := [prompt for row in going_on if (prompt := next_prompt(row, answers[row["id"]]))]:
-        path = output_path.with_name(f"{output_path.stem}.{len(reports)}{output_path.suffix}")
-        reports.append(regenerate(target, tokenizer, prompts, path, **settings))
-        answered = {row["id"]: row for row in load_jsonl(path)}
-        still_going = []
-        for row in going_on:
-            prompt = next_prompt(row, answers[row["id"]])
-            answer = answered.get(prompt["id"]) if prompt else None  # none for a prompt that was too long
-            if answer is not None and not is_over(answer):
-                answers[row["id"]].append(answer["answer"])
-                still_going.append(row)
-        going_on = still_going
-    return reports
