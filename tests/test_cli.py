@@ -42,12 +42,12 @@ def test_every_command_leads_to_a_module_and_shows_an_example(name):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_help_under_its_own_name(name, capsys):
+    parts = ["in"] if name == "convert" else []  # that has options of its own
     with pytest.raises(SystemExit) as end:
-        cli.main([*name.split(), "--help"])
+        cli.main([*name.split(), *parts, "--help"])
     assert end.value.code == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: confu {name}")
-    # The options of the example exist.
     options = [word for word in shlex.split(cli.COMMANDS[name].example) if word.startswith("--")]
     assert all(option in printed for option in options)
 

@@ -127,6 +127,11 @@ class ConFuKnobs:
         return [cls.PREFIX + name for name in cls.__dataclass_fields__]
 
     @classmethod
+    def of(cls, config: GenerationConfig) -> dict[str, int]:
+        """The knobs that a configuration sets, by their names in it."""
+        return {name: getattr(config, name) for name in cls.names() if getattr(config, name, None) is not None}
+
+    @classmethod
     def resolve(cls, *configs: GenerationConfig) -> "ConFuKnobs":
         """Each knob from the first configuration that has it. Unknown `confu_*` names are refused, not ignored."""
         values: dict[str, Any] = {}

@@ -58,6 +58,21 @@ COMMANDS = {
         "Measure accepted length and speed against plain generate, on questions of your own or a benchmark.",
         "confu evaluate --drafts runs/draft --questions questions.jsonl --output results.jsonl --report report",
     ),
+    "convert": Command(
+        "conversion.convert",
+        "Make a ConFu draft of an EAGLE-3 draft (in), or hand its EAGLE-3 part to SGLang or vLLM (out).",
+        "confu convert in org/eagle3-draft --target org/target --output runs/draft",
+    ),
+    "check": Command(
+        "fit",
+        "Say whether a draft fits a target, and what to do if not; no weights of the target are read.",
+        "confu check org/target runs/draft",
+    ),
+    "publish": Command(
+        "hub",
+        "Check a draft, write its model card and push it to the Hub; --dry-run only writes the folder.",
+        "confu publish runs/draft org/target org/confu-draft --dry-run out",
+    ),
 }
 
 DESCRIPTION = "ConFu speculative decoding for Transformers: drafts that see where the target is heading."

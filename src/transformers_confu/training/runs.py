@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
