@@ -1,0 +1,179 @@
+"""The draft tree: which tokens are guessed, and how they hang together. Tensors in, tensors out; no model.
+
+A tree of N nodes counts its root, the newest emitted token. Nodes are stored parents first, the root at index 0.
+Shapes: B batch, N nodes, C contemplate rows, k branching, Vd draft vocabulary, P candidates in the pool. The method is
+EAGLE-2's (arXiv 2406.16858): expand the k best nodes of each level by cumulative log-probability, then keep the best
+of all candidates.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class DraftTree:
+    r"""
+    Args:
+        tokens (`torch.LongTensor` of shape `(batch, nodes)`): Target token ids.
+        parents (`torch.LongTensor` of shape `(batch, nodes)`): Index of each node's parent, always a lower index; the
+            root is its own parent.
+        depths (`torch.LongTensor` of shape `(batch, nodes)`): Distance from the root.
+        log_probs (`torch.FloatTensor` of shape `(batch, nodes)`, float32): Log-probability of the path from the root
+            under the draft.
+        ancestors (`torch.BoolTensor` of shape `(batch, nodes, nodes)`): `ancestors[b, i, j]`: j is i or above i.
+    """
+
+    tokens: torch.LongTensor
+    parents: torch.LongTensor
+    depths: torch.LongTensor
+    log_probs: torch.FloatTensor
+    ancestors: torch.BoolTensor
+
+    @property
+    def size(self) -> int:
+        return self.tokens.shape[1]
+
+    @classmethod
+    def from_parents(cls, tokens: torch.LongTensor, parents: torch.LongTensor, log_probs: torch.FloatTensor):
+        """A tree from its tokens, parents and path log-probabilities, each `(B, N)`."""
+        ancestors = ancestor_closure(parents)
+        return cls(tokens, parents, ancestors.sum(dim=-1) - 1, log_probs, ancestors)
+
+    @classmethod
+    def root_only(cls, root_tokens: torch.LongTensor) -> "DraftTree":
+        """A tree without guesses: plain decoding of `root_tokens` `(B,)`."""
+        tokens = root_tokens[:, None]
+        return cls.from_parents(tokens, torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.float32))
+
+    def children(self) -> list[dict[tuple[int, int], int]]:
+        """For each batch row a map (node, token) -> child of that node with that token, to walk the tree by."""
+        return [
+            {
+                (parent, token): node
+                for node, (parent, token) in enumerate(zip(parents, tokens, strict=True))
+                if node > 0
+            }
+            for parents, tokens in zip(self.parents.tolist(), self.tokens.tolist(), strict=True)
+        ]
+
+    def contemplated_nodes(self, num_rows: int, max_depth: int | None = None) -> torch.LongTensor:
+        r"""
+        The nodes that get a contemplate row, `(B, C)`, rising: the root, then those most likely to be accepted last.
+
+        A node is accepted last when it is accepted and none of its children is, for which the draft expects the
+        probability of the node less that of its children in the tree. The root is always among them, so that every
+        node has itself or an ancestor to take a future prediction from. Nodes deeper than `max_depth` get no row, even
+        if fewer than `num_rows` are left.
+        """
+        probabilities = self.log_probs.exp()
+        below_root = self.depths > 0
+        children = torch.zeros_like(probabilities).scatter_add_(1, self.parents, probabilities * below_root)
+        last = (probabilities - children).masked_fill(~below_root, float("inf"))
+        if max_depth is not None:
+            too_deep = self.depths > max_depth
+            last = last.masked_fill(too_deep, float("-inf"))
+            num_rows = min(num_rows, self.size - int(too_deep.sum(dim=1).max()))
+        order = last.sort(dim=-1, descending=True, stable=True).indices
+        return order[:, :num_rows].sort(dim=-1).values
+
+    def contemplate_row_of(self, nodes: torch.LongTensor) -> torch.LongTensor:
+        """For each node `(B, N)` the index into `nodes` `(B, C)` of its nearest ancestor, itself included, in it."""
+        is_above = self.ancestors.gather(2, nodes[:, None, :].expand(-1, self.size, -1))  # (B, N, C)
+        depths = self.depths.gather(1, nodes)[:, None, :].expand_as(is_above)
+        return depths.masked_fill(~is_above, -1).argmax(dim=-1)
+
+
+def ancestor_closure(parents: torch.LongTensor) -> torch.BoolTensor:
+    """`parents` `(B, N)`, parents first -> `(B, N, N)`: row i marks i and everything above i."""
+    batch_size, num_nodes = parents.shape
+    step = torch.eye(num_nodes, dtype=torch.bool, device=parents.device).expand(batch_size, -1, -1).clone()
+    step.scatter_(2, parents[:, :, None], True)
+    # Squaring the relation doubles its reach: log2(N) products in place of N sequential row copies.
+    reach, closure = 1, step
+    while reach < num_nodes - 1:
+        closure = torch.matmul(closure.float(), closure.float()) > 0
+        reach *= 2
+    return closure
+
+
+class TreeGrower:
+    r"""
+    Grows a tree level by level from the draft's log-probabilities, all in float32.
+
+    ```python
+    grower = TreeGrower(log_probs, branching=10)  # the root's children
+    while deeper:
+        ...draft step over `grower.frontier_tokens`, whose features are those of the rows `grower.frontier_parents`
+        grower.expand(log_probs)
+    tree = grower.tree(root_tokens, draft_token_ids, tree_size)
+    ```
+
+    Args:
+        log_probs (`torch.FloatTensor` of shape `(batch, draft_vocab_size)`): What the draft expects after the root.
+        branching (`int`): Children per expanded node, and nodes expanded per level, k.
+    """
+
+    def __init__(self, log_probs: torch.FloatTensor, branching: int):
+        self.branching = min(branching, log_probs.shape[-1])
+        scores, tokens = _top_k(log_probs, self.branching)  # (B, k)
+        self._scores, self._tokens = [scores], [tokens]
+        self._parents = [torch.full_like(tokens, -1)]  # index into the pool, -1: the root
+        self._pool_size = scores.shape[1]
+        # The frontier: the nodes to expand next.
+        self._frontier = torch.arange(self._pool_size, device=scores.device).expand_as(tokens)  # index into the pool
+        self._frontier_scores = scores
+        self.frontier_tokens = tokens
+        """Draft token ids of the nodes to expand, `(B, k)`."""
+        self.frontier_parents = torch.zeros_like(tokens)
+        """Row of the previous draft step that each of them hangs on, `(B, k)`."""
+        self.frontier_ancestors = torch.eye(self._pool_size, dtype=torch.bool, device=scores.device).expand(
+            scores.shape[0], -1, -1
+        )
+        """Which rows of all draft steps so far, this one included, each of them sees, `(B, k, rows)`."""
+
+    def expand(self, log_probs: torch.FloatTensor) -> None:
+        """Take the children of the frontier from `log_probs` `(B, k, Vd)` and make the best k the next frontier."""
+        batch_size, width = self.frontier_tokens.shape
+        scores, tokens = _top_k(log_probs, self.branching)  # (B, width, k)
+        scores = (scores + self._frontier_scores[..., None]).flatten(1)  # (B, width * k)
+        tokens = tokens.flatten(1)
+        self._scores.append(scores)
+        self._tokens.append(tokens)
+        self._parents.append(self._frontier.repeat_interleave(self.branching, dim=1))
+
+        order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :width]
+        self._frontier = order + self._pool_size
+        self._pool_size += scores.shape[1]
+        self._frontier_scores = scores.gather(1, order)
+        self.frontier_tokens = tokens.gather(1, order)
+        self.frontier_parents = order // self.branching
+        inherited = self.frontier_ancestors.gather(
+            1, self.frontier_parents[..., None].expand(-1, -1, self.frontier_ancestors.shape[-1])
+        )
+        itself = torch.eye(width, dtype=torch.bool, device=scores.device).expand(batch_size, -1, -1)
+        self.frontier_ancestors = torch.cat([inherited, itself], dim=-1)
+
+    def tree(self, root_tokens: torch.LongTensor, draft_token_ids: torch.LongTensor, tree_size: int) -> DraftTree:
+        """The best `tree_size - 1` candidates below `root_tokens` `(B,)`; fewer if there are not as many."""
+        scores, parents = torch.cat(self._scores, dim=1), torch.cat(self._parents, dim=1)  # (B, P)
+        # A child never scores above its parent and comes later in the pool, so a stable order keeps every parent of a
+        # kept node, ties included. An unstable one does not (EAGLE's orphan nodes).
+        kept = scores.sort(dim=-1, descending=True, stable=True).indices[:, : tree_size - 1].sort(dim=-1).values
+        node_of = torch.zeros_like(parents).scatter_(
+            1, kept, torch.arange(1, kept.shape[1] + 1, device=kept.device).expand_as(kept)
+        )  # pool index -> node
+        kept_parents = parents.gather(1, kept)
+        node_parents = torch.where(kept_parents < 0, 0, node_of.gather(1, kept_parents.clamp(min=0)))
+        tokens = draft_token_ids[torch.cat(self._tokens, dim=1).gather(1, kept)]
+        root = torch.zeros_like(root_tokens)[:, None]
+        return DraftTree.from_parents(
+            torch.cat([root_tokens[:, None], tokens], dim=1),
+            torch.cat([root, node_parents], dim=1),
+            torch.cat([root.float(), scores.gather(1, kept)], dim=1),
+        )
+
+
+def _top_k(log_probs: torch.FloatTensor, k: int) -> tuple[torch.FloatTensor, torch.LongTensor]:
+    """The k best entries of the last dimension; NaN, from a draft that overflowed, counts as impossible."""
+    return torch.nan_to_num(log_probs.float(), nan=float("-inf")).topk(k, dim=-1)
