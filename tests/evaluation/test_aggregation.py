@@ -95,6 +95,7 @@ def test_mean_of_ratios_is_not_the_total():
     arm = small.arms[CONFU]
     assert small.speedup_total(arm).value == pytest.approx((10 / 2) / (10 / 5))
     assert small.speedup_mean(arm).value == pytest.approx((4 + 1) / 2)
+    assert small.tau(arm).value == pytest.approx((7 + 1) / (4 + 1))  # rounds count alike, not questions
 
 
 def test_depths_count_rounds(small):

@@ -1,7 +1,9 @@
 """Which arms run under which settings."""
 
+from pathlib import Path
+
 import pytest
-from transformers import GenerationConfig
+from transformers import GenerationConfig, HfArgumentParser
 
 from transformers_confu.evaluation.arguments import EvaluationArguments
 from transformers_confu.evaluation.arms import comparisons, drafts_of
@@ -88,3 +90,22 @@ def test_yaml_may_give_one_value_for_a_list():
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         plan(drafts=["d"], **options)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        # Plain and prompt lookup, and three budgets of four tree sizes or, at the other temperatures, of one.
+        ("one_factor", {("bfloat16", 0.0): 2 + 12, ("bfloat16", 0.7): 2 + 3, ("bfloat16", 1.0): 2 + 3}),
+        ("exactness", {("float32", 0.0): 2 + 3}),
+        ("all_questions", {("bfloat16", 0.0): 2 + 3}),
+    ],
+)
+def test_the_published_measurements_are_what_they_say(name, expected):
+    root = Path(__file__).parents[2]
+    path = root / "examples" / "evaluate_smollm2" / f"{name}.yaml"
+    (arguments,) = HfArgumentParser(EvaluationArguments).parse_yaml_file(path)
+    (draft,) = drafts_of(arguments)
+    own = GenerationConfig.from_pretrained(root / draft.source)
+    plan = comparisons(arguments, {draft.name: own})
+    assert {(setting.dtype, setting.temperature): len(arms) for setting, arms in plan.items()} == expected

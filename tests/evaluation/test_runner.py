@@ -103,6 +103,22 @@ def test_rounds_of_prompt_lookup_are_counted_as_its_forwards_are(options):
         assert first >= 1
 
 
+def test_an_assistant_model_is_one_more_arm(options, tmp_path):
+    make_tiny_target(seed=3).save_pretrained(tmp_path / "assistant")
+    options |= {"assistant": str(tmp_path / "assistant"), "drafts": [], "runs": 1}
+    measure(EvaluationArguments(**options))
+    rows = [row for row in rows_of(options) if row["label"] == "assistant model"]
+    assert len(rows) == len(QUESTIONS)
+    for row in rows:
+        assert row["departure"] is None
+        for turn in row["turns"]:
+            assert 0 < sum(turn["rounds"]["emitted"]) < len(turn["token_ids"])
+    make_tiny_target(vocab_size=60).save_pretrained(tmp_path / "other")
+    options |= {"assistant": str(tmp_path / "other"), "output": str(tmp_path / "other.jsonl")}
+    with pytest.raises(ValueError, match="has a vocabulary of 60 tokens and the target one of 97; give an assistant"):
+        measure(EvaluationArguments(**options))
+
+
 # --- a draft whose acceptance is known
 
 
