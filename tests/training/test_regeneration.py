@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import islice
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transformers_confu.training import regeneration
+from transformers_confu.training.continuous_batching import Request, answer
 from transformers_confu.training.data import load_jsonl, prepare_dataset
 from transformers_confu.training.regeneration import regenerate
 
@@ -101,48 +103,77 @@ class Interrupted(Exception):
     pass
 
 
+def rows_of(path) -> list[dict]:
+    """Rows in the order of their ids; that of the file is the order in which answers ended."""
+    return sorted(load_jsonl(path), key=lambda row: row["id"])
+
+
 @pytest.mark.parametrize("torn", [b"", b'{"id": "p', b'{"id": "p3", "prompt": "w0"}'])
-@pytest.mark.parametrize("batches_before", [0, 1, 3])
-def test_interrupted_and_resumed_equals_uninterrupted(target, tokenizer, tmp_path, monkeypatch, batches_before, torn):
+@pytest.mark.parametrize("answers_before", [0, 1, 7])
+def test_interrupted_and_resumed_equals_uninterrupted(target, tokenizer, tmp_path, monkeypatch, answers_before, torn):
     prompts = make_prompts()
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
     regenerate(target, tokenizer, prompts, whole, **SETTINGS)
 
-    calls = 0
-    generate = LlamaForCausalLM.generate
-
-    def stops(self, *args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls > batches_before:
-            raise Interrupted
-        return generate(self, *args, **kwargs)
+    def stops(*args):
+        yield from islice(answer(*args), answers_before)
+        raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(LlamaForCausalLM, "generate", stops)
+        patch.setattr(regeneration, "answer", stops)
         with pytest.raises(Interrupted):
             regenerate(target, tokenizer, prompts, parts, **SETTINGS)
-    assert len(load_jsonl(parts)) == 3 * batches_before
+    assert len(load_jsonl(parts)) == answers_before
     with open(parts, "ab") as file:
         file.write(torn)
     torch.manual_seed(99)  # the state of the process must not matter
     report = regenerate(target, tokenizer, prompts, parts, **SETTINGS)
 
-    assert parts.read_bytes() == whole.read_bytes()
-    assert (report.resumed, report.written) == (3 * batches_before, 20 - 3 * batches_before)
+    assert rows_of(parts) == rows_of(whole)
+    assert (report.resumed, report.written) == (answers_before, 20 - answers_before)
+    written = parts.read_bytes()
+    assert regenerate(target, tokenizer, prompts, parts, **SETTINGS).written == 0
+    assert parts.read_bytes() == written
 
 
-def test_a_half_written_batch_is_completed_and_a_complete_file_left_alone(target, tokenizer, tmp_path):
+def test_an_answer_does_not_depend_on_those_beside_it(target, tokenizer, tmp_path):
     prompts = make_prompts()
-    path = tmp_path / "a.jsonl"
-    regenerate(target, tokenizer, prompts, path, **SETTINGS)
-    whole = path.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:4]) + lines[4][:-7])  # the second batch (sampled) has one whole row
-    assert regenerate(target, tokenizer, prompts, path, **SETTINGS).written == 16
-    assert path.read_bytes() == whole
-    assert regenerate(target, tokenizer, prompts, path, **SETTINGS).written == 0
-    assert path.read_bytes() == whole
+    for batch_size in (1, 3, 50):
+        settings = {**SETTINGS, "batch_size": batch_size}
+        regenerate(target, tokenizer, prompts, tmp_path / f"{batch_size}.jsonl", **settings)
+    alone = rows_of(tmp_path / "1.jsonl")
+    assert alone == rows_of(tmp_path / "3.jsonl") == rows_of(tmp_path / "50.jsonl")
+    assert {row["temperature"] for row in alone} == {0.0, 0.8}
+
+
+def test_draws_follow_the_law_of_the_processed_scores(target):
+    """Frequencies of the second token against the softmax that plain `generate` draws from."""
+    torch.manual_seed(0)
+    target.generation_config.top_k = 5
+    try:
+        prompt, number = [0, 3, 9, 4], 4000
+        requests = [Request(prompt, 0.7, 1000 * seed) for seed in range(number)]
+        with torch.no_grad():
+            answered = list(answer(target, requests, 500, 10, 1))
+        scores = target(torch.tensor([prompt])).logits[0, -1] / 0.7
+        kept = scores.topk(5)
+        expected = torch.zeros(len(WORDS), dtype=torch.float64)
+        expected[kept.indices] = kept.values.softmax(-1)
+        found = torch.tensor([request.answer_ids[0] for request in answered]).bincount(minlength=len(WORDS)) / number
+        assert found[expected == 0].sum() == 0
+        # Five standard deviations of a frequency.
+        assert ((found - expected).abs() < 5 * (expected * (1 - expected) / number).sqrt() + 1e-12).all()
+    finally:
+        target.generation_config.top_k = None
+
+
+def test_processors_that_look_at_earlier_tokens_are_refused(target, tokenizer, tmp_path):
+    target.generation_config.repetition_penalty = 1.3
+    try:
+        with pytest.raises(ValueError, match="asks for RepetitionPenaltyLogitsProcessor"):
+            regenerate(target, tokenizer, make_prompts(), tmp_path / "a.jsonl", **SETTINGS)
+    finally:
+        target.generation_config.repetition_penalty = None
 
 
 def test_sampling_follows_the_seed_and_leaves_the_random_state(target, tokenizer, tmp_path):
@@ -152,7 +183,7 @@ def test_sampling_follows_the_seed_and_leaves_the_random_state(target, tokenizer
     rows = {}
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         regenerate(target, tokenizer, prompts, tmp_path / f"{name}.jsonl", **{**SETTINGS, "seed": seed})
-        rows[name] = load_jsonl(tmp_path / f"{name}.jsonl")
+        rows[name] = rows_of(tmp_path / f"{name}.jsonl")
     assert torch.equal(torch.random.get_rng_state(), state)
     assert rows["a"] == rows["b"]
     for row, other in zip(rows["a"], rows["c"], strict=True):
@@ -160,12 +191,8 @@ def test_sampling_follows_the_seed_and_leaves_the_random_state(target, tokenizer
         if row["temperature"] == 0:
             assert row == other
     assert rows["a"] != rows["c"]
-    # Sorted by length and three to a batch, the batches take the temperatures in turn.
-    assert [row["temperature"] for row in rows["a"]] == ([0.0] * 3 + [0.8] * 3) * 3 + [0.0] * 2
-    lengths = [
-        len(row["prompt"][0]["content"] if isinstance(row["prompt"], list) else row["prompt"]) for row in rows["a"]
-    ]
-    assert lengths[0] >= lengths[-1]
+    # Sorted by length, prompts take the temperatures in turn.
+    assert [row["temperature"] for row in rows["a"]].count(0.0) == 10
 
 
 def test_answers_load_into_prepare_dataset(target, tokenizer, tmp_path):

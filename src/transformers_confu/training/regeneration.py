@@ -9,10 +9,10 @@ said. Half of the answers are greedy and half sampled by default; they are kept 
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -141,7 +141,8 @@ def regenerate(
         open(output_path, "a", encoding="utf-8") as file,
         tqdm(total=len(fitting), initial=len(answered), unit="answer", desc="Regenerating") as progress,
     ):
-        for request in answer(target, missing, min(batch_size, max(1, len(missing))), capacity, max_new_tokens):
+        answers = answer(target, missing, min(batch_size, max(1, len(missing))), capacity, max_new_tokens)
+        for request in cast(Iterator[_Planned], answers):
             finished = request.answer_ids[-1] in ends
             row = {
                 "id": request.prompt.id,
