@@ -9,8 +9,10 @@ from transformers import DynamicCache
 
 from helpers import make_tiny_target
 from transformers_confu import ConFuConfig, ConFuDraftModel
+from transformers_confu.target_runner import TargetRunner
 from transformers_confu.training.initialisation import warm_start
-from transformers_confu.training.objective import compute_objective
+from transformers_confu.training.objective import Recipe, compute_live
+from transformers_confu.training.texts import Texts
 
 
 TOKENS = torch.tensor([90, 3, 41, 7, 66, 15, 23, 58, 80, 11])
@@ -194,9 +196,9 @@ def test_it_starts_ahead_of_a_random_draft():
 
     @torch.no_grad()
     def loss(draft: ConFuDraftModel) -> float:
-        objective = compute_objective(
-            draft, target, ids, torch.ones_like(ids), labels, anchors=None, num_steps=2, decay=1.0
-        )
+        texts = Texts.of({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+        runner = TargetRunner(target, draft.config, draft.future_channel)
+        objective = compute_live(draft, runner, texts, None, Recipe(num_steps=2, decay=1.0))
         return float(objective.loss_sum / objective.counted.sum())
 
     with torch.random.fork_rng(devices=[]):

@@ -16,8 +16,10 @@ from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuDraftModel
 from transformers_confu.draft_tree import DraftTree
 from transformers_confu.target_runner import TargetRunner
-from transformers_confu.training.anchors import Anchors, draft_rows, sample_anchors
-from transformers_confu.training.objective import Objective, compute_objective
+from transformers_confu.training.anchors import Anchors, draft_rows, place_anchors, sample_anchors
+from transformers_confu.training.batching import ConFuDataCollator, pack_rows
+from transformers_confu.training.objective import Objective, Recipe, compute_live
+from transformers_confu.training.texts import Texts
 
 
 STEPS, DECAY = 4, 0.7
@@ -92,7 +94,8 @@ def mixed_batch() -> Batch:
 
 
 def objective_of(target, draft, batch: Batch, anchors: Anchors | None, steps: int = STEPS) -> Objective:
-    return compute_objective(draft, target, **vars(batch), anchors=anchors, num_steps=steps, decay=DECAY)
+    runner = TargetRunner(target, draft.config, draft.future_channel)
+    return compute_live(draft, runner, Texts.of(vars(batch)), anchors, Recipe(steps, DECAY))
 
 
 def anchors_of(batch: Batch, replication: int = 3, max_lag: int = 4, seed: int = 0) -> Anchors:
@@ -324,6 +327,37 @@ def test_the_loss_of_a_perfect_draft_is_zero():
     torch.testing.assert_close(
         objective_of(target, draft, text, None).loss_sum, torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("mode", ["anchors", "eagle3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_packed_texts_equal_texts_of_their_own(name, mode):
+    target, draft = make_pair(name)
+    batch = mixed_batch()
+    anchors = anchors_of(batch) if mode == "anchors" else None
+    expected = objective_of(target, draft, batch, anchors)
+
+    lengths = batch.attention_mask.sum(dim=1).tolist()
+    rows = [{"input_ids": batch.input_ids[row, :n], "labels": batch.labels[row, :n]} for row, n in enumerate(lengths)]
+    capacity = max(lengths) + 8
+    packed = ConFuDataCollator(packed_length=capacity)(rows)
+    assert len(packed["input_ids"]) < len(rows)
+    packed_anchors = None
+    if anchors is not None:
+        positions: list[list[torch.Tensor]] = [[] for _ in packed["input_ids"]]
+        routed_by: list[list[torch.Tensor]] = [[] for _ in packed["input_ids"]]
+        order = [row for sequence in pack_rows(lengths, capacity) for row in sequence]
+        for row, (sequence, first, _) in zip(order, Texts.of(packed).documents(), strict=True):
+            positions[sequence].append(anchors.positions[row, anchors.exists[row]] + first)
+            routed_by[sequence].append(anchors.routed_by[row, anchors.exists[row]] + first)
+        packed_anchors = place_anchors(
+            [torch.cat(some) for some in positions], [torch.cat(some) for some in routed_by], packed["labels"], 3
+        )
+    runner = TargetRunner(target, draft.config, draft.future_channel)
+    found = compute_live(draft, runner, Texts.of(packed), packed_anchors, Recipe(STEPS, DECAY))
+    torch.testing.assert_close(found.loss_sum, expected.loss_sum, rtol=1e-10, atol=1e-10)
+    for count in ("counted", "correct", "correct_so_far", "rows", "rows_with_future"):
+        torch.testing.assert_close(getattr(found, count), getattr(expected, count))
 
 
 @pytest.mark.parametrize("mode", ["anchors", "eagle3"])

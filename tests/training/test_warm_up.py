@@ -7,6 +7,7 @@ from transformers import DynamicCache
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu.target_runner import TargetRunner
 from transformers_confu.training.anchors import sample_anchors
+from transformers_confu.training.texts import Texts
 from transformers_confu.training.warm_up import compute_foresight
 
 
@@ -21,7 +22,8 @@ def test_loss_and_gradients_are_those_of_single_rows():
     labels = input_ids.masked_fill((torch.arange(20) < 5) | (attention_mask == 0), -100)
     anchors = sample_anchors(labels, replication=2, max_lag=3)
 
-    objective = compute_foresight(draft, target, input_ids, attention_mask, labels, anchors)
+    texts = Texts.of({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
+    objective = compute_foresight(draft, runner, texts, anchors)
     objective.loss_sum.backward()
     gradient = draft.future_channel.soft_prompts.grad.clone()
     draft.zero_grad()

@@ -65,7 +65,6 @@ def sample_anchors(labels: torch.LongTensor, replication: int, max_lag: int, lim
     rows = draft_rows(labels)
     starts_run = rows.clone()
     starts_run[:, 1:] &= ~rows[:, :-1]
-    index = torch.arange(rows.shape[1])
     positions, routed_by = [], []
     for is_row, is_start in zip(rows.cpu(), starts_run.cpu(), strict=True):
         in_text, lagged, is_first = [], [], []
@@ -90,6 +89,15 @@ def sample_anchors(labels: torch.LongTensor, replication: int, max_lag: int, lim
         positions.append(anchors[keep])
         routed_by.append(torch.cat(lagged)[keep] if lagged else empty)
 
+    return place_anchors(positions, routed_by, labels, replication)
+
+
+def place_anchors(
+    positions: list[torch.LongTensor], routed_by: list[torch.LongTensor], labels: torch.LongTensor, replication: int
+) -> Anchors:
+    """Anchors of a batch from those of each sequence, rising; `labels` `(batch, length)` and the rest as above."""
+    rows = draft_rows(labels)
+    index = torch.arange(rows.shape[1])
     # The nearest anchor at or before a row: the running maximum of anchor numbers.
     of_row = torch.full(rows.shape, -1, dtype=torch.long)
     for number, anchors in enumerate(positions):

@@ -94,6 +94,13 @@ class ConFuTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "`device_map` of a target that is loaded by name, such as auto; this process's device."},
     )
+    feature_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps what the target says about the data, so that it reads every row once and not "
+            "once an epoch. For stage core, and for joint with `frozen: [contemplate]`."
+        },
+    )
     shard_target: bool = field(
         default=False,
         metadata={"help": "Shard the target's layers over the processes (FSDP2), where one device cannot hold it."},
@@ -160,6 +167,12 @@ class ConFuTrainingArguments(TrainingArguments):
         if unknown := sorted(set(self.frozen) - set(PARAMETER_GROUPS)):
             raise ValueError(
                 f"`frozen` names {', '.join(map(repr, unknown))}; the groups are {', '.join(PARAMETER_GROUPS)}."
+            )
+        if self.feature_cache is not None and "contemplate" in self.taught:
+            raise ValueError(
+                f"`feature_cache` keeps what never changes, and stage {self.stage!r} teaches soft prompts and [con], "
+                "which change what the target says: freeze them with `frozen: [contemplate]` where they are trained, "
+                "or leave `feature_cache` out."
             )
         if not self.taught:
             raise ValueError(

@@ -77,7 +77,8 @@ class ConFuDataCollator:
         pad_to_multiple_of: if given, the batch length is rounded up to a multiple of it.
         packed_length: if given, rows are packed into sequences of at most so many tokens.
 
-    Returns of a call, all LongTensors [B, T]; other columns of the rows are left out:
+    Returns of a call, all LongTensors [B, T]; other columns of the rows are left out, but for `row_ids`, which come as
+    a LongTensor of all documents in order:
 
     - `input_ids`.
     - `attention_mask`: 1 on real tokens, 0 on padding, which is on the right.
@@ -129,6 +130,8 @@ class ConFuDataCollator:
                 position_ids[number, first:last] = torch.arange(last - first)
                 first = last
         batch = {"input_ids": input_ids, "attention_mask": (document_ids >= 0).long(), "labels": labels}
+        if "row_ids" in rows[0]:
+            batch["row_ids"] = torch.tensor([rows[index]["row_ids"] for sequence in sequences for index in sequence])
         return batch | {"document_ids": document_ids, "position_ids": position_ids} if is_packed else batch
 
 

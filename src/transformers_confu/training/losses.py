@@ -31,7 +31,9 @@ def kl(
     teacher_probabilities: torch.Tensor, out_of_vocabulary_mass: torch.Tensor | None, logits: torch.Tensor
 ) -> torch.Tensor:
     """sum_v p_v log(p_v / q_v): ConFu's loss (arXiv 2603.08899). Zero where the draft says what the target would."""
-    entropy = -torch.xlogy(teacher_probabilities, teacher_probabilities).sum(dim=-1)
+    # p log p is 0 where p is; `xlogy` says so too, several times as slowly.
+    log_p = teacher_probabilities.clamp(min=torch.finfo(teacher_probabilities.dtype).tiny).log()
+    entropy = -(teacher_probabilities * log_p).sum(dim=-1)
     return soft_cross_entropy(teacher_probabilities, out_of_vocabulary_mass, logits) - entropy
 
 

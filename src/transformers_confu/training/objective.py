@@ -1,13 +1,18 @@
-"""What one batch teaches: the target's forward, contemplation at the anchors, the unrolled draft, the loss."""
+"""What one batch teaches the draft: contemplation at the anchors, the unrolled draft, the loss."""
 
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from torch import nn
+from transformers import DynamicCache
 
 from ..modeling_confu import ConFuDraftModel, ConFuExpertMixture
 from ..target_runner import TargetRunner
 from .anchors import Anchors, draft_rows
+from .chunked_loss import ChunkedLoss
+from .losses import LOSSES
+from .teaching import Teaching, read_texts, teach, teaching_positions
+from .texts import Texts
 from .unroll import unroll
 
 
@@ -17,13 +22,14 @@ class Objective:
     Loss and counts of one batch. Sums, not means, so that batches add up.
 
     Args:
-        loss_sum (`torch.FloatTensor`, scalar): KL(target || draft) over the draft vocabulary, summed over rows and,
-            weighted, over steps.
+        loss_sum (`torch.FloatTensor`, scalar): The loss, summed over rows and, weighted, over steps.
         counted (`torch.LongTensor` of shape `(steps,)`): Rows that have a target at each step.
         correct (`torch.LongTensor` of shape `(steps,)`): Rows where the draft's first choice is the target's. A target
             outside the draft vocabulary is a miss.
         correct_so_far (`torch.LongTensor` of shape `(steps,)`): Rows that are right at this step and all before.
         rows, rows_with_future (`int`): Draft rows, and how many read a future prediction.
+        accepted_so_far (`torch.FloatTensor` of shape `(steps,)`, *optional*): Sum over rows of the probability that
+            this step and all before are accepted in sampling at temperature 1.
         contemplate_load, future_load (`torch.LongTensor` of shape `(experts,)`, *optional*): How often the router of
             `[con]`, and that of `[f]`, chose each expert.
     """
@@ -34,119 +40,177 @@ class Objective:
     correct_so_far: torch.LongTensor
     rows: int
     rows_with_future: int
+    accepted_so_far: torch.Tensor | None = None
     contemplate_load: torch.LongTensor | None = None
     future_load: torch.LongTensor | None = None
 
 
+@dataclass
+class Recipe:
+    r"""
+    How a draft is trained, beside its data.
+
+    Args:
+        num_steps, decay: TTT steps, and the weight of step s as `decay ** s`.
+        loss: Name of one of `LOSSES`.
+        weight_without_future: Weight of the rows that no anchor serves.
+    """
+
+    num_steps: int
+    decay: float
+    loss: str = "kl"
+    weight_without_future: float = 1.0
+
+
+def compute_live(
+    draft: ConFuDraftModel, runner: TargetRunner, texts: Texts, anchors: Anchors | None, recipe: Recipe
+) -> Objective:
+    r"""
+    The objective of a batch that the target reads now.
+
+    Gradients pass through the target to soft prompts and `[con]`, from the contemplate rows only.
+
+    Args:
+        draft ([`ConFuDraftModel`]): Trained.
+        runner ([`TargetRunner`]): Of the frozen target, in its own dtype.
+        texts ([`Texts`]): The batch.
+        anchors ([`Anchors`], *optional*): Without them the draft trains in EAGLE-3 mode.
+        recipe ([`Recipe`]).
+    """
+    if not draft_rows(texts.labels).any():
+        return nothing_taught(draft, recipe.num_steps)
+    outputs = read_texts(
+        runner,
+        texts,
+        keep_logits=teaching_positions(texts.labels),
+        hidden_states=draft.config.target_hidden_state_indices,
+        keep_cache=anchors is not None,
+    )
+    teaching = teach(draft, runner.taps(outputs.hidden_states), outputs.logits)
+    futures = None if anchors is None else contemplate(runner, texts, teaching.taps, outputs.cache, anchors)
+    return compute_objective(draft, runner.embed, texts, teaching, anchors, futures, recipe)
+
+
+def nothing_taught(draft: ConFuDraftModel, num_steps: int) -> Objective:
+    """Of a batch without a draft row: zero, yet with a gradient for every parameter."""
+    zero = sum(parameter.sum() * 0.0 for parameter in draft.parameters() if parameter.requires_grad)
+    none = torch.zeros(num_steps, dtype=torch.long, device=draft.device)
+    return Objective(zero, none, none, none, rows=0, rows_with_future=0, accepted_so_far=none.float())
+
+
+def contemplate(
+    runner: TargetRunner, texts: Texts, taps: torch.Tensor, cache: DynamicCache, anchors: Anchors
+) -> torch.Tensor:
+    """Future predictions at the anchors `(B, K, F)`, behind texts that are cached."""
+    with torch.autocast(device_type=taps.device.type, enabled=False):
+        return runner.contemplate(
+            cache,
+            gather_rows(taps, anchors.routed_by),
+            texts.position_ids.gather(1, anchors.positions) + 1,
+            texts.sees(anchors.positions),
+        )
+
+
 def compute_objective(
     draft: ConFuDraftModel,
-    target: PreTrainedModel,
-    input_ids: torch.LongTensor,
-    attention_mask: torch.LongTensor,
-    labels: torch.LongTensor,
+    embed: nn.Module,
+    texts: Texts,
+    teaching: Teaching,
     anchors: Anchors | None,
-    num_steps: int,
-    decay: float,
-    weight_without_future: float = 1.0,
+    futures: torch.Tensor | None,
+    recipe: Recipe,
 ) -> Objective:
     r"""
     Args:
         draft ([`ConFuDraftModel`]): Trained.
-        target ([`PreTrainedModel`]): Frozen; runs in its own dtype. Gradients pass through it to soft prompts and
-            `[con]`, from the contemplate rows only.
-        input_ids, attention_mask, labels (`torch.LongTensor` of shape `(batch, length)`): Right-padded; labels are
-            -100 outside of answers.
-        anchors ([`Anchors`], *optional*): Without them the draft trains in EAGLE-3 mode.
-        num_steps (`int`), decay (`float`): TTT steps, and the weight of step s as `decay ** s`.
-        weight_without_future (`float`): Weight of the rows that no anchor serves.
+        embed: The target's input embeddings, for a draft that has none of its own.
+        texts ([`Texts`]): The batch.
+        teaching ([`Teaching`]): What the target says about it.
+        anchors ([`Anchors`], *optional*), futures (`torch.FloatTensor` of shape `(batch, anchors, future_size)`):
+            Where the batch contemplates, and what comes of it. Without them the draft trains in EAGLE-3 mode.
+        recipe ([`Recipe`]).
     """
-    runner = TargetRunner(target, draft.config, draft.future_channel)
-    is_row = draft_rows(labels)
+    is_row = draft_rows(texts.labels)
     if not is_row.any():
-        nothing = torch.zeros(num_steps, dtype=torch.long, device=labels.device)
-        zero = sum(parameter.sum() * 0.0 for parameter in draft.parameters() if parameter.requires_grad)
-        return Objective(zero, nothing, nothing, nothing, rows=0, rows_with_future=0)
+        return nothing_taught(draft, recipe.num_steps)
     rows, row_exists = _padded_index(is_row)  # (B, R)
-
-    # Position j of the target says what token j + 1 should be. Row i at step s is taught by j = i + 1 + s.
-    is_teacher = torch.zeros_like(is_row)
-    is_teacher[:, 1:] = is_row[:, :-1]
-    taps, teacher_logits, cache = target_forward(runner, input_ids, attention_mask, is_teacher, anchors is not None)
-    token_ids = draft.draft_token_ids.to(teacher_logits.device)
-    # `max` and not `argmax`, which is three times slower in bfloat16 on a CPU.
-    best_tokens = teacher_logits.max(dim=-1).indices.to(labels.device)  # (teachers,), over the full vocabulary
-    dtype = torch.promote_types(draft.dtype, torch.float32)  # of the loss
-    teacher_logits = teacher_logits[:, token_ids].to(draft.device, dtype)  # (teachers, Vd)
-    teacher_probabilities = teacher_logits.softmax(dim=-1)
-    # The part of KL that does not depend on the draft.
-    teacher_entropies = torch.logsumexp(teacher_logits, dim=-1) - (teacher_probabilities * teacher_logits).sum(dim=-1)
-    teacher_of = torch.full_like(labels, -1).masked_scatter(
-        is_teacher, torch.arange(len(best_tokens), device=labels.device)
+    # Row i at step s is taught by position i + 1 + s.
+    is_teacher = teaching_positions(texts.labels)
+    teacher_of = torch.full_like(texts.labels, -1).masked_scatter(
+        is_teacher, torch.arange(len(teaching.best_tokens), device=is_row.device)
     )
 
-    length = input_ids.shape[1]
-    position_ids = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-    real = attention_mask.bool()
+    dtype = teaching.probabilities.dtype
     future_states = has_future = None
     row_weights = torch.ones(rows.shape, device=draft.device, dtype=dtype)
     load = {}
     if anchors is not None:
-        sees_prefix = (position_ids[:, None] <= anchors.positions[..., None]) & real[:, None]  # (B, K, T)
-        with torch.autocast(device_type=draft.device.type, enabled=False):
-            at_anchors = runner.contemplate(
-                cache, gather_rows(taps, anchors.routed_by), anchors.positions + 1, sees_prefix
-            )  # (B, K, F)
         anchor_of_row = anchors.of_row.gather(1, rows)
         has_future = (anchor_of_row >= 0) & row_exists
-        future_states = gather_rows(at_anchors, anchor_of_row.clamp(min=0))  # (B, R, F)
-        row_weights = row_weights.masked_fill(~has_future.to(draft.device), weight_without_future)
+        future_states = gather_rows(futures, anchor_of_row.clamp(min=0))  # (B, R, F)
+        row_weights = row_weights.masked_fill(~has_future.to(draft.device), recipe.weight_without_future)
         load = {
             "contemplate_load": expert_load(
-                draft.future_channel.contemplate_token, gather_rows(taps, anchors.routed_by)[anchors.exists]
+                draft.future_channel.contemplate_token, gather_rows(teaching.taps, anchors.routed_by)[anchors.exists]
             ),
             "future_load": expert_load(
-                draft.future_channel.future_token, draft.fuse_taps(gather_rows(taps, rows)[has_future])
+                draft.future_channel.future_token, draft.fuse_taps(gather_rows(teaching.taps, rows)[has_future])
             ),
         }
 
-    embed = draft.embed_tokens or target.get_input_embeddings()
+    embed = draft.embed_tokens or embed
     with torch.no_grad() if draft.embed_tokens is None else torch.enable_grad():
-        inputs_embeds = embed(input_ids).to(draft.device, draft.dtype)
+        inputs_embeds = embed(texts.input_ids).to(draft.device, draft.dtype)
     steps = unroll(
         draft,
         inputs_embeds,
-        taps,
-        position_ids,
-        sees=(position_ids[:, None] <= rows[..., None]) & real[:, None],
+        teaching.taps,
+        texts.position_ids,
+        sees=texts.sees(rows),
         rows=rows,
         future_states=future_states,
         has_future=has_future,
-        num_steps=num_steps,
+        num_steps=recipe.num_steps,
     )
 
+    token_ids = draft.draft_token_ids
+    length = texts.input_ids.shape[1]
     loss_sum = torch.zeros((), device=draft.device, dtype=dtype)
-    counted, correct, correct_so_far = [], [], []
+    counted, correct, correct_so_far, accepted_so_far = [], [], [], []
     # A row counts at step s while all tokens up to i + 2 + s belong to the same answer.
     counts = row_exists
     all_correct = row_exists
-    for step, features in enumerate(steps):
+    all_accepted = row_exists.to(dtype)
+    for step, hidden_states in enumerate(steps):
         teacher = teacher_of.gather(1, (rows + 1 + step).clamp(max=length - 1))
         counts = counts & (teacher >= 0) & (rows + 1 + step < length)
         index = teacher[counts]
-        logits = draft.lm_head(draft.norm(features[counts])).to(dtype)  # (counted, Vd)
-        cross_entropies = torch.logsumexp(logits, dim=-1) - (teacher_probabilities[index] * logits).sum(dim=-1)
-        loss_sum = loss_sum + decay**step * (row_weights[counts] * (cross_entropies - teacher_entropies[index])).sum()
-        is_correct = torch.zeros_like(counts)
-        is_correct[counts] = token_ids.to(logits.device)[logits.detach().argmax(dim=-1)] == best_tokens[index]
+        is_correct, acceptance = torch.zeros_like(counts), torch.zeros_like(all_accepted)
+        if len(index):
+            loss, choices, acceptances = ChunkedLoss.apply(
+                draft.norm(hidden_states[counts]),
+                draft.lm_head.weight,
+                index,
+                teaching.probabilities,
+                teaching.out_of_vocabulary_mass,
+                row_weights[counts],
+                LOSSES[recipe.loss],
+            )
+            loss_sum = loss_sum + recipe.decay**step * loss
+            is_correct[counts] = token_ids[choices] == teaching.best_tokens[index]
+            acceptance[counts] = acceptances
         all_correct = all_correct & is_correct
+        all_accepted = all_accepted * acceptance
         counted.append(counts.sum())
         correct.append(is_correct.sum())
         correct_so_far.append(all_correct.sum())
+        accepted_so_far.append(all_accepted.sum())
     return Objective(
         loss_sum=loss_sum,
         counted=torch.stack(counted),
         correct=torch.stack(correct),
         correct_so_far=torch.stack(correct_so_far),
+        accepted_so_far=torch.stack(accepted_so_far),
         rows=int(row_exists.sum()),
         rows_with_future=0 if has_future is None else int(has_future.sum()),
         **load,
@@ -158,32 +222,6 @@ def expert_load(mixture: ConFuExpertMixture, hidden_states: torch.Tensor) -> tor
     """How often each expert is chosen for inputs `(rows, input_size)`; `(experts,)`."""
     _, chosen = mixture.route(hidden_states)
     return chosen.flatten().bincount(minlength=mixture.experts.shape[0])
-
-
-@torch.no_grad()
-def target_forward(
-    runner: TargetRunner,
-    input_ids: torch.LongTensor,
-    attention_mask: torch.LongTensor,
-    is_teacher: torch.BoolTensor,
-    keep_cache: bool,
-) -> tuple[torch.Tensor, torch.Tensor, DynamicCache | None]:
-    """Taps `(B, T, taps_size)`, logits of the teaching positions `(teachers, V)`, and the cache if asked for."""
-    target = runner.target
-    cache = DynamicCache(config=target.config) if keep_cache else None
-    keeps_logits = target._supports_logits_to_keep()
-    with torch.autocast(device_type=target.device.type, enabled=False):
-        outputs = target(
-            input_ids=input_ids,
-            # Padding is on the right, where no real row sees it, and causal masking alone is cheaper.
-            attention_mask=None if bool(attention_mask.all()) else attention_mask,
-            cache=cache,
-            use_cache=keep_cache,
-            output_hidden_states=runner.config.target_hidden_state_indices,
-            **({"logits_to_keep": is_teacher} if keeps_logits else {}),
-        )
-    logits = outputs.logits if keeps_logits else outputs.logits[is_teacher.to(outputs.logits.device)]
-    return runner.taps(outputs.hidden_states), logits, cache
 
 
 def _padded_index(mask: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
@@ -198,4 +236,4 @@ def gather_rows(states: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
     return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
 
-__all__ = ["Objective", "compute_objective", "gather_rows", "target_forward"]
+__all__ = ["Objective", "Recipe", "compute_live", "compute_objective", "contemplate", "gather_rows"]

@@ -7,21 +7,24 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset, concatenate_datasets
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..modeling_confu import ConFuDraftModel
-from ..target_runner import check_target
+from ..target_runner import TargetRunner, check_target
 from .anchors import Anchors, draft_rows, sample_anchors
 from .arguments import PARAMETER_GROUPS, ConFuTrainingArguments, parameter_group
 from .batching import ConFuDataCollator, LengthGroupedTokenBatchSampler
 from .checks import check_dataset, check_tokenizer
 from .data import sequence_lengths
+from .features import CachedFeatures, FixedAnchors
 from .metrics import Counts, warn_of_collapse
-from .objective import Objective, compute_objective
+from .objective import Objective, Recipe, compute_live
 from .targets import freeze, load_frozen_target, shard
+from .texts import Texts
 from .warm_up import compute_foresight
 
 
@@ -35,29 +38,33 @@ class ObjectiveModule(nn.Module):
         draft ([`ConFuDraftModel`]): Trained.
         target ([`PreTrainedModel`]): Frozen.
         args ([`ConFuTrainingArguments`]).
+        features ([`CachedFeatures`], *optional*): What the target says, where it need not be asked again.
     """
 
-    def __init__(self, draft: ConFuDraftModel, target: PreTrainedModel, args: ConFuTrainingArguments):
+    def __init__(
+        self,
+        draft: ConFuDraftModel,
+        target: PreTrainedModel,
+        args: ConFuTrainingArguments,
+        features: CachedFeatures | None = None,
+    ):
         super().__init__()
         self.draft = draft
         self.args = args
+        self.features = features
         self._target = (target,)  # in a tuple, torch does not take it for a submodule
 
     def forward(self, batch: dict[str, Any]) -> Objective:
         """Loss and counts of a batch as the collator makes it, with `anchors` besides, except in stage core."""
         (target,) = self._target
-        texts = (batch["input_ids"], batch["attention_mask"], batch["labels"])
-        if self.args.stage == "warm_up":
-            return compute_foresight(self.draft, target, *texts, batch["anchors"])
-        return compute_objective(
-            self.draft,
-            target,
-            *texts,
-            batch.get("anchors"),
-            self.args.ttt_steps,
-            self.args.ttt_decay,
-            self.args.weight_without_future,
-        )
+        runner = TargetRunner(target, self.draft.config, self.draft.future_channel)
+        texts, args = Texts.of(batch), self.args
+        if args.stage == "warm_up":
+            return compute_foresight(self.draft, runner, texts, batch["anchors"])
+        recipe = Recipe(args.ttt_steps, args.ttt_decay, args.loss, args.weight_without_future)
+        if self.features is not None:
+            return self.features.compute(texts, batch["row_ids"].tolist(), recipe)
+        return compute_live(self.draft, runner, texts, batch.get("anchors"), recipe)
 
 
 class ConFuTrainer(Trainer):
@@ -92,6 +99,9 @@ class ConFuTrainer(Trainer):
         train_dataset, eval_dataset: From [`prepare_dataset`].
         kwargs: Whatever `Trainer` takes.
     """
+
+    train_dataset: Any
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -145,11 +155,37 @@ class ConFuTrainer(Trainer):
         # The loss below is already divided by the number of rows of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self._objective = ObjectiveModule(model, self.target_model, args)
+        self._objective = ObjectiveModule(model, self.target_model, args, self._cached_features())
         self._counts = {"train": self._no_counts(), "eval": self._no_counts()}
         self._collapsed: set[str] = set()
 
     # Data
+
+    def _cached_features(self) -> CachedFeatures | None:
+        """The files of `args.feature_cache`; the rows of all datasets are numbered for them."""
+        if self.args.feature_cache is None:
+            return None
+        numbered, first = [], 0
+
+        def number(dataset: Dataset) -> Dataset:
+            nonlocal first
+            ids = range(first, first + len(dataset))
+            first += len(dataset)
+            numbered.append(dataset.add_column("row_ids", ids))
+            return numbered[-1]
+
+        if self.train_dataset is not None:
+            self.train_dataset = number(self.train_dataset)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: number(dataset) for name, dataset in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = number(self.eval_dataset)
+        anchors = None
+        if self.args.stage == "joint":
+            args = self.args
+            anchors = FixedAnchors(args.replication, args.max_lag, args.anchors_per_sequence, args.seed)
+        runner = TargetRunner(self.target_model, self.model.config, self.model.future_channel)
+        return CachedFeatures(self.model, runner, concatenate_datasets(numbered), self.args.feature_cache, anchors)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
@@ -191,7 +227,7 @@ class ConFuTrainer(Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
-        if self.args.stage != "core":
+        if self._draws_anchors:
             for number, batch in enumerate(batches):
                 # A pure function of the step: a resumed run draws the same, and nothing else depends on it.
                 place = (self.args.seed, self.state.global_step, number, self.args.process_index)
@@ -201,6 +237,11 @@ class ConFuTrainer(Trainer):
         else:
             rows = sum(draft_rows(batch["labels"]).sum() for batch in batches)
         return batches, self.accelerator.reduce(rows.to(device), reduction="sum")
+
+    @property
+    def _draws_anchors(self) -> bool:
+        """Whether batches come with anchors; those of kept features are fixed."""
+        return self.args.stage == "warm_up" or (self.args.stage == "joint" and self._objective.features is None)
 
     def _draw_anchors(self, labels: torch.LongTensor, place: tuple[int, ...]) -> Anchors:
         with torch.random.fork_rng(devices=[]):  # anchors are drawn on the CPU
@@ -254,7 +295,7 @@ class ConFuTrainer(Trainer):
     ) -> tuple[None, None, None]:
         """Count one batch. Trainer would average the losses of batches, which are of unequal size."""
         inputs = self._prepare_inputs(inputs)
-        if self.args.stage != "core":
+        if self._draws_anchors:
             place = (self.args.seed, self.args.process_index, self._evaluated)
             inputs["anchors"] = self._draw_anchors(inputs["labels"], place)  # the same at every evaluation
         self._evaluated += 1

@@ -1,0 +1,89 @@
+"""The loss of draft rows without ever holding their scores: chunk by chunk, gradients in the same pass as the loss.
+
+A thousand rows over a draft vocabulary of 32,000 are 128 MB in float32, several times over with what autograd keeps.
+Here a chunk's scores live in the processor's caches, and what is kept for the backward pass is as large as the rows
+and the head.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .losses import Loss
+
+
+_ROWS_PER_CHUNK = 256
+
+
+class ChunkedLoss(torch.autograd.Function):
+    r"""
+    Weighted sum of a loss over rows.
+
+    Args of `apply`:
+        hidden_states (`torch.FloatTensor` of shape `(rows, hidden_size)`): Inputs of the head; cast to the dtype of
+            autocast where that is on.
+        weight (`torch.FloatTensor` of shape `(draft_vocab_size, hidden_size)`): Of the head.
+        teachers (`torch.LongTensor` of shape `(rows,)`): Each row's line in the two following.
+        probabilities, out_of_vocabulary_mass: See [`Teaching`].
+        row_weights (`torch.FloatTensor` of shape `(rows,)`).
+        loss: One of `LOSSES`.
+
+    Returns:
+        The sum, and without gradient each row's first choice (an index into the draft vocabulary) and acceptance
+        probability, `(rows,)` each.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        teachers: torch.LongTensor,
+        probabilities: torch.Tensor,
+        out_of_vocabulary_mass: torch.Tensor,
+        row_weights: torch.Tensor,
+        loss: Loss,
+    ) -> tuple[torch.Tensor, torch.LongTensor, torch.Tensor]:
+        device = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+        inputs, head = hidden_states.to(dtype), weight.to(dtype)
+        needs_inputs, needs_weight = ctx.needs_input_grad[:2]
+        input_gradient = torch.empty_like(inputs) if needs_inputs else None
+        weight_gradient = torch.zeros_like(weight) if needs_weight else None
+        total = torch.zeros((), dtype=probabilities.dtype, device=hidden_states.device)
+        choices, acceptances = [], []
+        with torch.autocast(device_type=device, enabled=False):
+            for rows in torch.arange(len(inputs), device=hidden_states.device).split(_ROWS_PER_CHUNK):
+                of_chunk = teachers[rows]
+                taught = probabilities[of_chunk], out_of_vocabulary_mass[of_chunk]
+                logits = nn.functional.linear(inputs[rows], head).to(probabilities.dtype)  # (chunk, Vd)
+                choices.append(logits.max(dim=-1).indices)
+                within = (1 - taught[1])[:, None]
+                acceptances.append(torch.minimum(within * taught[0], logits.softmax(dim=-1)).sum(dim=-1))
+                with torch.set_grad_enabled(needs_inputs or needs_weight):
+                    logits.requires_grad_(needs_inputs or needs_weight)
+                    chunk = (loss(*taught, logits) * row_weights[rows]).sum()
+                total += chunk.detach()
+                if not (needs_inputs or needs_weight):
+                    continue
+                (gradient,) = torch.autograd.grad(chunk, logits)
+                gradient = gradient.to(dtype)
+                if input_gradient is not None:
+                    input_gradient[rows] = gradient @ head
+                if weight_gradient is not None:
+                    weight_gradient += gradient.T @ inputs[rows]
+        ctx.save_for_backward(input_gradient, weight_gradient)
+        ctx.input_dtype = hidden_states.dtype
+        choices, acceptances = torch.cat(choices), torch.cat(acceptances)
+        ctx.mark_non_differentiable(choices, acceptances)
+        return total, choices, acceptances
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        of_inputs, of_weight = ctx.saved_tensors
+        if of_inputs is not None:
+            of_inputs = of_inputs.to(ctx.input_dtype) * gradient.to(ctx.input_dtype)
+        if of_weight is not None:
+            of_weight = of_weight * gradient.to(of_weight.dtype)
+        return of_inputs, of_weight, None, None, None, None, None
