@@ -49,7 +49,7 @@ def imported_while_running(name: str) -> set[str]:
     return {node.module for node in relative_imports(name) if node.lineno not in lines}
 
 
-@inference_files
+@pytest.mark.parametrize("name", [*sorted(INFERENCE), "custom_generate/generate"])
 def test_inference_imports_only_torch_transformers_and_the_standard_library(name):
     imported = set()
     for node in ast.walk(parse(name)):

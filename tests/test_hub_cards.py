@@ -138,6 +138,22 @@ def test_the_smollm2_draft_is_small_safe_and_complete():
     assert (config["target_hidden_size"], config["target_num_hidden_layers"]) == (576, 30)
 
 
+@pytest.mark.slow
+def test_the_smollm2_draft_decodes_by_its_folders_name(smollm2):
+    target, tokenizer = smollm2
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Name the planets of the solar system."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    options = {"max_new_tokens": 48, "do_sample": False}
+    plain = target.generate(**inputs, **options)
+    assert torch.equal(
+        target.generate(**inputs, **options, custom_generate=str(SMOLLM2), trust_remote_code=True), plain
+    )
+
+
 # Of https://huggingface.co/<target>/raw/main/config.json, what a target's memory and a draft's sizes depend on.
 TARGETS = {
     "confu-llama-3.2-3b-instruct": (LlamaConfig, 128256, 3072, 28, 24, 8, 128, 8192, 3.21),
@@ -150,9 +166,7 @@ TARGETS = {
 def test_an_untrained_draft_fits_its_target(name):
     folder = hub_cards.HUB_CARDS / name
     assert not list(folder.glob("*.safetensors"))
-    config_class, vocab_size, hidden_size, layers, heads, kv_heads, head_dim, intermediate, billions = TARGETS[
-        name
-    ]
+    config_class, vocab_size, hidden_size, layers, heads, kv_heads, head_dim, intermediate, billions = TARGETS[name]
     target_config = config_class(
         vocab_size=vocab_size,
         hidden_size=hidden_size,

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, GenerationMixin
 from helpers import make_tiny_draft, make_tiny_target
 from hub_stand_in import fill_hub_cache
 from transformers_confu import ConFuDraftModel
+from transformers_confu.hub import write_custom_generate
 
 
 IDS = [[1, 5, 9, 33]]
@@ -53,6 +54,7 @@ def run(program: str) -> list[str]:
 
 def test_drafts_load_and_decode_without_this_package(checkpoints, target, plain, tmp_path):
     target.save_pretrained(tmp_path / "target")
+    write_custom_generate(shutil.copytree(checkpoints / "two" / "draft", tmp_path / "published"))
     printed = run(f"""
         import sys
 
@@ -81,9 +83,12 @@ def test_drafts_load_and_decode_without_this_package(checkpoints, target, plain,
             show(draft)
         first.save_pretrained({str(tmp_path / "saved again")!r})
         show(load({str(tmp_path / "saved again")!r}))
+        options = {{"custom_generate": {str(tmp_path / "published")!r}, "trust_remote_code": True}}
+        print(target.generate(torch.tensor({IDS}), **options, **{GREEDY})[0].tolist() == {plain})
         print(hasattr(GenerationMixin._assisted_decoding.__wrapped__, "dispatches_confu"))
     """)
-    assert printed == ["confu", "one True True", "two True True", "one True True", "one True True", "False"]
+    runs = ["one True True", "two True True", "one True True", "one True True"]
+    assert printed == ["confu", *runs, "True", "False"]
     # Saved by its own code, it carries its own code.
     saved, original = tmp_path / "saved again", checkpoints / "one" / "draft"
     assert {file.name: file.read_bytes() for file in saved.glob("*.py")} == {

@@ -309,6 +309,17 @@ def test_a_file_of_another_measurement_is_refused(options, change, tmp_path):
     assert (tmp_path / "records.jsonl").read_bytes() == before
 
 
+def test_another_machine_may_report_but_not_measure_on(options):
+    measure(EvaluationArguments(**options | {"runs": 1}))
+    with mock.patch.object(runner, "describe_machine", return_value={"device": "another"}):
+        file = measure(EvaluationArguments(**options | {"runs": 1}))
+        assert file.settings["machine"]["device"] == "cpu"  # where it was measured
+        with pytest.raises(
+            ValueError, match='was measured with machine = .* has {"device": "another"}; choose'
+        ):
+            measure(EvaluationArguments(**options | {"runs": 2}))
+
+
 @pytest.mark.parametrize("content", ["[]\n", "not json\n", '{"kind": "answer"}\n', '{"a": 1}\n{"b": 2}'])
 def test_a_foreign_file_is_refused_and_kept(options, content, tmp_path):
     path = tmp_path / "records.jsonl"

@@ -123,7 +123,7 @@ class RecordFile:
 
     Args:
         path (`Path`): A `.jsonl` file, created if it is missing.
-        settings (`dict`): What is measured and on what; a file of others is refused.
+        settings (`dict`): What is measured, and under `machine` on what; a file of others is refused.
         unit_size (`dict[Setting, int]`): Arms of each setting, so that an incomplete unit is known as such.
 
     Raises:
@@ -134,21 +134,22 @@ class RecordFile:
         if path.suffix != ".jsonl":
             raise ValueError(f"`output` is {path}; expected a .jsonl file.")
         self.path = path
-        self.settings = settings
+        self.settings = json.loads(json.dumps(settings))
+        self.machine = self.settings["machine"]
         self.answers: list[Answer] = []
         self.costs: list[dict[str, Any]] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size:
-            self._read(settings, unit_size)
+            self._read(unit_size)
         else:
             self.append([{"kind": "settings", **settings}])
 
-    def _read(self, settings: dict[str, Any], unit_size: dict[Setting, int]) -> None:
+    def _read(self, unit_size: dict[Setting, int]) -> None:
         with open(self.path, "r+b") as file:
             lines = file.readlines()
             whole = [line for line in lines if line.endswith(b"\n")]
             rows = [parse_json_object(line, self.path, number) for number, line in enumerate(whole, start=1)]
-            self._check_settings(rows[0] if rows else {}, settings)
+            self._check_settings(rows[0] if rows else {})
             for number, row in enumerate(rows[1:], start=2):
                 if row.get("kind") == "cost":
                     self.costs.append(row)
@@ -168,17 +169,25 @@ class RecordFile:
                 file.truncate(sum(len(line) for line in lines[:keep]))
                 logger.warning("Removed %d incomplete lines from the end of %s.", len(lines) - keep, self.path)
 
-    def _check_settings(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
+    def _check_settings(self, found: dict[str, Any]) -> None:
         if found.get("kind") != "settings":
             raise ValueError(f"{self.path} is no file of a measurement; choose another `output`.")
-        found = {name: value for name, value in found.items() if name != "kind"}
-        wanted = json.loads(json.dumps(settings))
-        for name in wanted | found:
-            if found.get(name) != wanted.get(name):
-                raise ValueError(
-                    f"{self.path} was measured with {name} = {json.dumps(found.get(name))}, this measurement has "
-                    f"{json.dumps(wanted.get(name))}; choose another `output`."
-                )
+        wanted = self.settings
+        self.settings = {name: value for name, value in found.items() if name != "kind"}
+        for name in wanted | self.settings:
+            if name != "machine":
+                self._check_same(name, self.settings.get(name), wanted.get(name))
+
+    def check_same_machine(self) -> None:
+        """Before more is measured; a report may be written anywhere."""
+        self._check_same("machine", self.settings["machine"], self.machine)
+
+    def _check_same(self, name: str, found: Any, wanted: Any) -> None:
+        if found != wanted:
+            raise ValueError(
+                f"{self.path} was measured with {name} = {json.dumps(found)}, this measurement has "
+                f"{json.dumps(wanted)}; choose another `output`."
+            )
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write lines at once."""

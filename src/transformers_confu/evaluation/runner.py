@@ -91,6 +91,7 @@ def measure(arguments: EvaluationArguments) -> RecordFile:
         all_units = {(s, r, q.id) for s in of_dtype for r in range(arguments.runs) for q in questions}
         if not missing_costs and all_units <= complete:
             continue
+        file.check_same_machine()
         models = load_models(arguments, dtype, device)
         fitting = fitting_questions(questions, models, max(setting.max_new_tokens for setting in of_dtype))
         answer_questions(arguments, models, of_dtype, fitting, file)
