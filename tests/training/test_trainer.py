@@ -119,7 +119,7 @@ def test_bf16_trains(target, rows, tmp_path):
 def test_bf16_reaches_the_draft(target, rows, tmp_path):
     trainer = make_trainer(target, tmp_path, train_dataset=rows, eval_dataset=rows, max_steps=1, bf16=True)
     seen = set()
-    trainer.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    trainer.model.fc.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
     trainer.evaluate()
     trainer.train()
     assert seen == {torch.bfloat16}
