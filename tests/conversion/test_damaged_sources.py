@@ -209,6 +209,15 @@ def test_a_map_without_its_inverse_is_completed(tmp_path, target):
     assert torch.equal(convert_eagle3(tmp_path, target).t2d, flat().weights()["t2d"])
 
 
+@pytest.mark.parametrize("said", [{}, {"draft_vocab_size": None}])
+def test_a_config_silent_on_the_draft_vocabulary_is_completed(tmp_path, target, said):
+    config = flat().config()
+    del config["draft_vocab_size"]
+    write_checkpoint(tmp_path, config | said, changed_weights(flat(), lambda w: None))
+    draft = convert_eagle3(tmp_path, target)
+    assert draft.config.draft_vocab_size == 40 and torch.equal(draft.d2t, flat().weights()["d2t"])
+
+
 # Config
 
 

@@ -59,10 +59,10 @@ def test_in_and_out_gives_the_source_back(source, target, tmp_path):
     assert out_weights.keys() == weights.keys()
     for name, tensor in weights.items():
         assert torch.equal(out_weights[name], tensor) and out_weights[name].dtype == tensor.dtype, name
-    names = {name.replace("midlayer.", "layers.0.") for name in weights}
+    weights = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in weights.items()}
     # Of the length, the greater is written: a draft's own may only be that of its training.
-    settings = read_settings(config, names, target.config, {})
-    assert read_settings(out_config, names, target.config, {}) == settings
+    settings = read_settings(config, weights, target.config, {})
+    assert read_settings(out_config, weights, target.config, {}) == settings
     layer, out_layer = (c.get("transformer_layer_config", c) for c in (config, out_config))
     assert (layer["max_position_embeddings"], out_layer["max_position_embeddings"]) == (64, 512)
     assert (out_layer["eos_token_id"], out_layer["bos_token_id"]) == ([2, 5], 1)

@@ -16,9 +16,9 @@ Sources: SafeAILab/EAGLE `model/cnets.py`, vllm-project/speculators `models/eagl
 """
 
 import logging
-from collections.abc import Collection
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from ..configuration_confu import default_taps
@@ -49,14 +49,14 @@ def dialect_of(config: dict[str, Any]) -> str:
 
 
 def read_settings(
-    config: dict[str, Any], weight_names: Collection[str], target: PreTrainedConfig, overrides: dict[str, Any]
+    config: dict[str, Any], weights: dict[str, torch.Tensor], target: PreTrainedConfig, overrides: dict[str, Any]
 ) -> dict[str, Any]:
     r"""
-    Fields of [`ConFuConfig`] that a source's config and the names of its weights settle.
+    Fields of [`ConFuConfig`] that a source's config settles, and its weights where the config is silent.
 
     Args:
         config: The source's `config.json`.
-        weight_names: Its weights, with `layers.0.` for `midlayer.`.
+        weights: Its weights, with `layers.0.` for `midlayer.`.
         target ([`PreTrainedConfig`]): The target's, of the text model.
         overrides: Fields that the user settles; whatever the source says of them is not read.
 
@@ -84,18 +84,18 @@ def read_settings(
         "head_dim": layer.get("head_dim") or layer["hidden_size"] // layer["num_attention_heads"],
         "hidden_act": layer.get("hidden_act", "silu"),
         "rms_norm_eps": layer.get("rms_norm_eps", 1e-6),
-        "draft_vocab_size": config.get("draft_vocab_size") or target.vocab_size,
+        "draft_vocab_size": config.get("draft_vocab_size") or len(weights.get("d2t", range(target.vocab_size))),
         "rope_parameters": read_rope(layer),
         # A draft's own number is often a training length that was never meant as a bound.
         "max_position_embeddings": max(
             layer.get("max_position_embeddings", 0), getattr(target, "max_position_embeddings", None) or 0
         ),
         "norm_before_residual": _flag(config, "norm_before_residual", default=dialect == "speculators"),
-        "attention_bias": _flag_of_weights(layer, "attention_bias", "layers.0.self_attn.q_proj.bias" in weight_names),
-        "mlp_bias": _flag_of_weights(layer, "mlp_bias", "layers.0.mlp.gate_proj.bias" in weight_names),
-        "use_qk_norm": "layers.0.self_attn.q_norm.weight" in weight_names,
-        "fc_norm": _flag_of_weights(config, "fc_norm", "fc_norm.0.weight" in weight_names),
-        "norm_before_fc": _flag_of_weights(config, "norm_before_fc", "input_norm.weight" in weight_names),
+        "attention_bias": _flag_of_weights(layer, "attention_bias", "layers.0.self_attn.q_proj.bias" in weights),
+        "mlp_bias": _flag_of_weights(layer, "mlp_bias", "layers.0.mlp.gate_proj.bias" in weights),
+        "use_qk_norm": "layers.0.self_attn.q_norm.weight" in weights,
+        "fc_norm": _flag_of_weights(config, "fc_norm", "fc_norm.0.weight" in weights),
+        "norm_before_fc": _flag_of_weights(config, "norm_before_fc", "input_norm.weight" in weights),
     }
     if "norm_output" not in overrides:
         settings["norm_output"] = _flag(config, "norm_output", default=False)

@@ -57,7 +57,7 @@ def convert_eagle3(
     source_config = read_json(folder / "config.json")
     weights = _core_names(read_weights(folder))
     target_config = load_target_config(target).get_text_config(decoder=True)
-    settings = read_settings(source_config, weights.keys(), target_config, overrides)
+    settings = read_settings(source_config, weights, target_config, overrides)
     _check_taps(weights, settings["target_hidden_state_indices"], target_config.hidden_size)
     _check_draft_vocabulary(weights, settings["draft_vocab_size"], target_config.vocab_size)
     if "embed_tokens.weight" in weights and settings["hidden_size"] == target_config.hidden_size:
