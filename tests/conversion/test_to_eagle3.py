@@ -115,6 +115,16 @@ def test_the_card_says_that_the_future_channel_is_left_out(form, target, tmp_pat
     assert {"eagle3", form} <= set(card.data.tags)
 
 
+@pytest.mark.parametrize("name, named", [("org/target", True), ("folder/target", False), ("/folder/target", False)])
+def test_the_card_names_a_target_of_the_hub_only(target, tmp_path, monkeypatch, name, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder" / "target").mkdir(parents=True)
+    monkeypatch.setattr(target.config, "_name_or_path", name)
+    export_eagle3(make_tiny_draft(target), tmp_path / "out", "speculators", target)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.base_model == name) == named == (f"`{name}`" in card.text)
+
+
 REFUSED = {
     "normalised heads": (
         {"use_qk_norm": True},

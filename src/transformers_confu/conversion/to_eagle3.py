@@ -212,9 +212,10 @@ def _architectures_of(target: str | Path | PreTrainedModel | None) -> list[str]:
 
 
 def _card(format: str, target_name: str | None) -> ModelCard:
-    is_hub_id = target_name is not None and target_name.count("/") == 1 and not Path(target_name).exists()
+    if target_name is not None and (target_name.count("/") != 1 or Path(target_name).exists()):
+        target_name = None  # a folder of this machine means nothing to the card's readers
     data = ModelCardData(
-        base_model=target_name if is_hub_id else None,
+        base_model=target_name,
         tags=["speculative-decoding", "draft-model", "eagle3", format],
         pipeline_tag="text-generation",
     )
