@@ -314,9 +314,7 @@ def test_another_machine_may_report_but_not_measure_on(options):
     with mock.patch.object(runner, "describe_machine", return_value={"device": "another"}):
         file = measure(EvaluationArguments(**options | {"runs": 1}))
         assert file.settings["machine"]["device"] == "cpu"  # where it was measured
-        with pytest.raises(
-            ValueError, match='was measured with machine = .* has {"device": "another"}; choose'
-        ):
+        with pytest.raises(ValueError, match='was measured with machine = .* has {"device": "another"}; choose'):
             measure(EvaluationArguments(**options | {"runs": 2}))
 
 

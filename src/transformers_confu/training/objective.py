@@ -10,7 +10,6 @@ from ..modeling_confu import ConFuDraftModel, ConFuExpertMixture
 from ..target_runner import TargetRunner
 from .anchors import Anchors, draft_rows
 from .chunked_loss import ChunkedLoss
-from .losses import LOSSES
 from .teaching import Teaching, read_texts, teach, teaching_positions
 from .texts import Texts
 from .unroll import unroll
@@ -193,8 +192,9 @@ def compute_objective(
                 index,
                 teaching.probabilities,
                 teaching.out_of_vocabulary_mass,
+                teaching.entropies,
                 row_weights[counts],
-                LOSSES[recipe.loss],
+                recipe.loss,
             )
             loss_sum = loss_sum + recipe.decay**step * loss
             is_correct[counts] = token_ids[choices] == teaching.best_tokens[index]

@@ -27,12 +27,15 @@ class Teaching:
         probabilities (`torch.FloatTensor` of shape `(M, draft_vocab_size)`): The target's distribution within the
             draft vocabulary, each row summing to 1.
         out_of_vocabulary_mass (`torch.FloatTensor` of shape `(M,)`): Its probability of all other tokens.
+        entropies (`torch.FloatTensor` of shape `(M,)`): Of the distribution within the draft vocabulary: what
+            cross-entropy has over KL divergence.
         best_tokens (`torch.LongTensor` of shape `(M,)`): Its likeliest token of all.
     """
 
     taps: torch.Tensor
     probabilities: torch.Tensor
     out_of_vocabulary_mass: torch.Tensor
+    entropies: torch.Tensor
     best_tokens: torch.LongTensor
 
 
@@ -106,9 +109,11 @@ def teach_within(
     """From the target's logits of the draft vocabulary alone `(M, Vd)`, and what `summarize` says of the whole."""
     draft_logits = draft_logits.to(draft.device, torch.promote_types(draft.dtype, torch.float32))
     within = draft_logits.logsumexp(dim=-1)
+    probabilities = draft_logits.softmax(dim=-1)
     return Teaching(
         taps=taps,
-        probabilities=draft_logits.softmax(dim=-1),
+        probabilities=probabilities,
+        entropies=within - (probabilities * draft_logits).sum(dim=-1),
         out_of_vocabulary_mass=-torch.expm1((within - normalizers.to(within)).clamp(max=0)),
         best_tokens=best_tokens.to(draft.device),
     )
