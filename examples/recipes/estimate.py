@@ -4,8 +4,9 @@ Estimate memory and time of a recipe from small runs on this machine, without th
     python examples/recipes/estimate.py examples/recipes/qwen3-4b/train.yaml --gpus 8 --tokens 600e6
 
 Single training steps are run at the target's and the draft's true widths, with 2 and 4 of the target's layers and with
-two numbers of tokens. Of each, the peak of memory and the number of floating-point operations (of matrix products and
-attention, by torch's counter) are measured. Both grow linearly with layers and tokens:
+two numbers of tokens. Of each, the memory that its tensors take at most until the backward pass begins, parameters
+apart, and the number of floating-point operations (of matrix products and attention, by torch's counter) are counted.
+Both grow linearly with layers and tokens:
 
     m(L, T) = constant + T * (a + b * L)
 
@@ -23,12 +24,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
@@ -83,7 +87,7 @@ CONFIGS = {
     ),
 }
 LAYERS = (2, 4)
-TOKENS = (64, 192)
+TOKENS = (128, 256)
 ROW = 64  # tokens of a row, the first quarter of it a prompt
 
 
@@ -91,7 +95,7 @@ ROW = 64  # tokens of a row, the first quarter of it a prompt
 class Step:
     """What one training step took."""
 
-    peak: int  # bytes
+    memory: int  # bytes, at most, of tensors made in the forward pass
     operations: int
     seconds: float
 
@@ -106,8 +110,36 @@ def parameters(make) -> int:
         return sum(parameter.numel() for parameter in make().parameters())
 
 
+class LiveMemory(TorchDispatchMode):
+    """Bytes of the tensors that operations make, while they live; views of the given modules' parameters are none."""
+
+    def __init__(self, *modules: torch.nn.Module) -> None:
+        super().__init__()
+        self.live = self.most = 0
+        parameters = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+        self.known = {tensor.untyped_storage()._cdata for tensor in parameters}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, result)
+        return result
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.live += size
+            self.most = max(self.most, self.live)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
 def measure_here(recipe: dict, stage: str, layers: int, tokens: int) -> Step:
-    """One step of a stage with a target of a few layers; the memory of this process tells the peak."""
+    """One step of a stage with a target of a few layers."""
     config = CONFIGS[recipe["target"]]()
     config.num_hidden_layers = layers
     if hasattr(config, "layer_types"):
@@ -134,13 +166,19 @@ def measure_here(recipe: dict, stage: str, layers: int, tokens: int) -> Step:
             ),
             train_dataset=Dataset.from_list([row] * (tokens // ROW)),
         )
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        tracker = LiveMemory(target, draft)
+        forward_memory = []
+        backward = trainer.accelerator.backward
+
+        def backward_at_last(loss, **kwargs):
+            forward_memory.append(tracker.most)
+            backward(loss, **kwargs)
+
+        trainer.accelerator.backward = backward_at_last
         start = time.perf_counter()
-        with FlopCounterMode(display=False) as counter:
+        with tracker, FlopCounterMode(display=False) as counter:
             trainer.train()
-        seconds = time.perf_counter() - start
-    status = dict(line.split(":\t") for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
-    return Step(int(status["VmHWM"].split()[0]) * 1024, counter.get_total_flops(), seconds)
+        return Step(forward_memory[0], counter.get_total_flops(), time.perf_counter() - start)
 
 
 def measure(path: str, stage: str, layers: int, tokens: int) -> Step:
@@ -198,11 +236,11 @@ def main() -> None:
             for layers in LAYERS
             for tokens in TOKENS
         }
-        print(f"\n{stage}, measured: layers, tokens: peak in GiB, operations, seconds")
+        print(f"\n{stage}, measured: layers, tokens: GiB, operations, seconds")
         for (layers, tokens), step in steps.items():
-            print(f"  {layers}, {tokens}: {step.peak / 2**30:.2f}, {step.operations:.3e}, {step.seconds:.1f}")
+            print(f"  {layers}, {tokens}: {step.memory / 2**30:.3f}, {step.operations:.3e}, {step.seconds:.1f}")
 
-        memory, operations = (per_token(steps, name, config.num_hidden_layers) for name in ("peak", "operations"))
+        memory, operations = (per_token(steps, name, config.num_hidden_layers) for name in ("memory", "operations"))
         step = steps[LAYERS[1], TOKENS[1]]
         print(f"  utilisation here: {step.operations / step.seconds / speed:.0%} of {speed / 1e9:.0f} GFLOP/s")
         tokens = recipe["tokens_per_batch"]

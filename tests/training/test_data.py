@@ -224,6 +224,48 @@ def test_answers_of_a_template_that_rewrites_history_become_rows_of_their_own(ma
     assert "2 kept of 2" in str(report) and "rows of their own: 1" in str(report)
 
 
+def turn_rows(tokenizer, name, said):
+    """Answered rows of a conversation, as the target answers it turn by turn."""
+    rows, messages = [], []
+    for turn, (question, answer) in enumerate(said):
+        messages = [*messages, {"role": "user", "content": question}]
+        ids = tokenizer(answer + "<|im_end|>", add_special_tokens=False)["input_ids"]
+        rows.append({"id": f"{name}/{turn}", "prompt": messages, "answer_ids": ids})
+        messages = [*messages, {"role": "assistant", "content": answer}]
+    return rows
+
+
+def test_turns_of_a_conversation_become_one_row_where_they_go_on_from_each_other():
+    tokenizer = byte_tokenizer()
+    a = turn_rows(tokenizer, "a", [("q", "one"), ("r", "two"), ("s", "three")])
+    b = turn_rows(tokenizer, "b", [("q", "x"), ("r", "y")])
+    b[0]["answer_ids"] = b[0]["answer_ids"][:-1]  # was cut
+    other = {"id": "c/0", "prompt": "a string", "answer_ids": [1]}
+    report = DatasetReport()
+    rows = prepare_dataset([a[0], b[0], a[1], other, b[1], a[2]], tokenizer, 1000, report=report)
+    assert [labelled_texts(tokenizer, row) for row in rows] == [
+        [tokenizer.decode([1])],
+        ["x", "y<|im_end|>"],
+        ["one<|im_end|>", "two<|im_end|>", "three<|im_end|>"],
+    ]
+    messages = [*a[2]["prompt"], {"role": "assistant", "content": "three"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(rows[2]["input_ids"]) == text.rstrip("\n")
+    assert (report.rows_in, report.rows_merged, report.rows_kept) == (6, 3, 3)
+    assert "3 kept of 3" in str(report) and "part of the row of the next: 3" in str(report)
+
+    # A template that drops earlier reasoning: every turn as the target saw it.
+    tokenizer = byte_tokenizer(REASONING_TEMPLATE)
+    turns = turn_rows(tokenizer, "a", [("q", "<think>1</think>one"), ("r", "<think>2</think>two")])
+    report = DatasetReport()
+    rows = prepare_dataset(turns, tokenizer, 1000, report=report)
+    assert [labelled_texts(tokenizer, row) for row in rows] == [
+        ["<think>1</think>one<|im_end|>"],
+        ["<think>2</think>two<|im_end|>"],
+    ]
+    assert report.rows_merged == 0
+
+
 def test_options_of_the_template_come_with_the_row():
     tokenizer = byte_tokenizer(REASONING_TEMPLATE)
     question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

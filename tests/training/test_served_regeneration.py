@@ -235,7 +235,10 @@ def test_conversations_are_answered_turn_by_turn(tokenizer, tmp_path):
         {"role": "user", "content": "w4"},
     ]
     assert (report.prompts, report.written, report.too_long, report.stopped) == (9, 7, 1, 0)
-    assert len(prepare_dataset(answered.values(), tokenizer, 200)) == 7
+    dataset = prepare_dataset(answered.values(), tokenizer, 200)
+    assert len(dataset) == 4  # turns that go on from each other are one row
+    learned = sorted(label for row in dataset for label in row["labels"] if label != -100)
+    assert learned == sorted(token for row in answered.values() for token in row["answer_ids"])
 
 
 def test_turns_through_the_target_itself(target, tokenizer, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow.compute as pc
 from aiohttp import ClientError
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset, load_from_disk
@@ -33,7 +34,7 @@ _ROWS_PER_CHUNK = 1000
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Messages = list[dict[str, Any]]
-Encoded = tuple[list[int], list[int]]  # input_ids and labels
+Encoded = tuple[Any, Any]  # input_ids and labels, lists or arrays of int
 Span = tuple[int, int]  # of characters, [start, end)
 
 
@@ -47,6 +48,7 @@ class DatasetReport:
         dropped: number of dropped rows by reason.
         rows_split_off: rows made of earlier answers of a conversation, because the chat template renders an earlier
             turn otherwise than the newest one; each is then a row of its own, and counted here beside `rows_in`.
+        rows_merged: rows that became one with the row of the conversation's next turn.
         answers_truncated: kept rows that lost at least one assistant token to `max_length`.
         tokens: tokens of the kept rows.
         assistant_tokens: tokens of the kept rows whose label is not -100.
@@ -58,16 +60,20 @@ class DatasetReport:
     rows_kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     rows_split_off: int = 0
+    rows_merged: int = 0
     answers_truncated: int = 0
     tokens: int = 0
     assistant_tokens: int = 0
     vocabulary_coverage: float | None = None
 
     def __str__(self) -> str:
-        lines = [f"rows: {self.rows_kept:,} kept of {self.rows_in + self.rows_split_off:,}"]
+        rows = self.rows_in + self.rows_split_off - self.rows_merged
+        lines = [f"rows: {self.rows_kept:,} kept of {rows:,}"]
         lines += [f"  dropped, {reason}: {number:,}" for reason, number in sorted(self.dropped.items())]
         if self.rows_split_off:
             lines.append(f"  earlier answers of conversations that became rows of their own: {self.rows_split_off:,}")
+        if self.rows_merged:
+            lines.append(f"  earlier turns that are part of the row of the next: {self.rows_merged:,}")
         lines.append(f"tokens: {self.tokens:,}, of which the assistant wrote {self.assistant_tokens:,}")
         lines.append(f"answers cut at the maximum length: {self.answers_truncated:,}")
         if self.vocabulary_coverage is not None:
@@ -187,6 +193,11 @@ def prepare_dataset(
       would change the tokens the target really chose.
     - `{"input_ids": [int, ...], "labels": [int, ...]}`: passed through after a check.
 
+    Turns of one conversation (answered rows with ids `c/0`, `c/1`, ..., as `next_prompt` numbers them) become one row
+    where the prompt of a turn begins with just the tokens of the turn before, its answer included: the same lessons
+    for fewer tokens. Elsewhere, as where a template drops earlier reasoning, they stay rows of their own. Such rows
+    come last.
+
     A row may also hold `tools` (a list of JSON schemas, or that list as JSON) and `chat_template_kwargs` (such as
     `{"enable_thinking": false}`), which go to the chat template: give those that the target answers with.
 
@@ -209,9 +220,8 @@ def prepare_dataset(
     report = DatasetReport() if report is None else report
     encoder = _RowEncoder(tokenizer, eos_token_ids, len(tokenizer) if vocab_size is None else vocab_size)
 
-    chunks: list[Dataset] = []
-    kept_ids: list[list[int]] = []
-    kept_labels: list[list[int]] = []
+    writer = _ArrowWriter(max_length, report)
+    pending: dict[str, Encoded] = {}  # the newest turn of each conversation, as arrays
     for index, row in enumerate(rows):
         report.rows_in += 1
         try:
@@ -219,27 +229,22 @@ def prepare_dataset(
         except ValueError as error:
             raise ValueError(f"Row {index}: {error}") from error
         report.rows_split_off += len(encoded) - 1
-
-        for input_ids, labels in encoded:
-            kept_assistant = _count_assistant(labels[:max_length])
-            all_assistant = kept_assistant + _count_assistant(labels[max_length:])
-            if kept_assistant == 0:
-                reason = (
-                    "no assistant token" if all_assistant == 0 else f"no assistant token in the first {max_length}"
-                )
-                report.dropped[reason] = report.dropped.get(reason, 0) + 1
-                continue
-            report.rows_kept += 1
-            report.answers_truncated += kept_assistant < all_assistant
-            report.tokens += min(len(input_ids), max_length)
-            report.assistant_tokens += kept_assistant
-            kept_ids.append(input_ids[:max_length])
-            kept_labels.append(labels[:max_length])
-        if len(kept_ids) >= _ROWS_PER_CHUNK:
-            chunks.append(_to_arrow(kept_ids, kept_labels))
-            kept_ids, kept_labels = [], []
-    if kept_ids:
-        chunks.append(_to_arrow(kept_ids, kept_labels))
+        conversation = _conversation_of(row)
+        if conversation is None:
+            writer.add(encoded)
+            continue
+        turn = (np.array(encoded[0][0], dtype=np.int32), np.array(encoded[0][1], dtype=np.int32))
+        if (before := pending.pop(conversation, None)) is not None:
+            length = len(before[0])
+            if np.array_equal(turn[0][:length], before[0]):
+                turn[1][:length] = before[1]
+                report.rows_merged += 1
+            else:
+                writer.add([before])
+        pending[conversation] = turn
+    for turn in pending.values():
+        writer.add([turn])
+    chunks = writer.finish()
     if not chunks:
         reasons = ", ".join(f"{reason}: {number}" for reason, number in report.dropped.items()) or "no row was given"
         raise ValueError(
@@ -283,15 +288,54 @@ def sequence_lengths(dataset: Dataset) -> list[int]:
     return lengths
 
 
-def _to_arrow(input_ids: list[list[int]], labels: list[list[int]]) -> Dataset:
-    int_list = SequenceFeature(Value("int32"))
-    return Dataset.from_dict(
-        {"input_ids": input_ids, "labels": labels}, features=Features({"input_ids": int_list, "labels": int_list})
-    )
+def _conversation_of(row: Mapping[str, Any]) -> str | None:
+    """The conversation that an answered row is a turn of."""
+    conversation, mark, turn = str(row.get("id")).rpartition("/")
+    is_turn = mark and turn.isdecimal() and row.get("answer_ids") is not None and not isinstance(row["prompt"], str)
+    return conversation if is_turn else None
 
 
-def _count_assistant(labels: list[int]) -> int:
-    return len(labels) - labels.count(IGNORE_INDEX)
+class _ArrowWriter:
+    """Cuts rows to the maximum length, drops those that teach nothing, and keeps the others as Arrow tables."""
+
+    def __init__(self, max_length: int, report: DatasetReport) -> None:
+        self.max_length = max_length
+        self.report = report
+        self.chunks: list[Dataset] = []
+        self.columns: dict[str, list[Any]] = {"input_ids": [], "labels": []}
+
+    def add(self, rows: list[Encoded]) -> None:
+        report = self.report
+        for input_ids, labels in rows:
+            cut = labels[: self.max_length]
+            kept_assistant, all_assistant = _count_assistant(cut), _count_assistant(labels)
+            if kept_assistant == 0:
+                reason = "no assistant token" + (f" in the first {self.max_length}" if all_assistant else "")
+                report.dropped[reason] = report.dropped.get(reason, 0) + 1
+                continue
+            report.rows_kept += 1
+            report.answers_truncated += kept_assistant < all_assistant
+            report.tokens += len(cut)
+            report.assistant_tokens += kept_assistant
+            self.columns["input_ids"].append(input_ids[: self.max_length])
+            self.columns["labels"].append(cut)
+        if len(self.columns["labels"]) >= _ROWS_PER_CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        int_list = SequenceFeature(Value("int32"))
+        features = Features({"input_ids": int_list, "labels": int_list})
+        self.chunks.append(Dataset.from_dict(self.columns, features=features))
+        self.columns = {"input_ids": [], "labels": []}
+
+    def finish(self) -> list[Dataset]:
+        if self.columns["labels"]:
+            self._flush()
+        return self.chunks
+
+
+def _count_assistant(labels: Sequence[int]) -> int:
+    return int(np.count_nonzero(np.asarray(labels) != IGNORE_INDEX))
 
 
 class _RowEncoder:
