@@ -12,13 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from eagle3_source import Source
-from transformers_confu import ConFuDraftModel, chat, fit
-from transformers_confu.conversion import convert
-from transformers_confu.training import train
+from transformers_confu import ConFuDraftModel
+from transformers_confu.cli import main
 
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = {"convert": convert.main, "train": train.main, "chat": chat.main, "check": fit.main}
 TINY = "--use_cpu=True --report_to=none --disable_tqdm=True --max_steps=2 --tokens_per_batch=128 --eval_rows=2".split()
 
 
@@ -69,9 +67,10 @@ def test_the_guide_leads_to_a_trained_draft(guide, monkeypatch, capsys):
         return line
 
     monkeypatch.setattr(builtins, "input", ask)
+    monkeypatch.setattr(sys, "argv", ["confu"])
     for command in commands:
         extra = {"train": TINY, "chat": ["--max-new-tokens", "12"]}.get(command[1], [])
-        assert not COMMANDS[command[1]](command[2:] + extra), command
+        assert main(command[1:] + extra) == 0, command
     output = capsys.readouterr().out
     assert "runs/converted fits target." in output and "tau" in output
 
