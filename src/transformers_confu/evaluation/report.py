@@ -86,7 +86,8 @@ def write_report(file: RecordFile, folder: Path, command: str, seed: int) -> Pat
         for table in tables:
             _save(table, folder / "tables", slug)
         count = f"Questions: {len(comparison.questions)}. Runs: {len(comparison.runs)}."
-        sections.append(Section(str(setting), [count, *tables, *plots]))
+        # What most readers want, then the pictures, then the details.
+        sections.append(Section(str(setting), [count, *tables[:2], *plots, *tables[2:]]))
     general = [table for table in (curve_table(file.costs), parameter_table(file.costs)) if table is not None]
     for table in general:
         _save(table, folder / "tables", "")

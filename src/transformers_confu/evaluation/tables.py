@@ -263,7 +263,7 @@ def exactness_table(comparison: Comparison) -> Table:
                 arm.arm.label,
                 len(arm.all),
                 _identical(arm),
-                float(np.median([departure.position for departure in departures])) if departures else None,
+                int(np.median([departure.position for departure in departures])) if departures else None,
                 float(np.median(gaps)) if gaps else None,
                 max(gaps) if gaps else None,
                 beyond,

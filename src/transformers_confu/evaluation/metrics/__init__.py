@@ -1,4 +1,7 @@
-"""Metrics for `evaluate`: `evaluate.load(metric_path("confu_acceptance"))`."""
+"""Metrics for `evaluate`: `evaluate.load(metric_path("confu_acceptance"))`.
+
+Each folder is also a Space as it is: `hf upload ORGANISATION/confu_acceptance FOLDER --repo-type space`.
+"""
 
 from pathlib import Path
 
