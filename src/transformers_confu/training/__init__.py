@@ -7,6 +7,7 @@ from typing import Any
 _MODULE_OF_NAME = {
     "ConFuTrainer": "trainer",
     "ConFuTrainingArguments": "arguments",
+    "DecodingEvaluation": "decoding",
     "warm_start": "initialisation",
     "ConFuDataCollator": "batching",
     "DatasetReport": "data",

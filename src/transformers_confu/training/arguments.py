@@ -106,6 +106,11 @@ class ConFuTrainingArguments(TrainingArguments):
         metadata={"help": "Shard the target's layers over the processes (FSDP2), where one device cannot hold it."},
     )
 
+    hub_base_model: str | None = field(
+        default=None,
+        metadata={"help": "The target's id on the Hub, for the model card, if it is loaded from elsewhere."},
+    )
+
     learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     warmup_steps: float = field(default=0.02, metadata={"help": "Warm-up: a share of all steps if below 1."})

@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..configuration_confu import ConFuConfig
-from ..demo_target import demo_target_path
+from ..demo_target import HUB_ID, demo_target_path
 from ..modeling_confu import ConFuDraftModel
 from .arguments import ConFuTrainingArguments
 from .data import IGNORE_INDEX, DatasetReport, load_rows, prepare_dataset
@@ -72,7 +72,7 @@ _OPTIMISATION = (
 )
 _NOT_IN_RECIPE = {
     *("logging_steps", "remove_unused_columns", "ddp_broadcast_buffers", "target_device_map", "shard_target"),
-    "metric_for_best_model",
+    *("metric_for_best_model", "hub_base_model"),
     *("decoding_prompts", "decoding_tokens", "decoding_knobs"),
 }
 
@@ -102,6 +102,8 @@ def run(arguments: DraftArguments, training_arguments: ConFuTrainingArguments) -
     write_record(folder, finished=False)
 
     set_seed(training_arguments.seed)
+    if arguments.target == "demo" and training_arguments.hub_base_model is None:
+        training_arguments.hub_base_model = HUB_ID
     target, tokenizer = load_target_once(
         arguments.target,
         training_arguments.target_dtype,

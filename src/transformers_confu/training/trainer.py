@@ -10,7 +10,7 @@ from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..modeling_confu import ConFuDraftModel
@@ -23,6 +23,7 @@ from .data import sequence_lengths
 from .features import CachedFeatures, FixedAnchors
 from .metrics import Counts, warn_of_collapse
 from .objective import Objective, Recipe, compute_live
+from .publishing import PublishingTrainer
 from .targets import freeze, load_frozen_target, shard
 from .texts import Texts
 from .warm_up import compute_foresight
@@ -67,7 +68,7 @@ class ObjectiveModule(nn.Module):
         return compute_live(self.draft, runner, texts, batch.get("anchors"), recipe)
 
 
-class ConFuTrainer(Trainer):
+class ConFuTrainer(PublishingTrainer):
     r"""
     Trains a draft against its frozen target.
 

@@ -1,0 +1,105 @@
+"""What a training run uploads: a complete draft with its card, no pickle, no state of the training."""
+
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import _http
+from transformers import AutoModel
+
+from helpers import make_tiny_draft, make_tiny_target
+from hub_stand_in import HubServer
+from transformers_confu.model_card import CardFacts
+from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
+
+
+@pytest.fixture
+def hub(monkeypatch) -> HubServer:
+    server = HubServer()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    before = _http._GLOBAL_CLIENT_FACTORY
+    huggingface_hub.set_client_factory(server.client)
+    yield server
+    huggingface_hub.set_client_factory(before)
+
+
+def make_trainer(folder: Path, **settings) -> ConFuTrainer:
+    target = make_tiny_target(dtype=torch.float32)
+    rows = Dataset.from_dict({"input_ids": [[5, 9, *[11] * 14]] * 4, "labels": [[-100, -100, *[11] * 14]] * 4})
+    arguments = {
+        "output_dir": str(folder / "my-draft"),
+        "hub_base_model": "org/target",
+        "hub_token": "hf_good",
+        "hub_model_id": "org/draft",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "max_steps": 2,
+        "save_strategy": "no",
+    }
+    arguments = ConFuTrainingArguments(**(arguments | settings))
+    return ConFuTrainer(make_tiny_draft(target), target, arguments, train_dataset=rows, eval_dataset=rows)
+
+
+RELEASE = {
+    *("README.md", "config.json", "generation_config.json", "model.safetensors", "custom_generate/generate.py"),
+    *("configuration_confu.py", "modeling_confu.py", "generation_confu.py", "draft_tree.py", "target_runner.py"),
+    "candidate_generator_confu.py",
+}
+
+
+def test_the_end_of_training_is_a_release(hub, tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        push_to_hub=True,
+        hub_private_repo=True,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        hub_always_push=True,
+    )
+    trainer.train()
+    assert hub.private == {"org/draft": True}
+    assert "Training in progress, step 1" in hub.messages
+    files = hub.branches["org/draft", "main"]
+    assert files.keys() - {".gitattributes"} == RELEASE, "of a checkpoint"
+
+    trainer.push_to_hub(language="en", license="apache-2.0", dataset="org/data", tags="mine")
+    files = hub.branches["org/draft", "main"]
+    assert files.keys() - {".gitattributes"} == RELEASE
+    assert b'REPOSITORY: str | None = "org/draft"' in files["custom_generate/generate.py"]
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model == "org/target" and card.data.license == "apache-2.0"
+    assert card.data.datasets == ["org/data"] and "mine" in card.data.tags and "speculative-decoding" in card.data.tags
+    assert "Stage `joint`: 2 steps" in card.text
+    assert "Teacher-forced on held-out rows at step 2: `tau_greedy`" in card.text
+    for name in ("model.safetensors", *(name for name in files if name.endswith((".py", ".json")))):
+        (tmp_path / "fetched" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fetched" / name).write_bytes(files[name])
+    fetched = AutoModel.from_pretrained(tmp_path / "fetched", trust_remote_code=True)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(fetched.state_dict()[name], value), name
+
+
+def test_the_card_is_completed_by_hand(tmp_path, caplog):
+    trainer = make_trainer(tmp_path)
+    trainer.create_model_card()
+    path = tmp_path / "my-draft" / "card.yaml"
+    facts = CardFacts.load(path)
+    assert facts.license == "unknown" and facts.training.startswith("Stage `joint`: 0 steps")
+    facts.license, facts.summary = "mit", "A draft of note."
+    facts.save(path)
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "my-draft" / "README.md")
+    assert card.data.license == "mit" and "A draft of note." in card.text and "my-draft" in card.text
+
+
+def test_a_target_without_a_name_is_refused_before_the_training(hub, tmp_path):
+    with pytest.raises(ValueError, match="this one comes from '': set `hub_base_model` to that id"):
+        make_trainer(tmp_path, push_to_hub=True, hub_base_model=None)
+    assert not hub.calls
