@@ -5,9 +5,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from helpers import make_tiny_draft, make_tiny_target
+from transformers_confu.target_runner import TargetRunner
 from transformers_confu.training.anchors import sample_anchors
-from transformers_confu.training.objective import compute_objective
+from transformers_confu.training.objective import Recipe, compute_live
 from transformers_confu.training.targets import freeze, shard
+from transformers_confu.training.texts import Texts
 
 
 @pytest.fixture
@@ -28,13 +30,15 @@ def test_a_sharded_target_teaches_the_same(one_process):
 
     ids = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(0))
     labels = ids.masked_fill(torch.arange(12) < 3, -100)
+    texts = Texts.of({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
     gradients = []
     for target in (whole, sharded):
         draft = make_tiny_draft(whole).train()
         torch.manual_seed(0)
         anchors = sample_anchors(labels, replication=1, max_lag=3)
         for _ in range(2):
-            compute_objective(draft, target, ids, torch.ones_like(ids), labels, anchors, 3, 0.8).loss_sum.backward()
+            runner = TargetRunner(target, draft.config, draft.future_channel)
+            compute_live(draft, runner, texts, anchors, Recipe(num_steps=3, decay=0.8)).loss_sum.backward()
         gradients.append({name: parameter.grad for name, parameter in draft.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)

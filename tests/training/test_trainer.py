@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from helpers import make_tiny_target
 from transformers_confu import ConFuConfig, ConFuDraftModel
 from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
+from transformers_confu.training.losses import LOSSES
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +292,36 @@ def test_accumulated_small_batches_are_one_large_batch(target, tmp_path, stage):
         # In float32 the order of a sum shows.
         assert_equal(accumulated, large, tolerance=2e-5)
     assert ("future_channel.soft_prompts" in large) == (stage == "joint")
+
+
+@pytest.mark.parametrize("stage", ["joint", "core", "warm_up"])
+def test_packed_rows_are_the_rows(target, tmp_path, stage):
+    dataset = make_rows(target, [28, 16, 22, 32], prompt=5)
+    settings = {"stage": stage, "replication": 0, "max_lag": 1, "tokens_per_batch": 4 * 32}
+    padded = gradient_of_one_step(target, tmp_path, dataset, **settings)
+    packed = gradient_of_one_step(target, tmp_path, dataset, **settings, packed_length=64)
+    assert_equal(packed, padded, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_trains(target, rows, tmp_path, loss):
+    settings = {"loss": loss, "tokens_per_batch": 1024, "max_steps": 12, "learning_rate": 1e-2}
+    trainer = make_trainer(target, tmp_path, train_dataset=rows, **settings)
+    trainer.train()
+    assert logged(trainer, "loss")[-1] < logged(trainer, "loss")[0]
+
+
+def test_losses_are_what_their_names_say(target, rows, tmp_path):
+    draft = make_draft(target)
+    metrics = {
+        loss: make_trainer(target, tmp_path, draft, eval_dataset=rows, loss=loss, ttt_steps=1).evaluate()
+        for loss in LOSSES
+    }
+    losses = {loss: found["eval_loss"] for loss, found in metrics.items()}
+    # With one step tau is 1 + the share of drafted tokens that are accepted.
+    assert losses["tv"] == pytest.approx(2 - metrics["kl"]["eval_tau_probabilistic"], abs=1e-4)
+    assert losses["lk_alpha"] > losses["tv"]  # -log a > 1 - a
+    assert losses["soft_cross_entropy"] > losses["kl"] > losses["lk_lambda"] > losses["tv"]
 
 
 def test_the_loss_is_divided_by_rows(target, tmp_path):

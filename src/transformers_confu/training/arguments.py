@@ -28,8 +28,7 @@ class ConFuTrainingArguments(TrainingArguments):
     r"""
     `TrainingArguments` with ConFu's own. Where a default differs from Transformers', the field is repeated here.
 
-    A batch of one process holds rows of similar length, as many as fit `tokens_per_batch`;
-    `per_device_train_batch_size` is not used.
+    A batch of one process holds as many rows as fit `tokens_per_batch`; `per_device_train_batch_size` is not used.
 
     Parameters are in three groups, each with a learning rate of its own if wanted: `core`, the EAGLE-3 draft;
     `contemplate`, soft prompts and `[con]`; `future`, `[f]` and the projections of f. A stage teaches some of them,
@@ -39,6 +38,13 @@ class ConFuTrainingArguments(TrainingArguments):
     tokens_per_batch: int = field(
         default=2048,
         metadata={"help": "Tokens per batch and process, padding included. Many small steps beat few large."},
+    )
+    packed_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pack rows of all lengths into sequences of so many tokens, at least the longest row; without it "
+            "a batch holds rows of similar length, padded."
+        },
     )
     stage: str = field(
         default="joint",
@@ -160,6 +166,7 @@ class ConFuTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must not be negative.")
         for name, least in (
             ("tokens_per_batch", 1),
+            ("packed_length", 1),
             ("ttt_steps", 1),
             ("replication", 0),
             ("anchors_per_sequence", 1),

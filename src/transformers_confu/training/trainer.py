@@ -17,7 +17,7 @@ from ..modeling_confu import ConFuDraftModel
 from ..target_runner import TargetRunner, check_target
 from .anchors import Anchors, draft_rows, sample_anchors
 from .arguments import PARAMETER_GROUPS, ConFuTrainingArguments, parameter_group
-from .batching import ConFuDataCollator, LengthGroupedTokenBatchSampler
+from .batching import ConFuDataCollator, LengthGroupedTokenBatchSampler, PackedTokenBatchSampler
 from .checks import check_dataset, check_tokenizer
 from .data import sequence_lengths
 from .features import CachedFeatures, FixedAnchors
@@ -141,7 +141,9 @@ class ConFuTrainer(PublishingTrainer):
         # Several GPUs in one process would mean `DataParallel`, which splits a forward that training never calls and
         # scales the loss by their number.
         args._n_gpu = min(args.n_gpu, 1)
-        kwargs.setdefault("data_collator", ConFuDataCollator(pad_token_id=model.config.pad_token_id))
+        kwargs.setdefault(
+            "data_collator", ConFuDataCollator(model.config.pad_token_id, packed_length=args.packed_length)
+        )
         # Parameters that this run shall not teach are left out of the optimiser, whose weight decay would shrink them.
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_group(name) in args.taught)
@@ -202,14 +204,18 @@ class ConFuTrainer(PublishingTrainer):
         return self._token_batches(dataset, shuffle=False)
 
     def _token_batches(self, dataset: Any, shuffle: bool) -> DataLoader:
-        sampler = LengthGroupedTokenBatchSampler(
-            sequence_lengths(dataset),
-            self.args.tokens_per_batch,
-            seed=self.args.seed,
-            shuffle=shuffle,
-            num_processes=self.args.world_size,
-            process_index=self.args.process_index,
-        )
+        settings: dict[str, Any] = {
+            "lengths": sequence_lengths(dataset),
+            "tokens_per_batch": self.args.tokens_per_batch,
+            "seed": self.args.seed,
+            "shuffle": shuffle,
+            "num_processes": self.args.world_size,
+            "process_index": self.args.process_index,
+        }
+        if self.args.packed_length is None:
+            sampler = LengthGroupedTokenBatchSampler(**settings)
+        else:
+            sampler = PackedTokenBatchSampler(packed_length=self.args.packed_length, **settings)
         loader = DataLoader(
             dataset,
             batch_sampler=sampler,
