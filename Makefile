@@ -18,7 +18,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## decode with a draft beside plain generate, on a small real model
-	$(RUN) python -m transformers_confu.demo
+	$(RUN) confu demo
 
 test: lint  ## everything CI runs: lint, types, tests (PYTEST_ARGS="-m 'not slow'" for the quick part)
 	$(RUN) pytest $(PYTEST_ARGS)
@@ -35,8 +35,8 @@ format: $(STAMP)  ## let ruff fix and format
 exactness: $(STAMP)  ## the full comparison with plain generate; every tie is reported
 	$(RUN) pytest -m "slow or not slow" --exactness=full tests/test_exactness*.py
 
-bench: $(STAMP)  ## speed, accepted length and cost table on this machine (BENCH_ARGS="--help")
-	$(RUN) python -m transformers_confu.evaluation.benchmark $(BENCH_ARGS)
+bench: $(STAMP)  ## confu evaluate: speed, accepted length, costs, a report (BENCH_ARGS="--help")
+	$(RUN) confu evaluate $(BENCH_ARGS)
 
 cards: $(STAMP)  ## write the generated files of hub_cards/ again
 	$(RUN) python -m transformers_confu.hub_cards
