@@ -163,3 +163,10 @@ def test_the_command(models, type_in, monkeypatch, capsys):
     target.config.num_hidden_layers = 9
     assert chat_module.main([]) == 1
     assert "made for a target with" in capsys.readouterr().err
+
+
+def test_a_target_that_is_not_there_ends_the_command_in_words(tmp_path, capsys):
+    assert chat_module.main(["--target", str(tmp_path / "nothing")]) == 1
+    assert str(tmp_path / "nothing") in capsys.readouterr().err
+    assert chat_module.main(["--dtype", "nothing"]) == 1
+    assert "expected the name of a torch dtype" in capsys.readouterr().err

@@ -147,14 +147,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    target, tokenizer = load_target(arguments.target, arguments.dtype, device)
-    draft = load_draft(arguments.draft, target.dtype).to(device)
     sampling = {"do_sample": False}
     if arguments.temperature > 0:
         sampling = {"do_sample": True, "temperature": arguments.temperature}
     try:
+        target, tokenizer = load_target(arguments.target, arguments.dtype, device)
+        draft = load_draft(arguments.draft, target.dtype).to(device)
         chat = Chat(target, tokenizer, draft, arguments.system)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     converse(chat, max_new_tokens=arguments.max_new_tokens, **sampling)
