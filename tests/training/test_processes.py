@@ -1,4 +1,4 @@
-"""Two processes on the CPU train as one does, with the target whole and with its layers sharded."""
+"""Two processes on the CPU train as one does: with a target that is whole, asked only once, or sharded."""
 
 import json
 import os
@@ -35,11 +35,10 @@ def history(folder: Path, name: str) -> list[float]:
 
 
 def test_two_processes_are_one(saved_target, tmp_path):
-    def stages(shard: bool) -> list[dict]:
-        return [{"stage": "core"}, {"stage": "warm_up"}, {"stage": "joint", "shard_target": shard}]
-
-    main([write_run(tmp_path, saved_target, output_dir=str(tmp_path / "one"), stages=stages(False), **SETTINGS)])
-    run = write_run(tmp_path, saved_target, output_dir=str(tmp_path / "two"), stages=stages(True), **SETTINGS)
+    stages = [{"stage": "core"}, {"stage": "warm_up"}, {"stage": "joint"}]
+    main([write_run(tmp_path, saved_target, output_dir=str(tmp_path / "one"), stages=stages, **SETTINGS)])
+    stages = [stages[0] | {"feature_cache": str(tmp_path / "features")}, stages[1], stages[2] | {"shard_target": True}]
+    run = write_run(tmp_path, saved_target, output_dir=str(tmp_path / "two"), stages=stages, **SETTINGS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
         [*launcher, "-m", "transformers_confu.training.train", run],

@@ -551,6 +551,15 @@ def test_missing_datasets_are_refused(target, tmp_path):
         ({"future_learning_rate": -1.0}, "`future_learning_rate` is -1.0; it must not be negative."),
         ({"frozen": ["head"]}, "`frozen` names 'head'; the groups are core, contemplate, future."),
         ({"stage": "core", "frozen": ["core"]}, "Nothing is left to train: stage 'core' teaches core, and `frozen`"),
+        (
+            {"feature_cache": "f", "shard_target": True, "stage": "core"},
+            "`feature_cache` and `shard_target` do not go together",
+        ),
+        (
+            {"feature_cache": "f", "packed_length": 8, "frozen": ["contemplate"]},
+            "`feature_cache` keeps the future predictions of rows that stand alone",
+        ),
+        ({"packed_length": 0}, "`packed_length` is 0; it must be at least 1."),
         ({"gradient_checkpointing": True}, "`activation_checkpointing` (`gradient_checkpointing`) is not supported"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` has no effect here"),
         ({"auto_find_batch_size": True}, "`auto_find_batch_size` has no effect here: lower `tokens_per_batch`"),

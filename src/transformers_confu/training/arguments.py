@@ -186,6 +186,16 @@ class ConFuTrainingArguments(TrainingArguments):
                 "which change what the target says: freeze them with `frozen: [contemplate]` where they are trained, "
                 "or leave `feature_cache` out."
             )
+        if self.feature_cache is not None and self.shard_target:
+            raise ValueError(
+                "`feature_cache` and `shard_target` do not go together: the target reads what a process lacks, and a "
+                "sharded one needs all processes for that. Keep features with a target on one device each."
+            )
+        if self.feature_cache is not None and self.packed_length is not None and self.stage == "joint":
+            raise ValueError(
+                "`feature_cache` keeps the future predictions of rows that stand alone; leave `packed_length` out of "
+                "stage 'joint' with it."
+            )
         if not self.taught:
             raise ValueError(
                 f"Nothing is left to train: stage {self.stage!r} teaches {', '.join(TAUGHT_BY_STAGE[self.stage])}, "

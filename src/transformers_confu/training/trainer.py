@@ -158,7 +158,9 @@ class ConFuTrainer(PublishingTrainer):
         # The loss below is already divided by the number of rows of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self._objective = ObjectiveModule(model, self.target_model, args, self._cached_features())
+        with self.accelerator.main_process_first():  # makes the files, which all share
+            features = self._cached_features()
+        self._objective = ObjectiveModule(model, self.target_model, args, features)
         self._counts = {"train": self._no_counts(), "eval": self._no_counts()}
         self._collapsed: set[str] = set()
 
