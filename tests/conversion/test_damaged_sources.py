@@ -156,7 +156,7 @@ WRONG_WEIGHTS = {
     ),
     "the layer twice": (
         lambda w: w.update({"layers.0.hidden_norm.weight": w["midlayer.hidden_norm.weight"].clone()}),
-        "holds its decoder layer twice",
+        "holds layers.0.hidden_norm.weight twice, under two names.",
     ),
     "another shape": (
         lambda w: w.update({"midlayer.self_attn.q_proj.weight": torch.zeros(32, 32)}),
@@ -202,6 +202,19 @@ def test_wrong_weights(tmp_path, target, change, sentence):
         del config["attention_bias"]
     write_checkpoint(tmp_path, config, changed_weights(flat(), change))
     assert sentence in refusal(tmp_path, target)
+
+
+def test_the_first_names_of_eagle_3_1_are_understood(tmp_path, target):
+    source = flat(fc_norm=True)
+    weights = changed_weights(source, lambda w: None)
+    names = ("aux_norm_low", "aux_norm_mid", "aux_norm_high")
+    weights |= {f"{name}.weight": weights.pop(f"fc_norm.{i}.weight") for i, name in enumerate(names)}
+    config = source.config() | {"use_aux_norm": True}
+    del config["fc_norm"]
+    write_checkpoint(tmp_path, config, weights)
+    draft = convert_eagle3(tmp_path, target)
+    assert draft.config.fc_norm
+    assert torch.equal(draft.fc_norm[2].weight, source.weights()["fc_norm.2.weight"])
 
 
 def test_a_map_without_its_inverse_is_completed(tmp_path, target):

@@ -34,7 +34,7 @@ SOURCES = {
     "flat, narrow": Source("flat", (2, 4, 6), hidden_size=24, head_dim=10, embeddings=table(24)),
     "flat, full vocabulary": Source("flat", (2, 4, 6), draft_vocab_size=None),
     "flat, EAGLE-3.1": Source("flat", (2, 4, 6), fc_norm=True, norm_output=True),
-    "flat, biases and RoPE": Source("flat", (1, 2, 3, 5, 7), norm_before_fc=True, bias=True, linear_factor=4.0),
+    "flat, RoPE": Source("flat", (1, 2, 3, 5, 7), norm_before_fc=True, linear_factor=4.0),
     "speculators": Source("speculators", (2, 4, 6), norm_before_residual=True, embeddings=targets_table()),
     "speculators, not so": Source("speculators", (2, 4, 6), norm_before_residual=False, embeddings=targets_table()),
     "speculators, every switch": Source(
@@ -129,9 +129,10 @@ REFUSED = {
     "normalised heads": (
         {"use_qk_norm": True},
         "sglang",
-        "normalises queries and keys (`use_qk_norm`), which the form",
+        "normalises queries and keys (`use_qk_norm`), which SGLang does not;",
     ),
     "normalised residual": ({"norm_before_residual": True}, "sglang", "normalises the residual"),
+    "biases in the attention": ({"attention_bias": True}, "sglang", "has biases in its attention"),
     "biases in the MLP": ({"mlp_bias": True}, "sglang", "has biases in its MLP"),
     "embeddings of its own": ({"has_own_embeddings": True}, "sglang", "SGLang would replace them by the target's"),
     "embeddings as a tap": ({"target_hidden_state_indices": [0, 2]}, "sglang", "taps the hidden states [0, 2]"),

@@ -79,14 +79,24 @@ def convert_eagle3(
     return draft.eval()
 
 
+# Names of SafeAILab and of SGLang's first EAGLE-3.1 drafts -> ours.
+RENAMED = {
+    "midlayer.": "layers.0.",
+    "aux_norm_low.": "fc_norm.0.",
+    "aux_norm_mid.": "fc_norm.1.",
+    "aux_norm_high.": "fc_norm.2.",
+}
+
+
 def _core_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """With `layers.0.` for SafeAILab's `midlayer.`."""
-    renamed = {
-        f"layers.0.{name.removeprefix('midlayer.')}" if name.startswith("midlayer.") else name: tensor
-        for name, tensor in weights.items()
-    }
-    if len(renamed) != len(weights):
-        raise ValueError("The source holds its decoder layer twice, as `midlayer` and as `layers.0`.")
+    """The weights by the names that the EAGLE-3 core has in a ConFu draft."""
+    renamed: dict[str, torch.Tensor] = {}
+    for name, tensor in weights.items():
+        prefix = next((prefix for prefix in RENAMED if name.startswith(prefix)), "")
+        ours = RENAMED.get(prefix, "") + name.removeprefix(prefix)
+        if ours in renamed:
+            raise ValueError(f"The source holds {ours} twice, under two names.")
+        renamed[ours] = tensor
     return renamed
 
 

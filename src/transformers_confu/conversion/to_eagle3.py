@@ -74,18 +74,15 @@ def export_eagle3(
 
 
 def _refuse_what_cannot_be_written(config: ConFuConfig, format: str) -> None:
-    refused = {
-        "sglang": {
-            "use_qk_norm": "normalises queries and keys",
-            "norm_before_residual": "normalises the residual",
-            "mlp_bias": "has biases in its MLP",
-        },
-        "speculators": {},
-    }[format]
-    for name, what in refused.items():
-        if getattr(config, name):
-            other = " Use 'speculators'." if name != "mlp_bias" else ""
-            raise ValueError(f"The draft {what} (`{name}`), which the form '{format}' cannot express.{other}")
+    unknown_to_sglang = {
+        "use_qk_norm": "normalises queries and keys",
+        "norm_before_residual": "normalises the residual",
+        "attention_bias": "has biases in its attention",
+        "mlp_bias": "has biases in its MLP",
+    }
+    for name, what in unknown_to_sglang.items():
+        if format == "sglang" and getattr(config, name):
+            raise ValueError(f"The draft {what} (`{name}`), which SGLang does not; use the form 'speculators'.")
     if format == "sglang" and config.has_own_embeddings and config.hidden_size == config.target_hidden_size:
         raise ValueError(
             "The draft has embeddings of its own (`has_own_embeddings`), but as wide as its target's, and SGLang "
