@@ -170,8 +170,15 @@ def test_who_is_not_logged_in_learns_it_first(draft, target, tokenizer, server, 
     assert server.private == {}
 
 
-def test_a_dry_run_writes_the_folder_and_sends_nothing(draft, target, tokenizer, server, tmp_path):
+def test_a_dry_run_writes_the_folder_and_sends_nothing(draft, target, tokenizer, server, tmp_path, monkeypatch):
     out = tmp_path / "runs" / "out"
+    build = hub.build
+
+    def build_beside(folder, *arguments):
+        assert folder.parents[1] == out.parent  # from elsewhere it might not move in one step
+        build(folder, *arguments)
+
+    monkeypatch.setattr(hub, "build", build_beside)
     assert publish(draft, target, tokenizer, "org/draft", FACTS, dry_run=out) == str(out)
     written = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
     assert written == FILES - {".gitattributes"}
