@@ -1,7 +1,10 @@
-"""The training command: `python -m transformers_confu.training.train run.yaml`, or with options; `--help` lists them.
+"""The training command: `confu train run.yaml`, or with options, which may also follow a file; `--help` lists them.
 
 A YAML file describes one run or several stages, see [`~runs.read_runs`]. A run whose `output_dir` holds a finished run
 of the same options is skipped, an interrupted one continues from its last checkpoint.
+
+In several processes: `torchrun --nproc_per_node=2 -m transformers_confu.training.train run.yaml`. Tested with two
+processes on the CPU (gloo), with `shard_target` and with `feature_cache`; on GPUs it has not run yet.
 """
 
 import json
