@@ -2,7 +2,7 @@
 A draft for a target of your own, from nothing: let the target answer prompts, train, save, generate.
 
 A dozen prompts show the steps; a useful draft needs thousands, and a GPU for targets of a useful size. The same steps
-with files and a command line are `confu data regenerate` and `confu train`; `train_smollm2/stages.yaml` is a whole run.
+with files and a command line are `confu data regenerate` and `confu train`, as in `train_smollm2/`.
 """
 
 from pathlib import Path

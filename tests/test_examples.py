@@ -52,4 +52,5 @@ def test_finetune_trains_and_saves_a_draft_that_decodes(run_example, tmp_path):
 
 def test_every_example_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py") if not path.stem.startswith("_")}
-    assert names == {"generate", "streaming", "use_pipeline", "chat", "finetune"}
+    # The last one in `training/test_prompts.py`.
+    assert names == {"generate", "streaming", "use_pipeline", "chat", "finetune", "prepare_prompts"}

@@ -479,6 +479,13 @@ def test_evaluation_measures_and_repeats(target, rows, tmp_path):
     assert "test_tau_greedy" in trainer.evaluate(metric_key_prefix="test")
 
 
+def test_evaluations_of_a_run_are_of_the_same_anchors(target, rows, tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3, "learning_rate": 0.0}
+    trainer = make_trainer(target, tmp_path, train_dataset=rows, eval_dataset=rows, **settings)
+    trainer.train()
+    assert len(logged(trainer, "eval_loss")) == 3 and len(set(logged(trainer, "eval_loss"))) == 1
+
+
 def test_several_evaluation_sets_have_names(target, rows, tmp_path):
     trainer = make_trainer(target, tmp_path, eval_dataset={"all": rows, "one": rows.select([1])})
     metrics = trainer.evaluate()
