@@ -19,6 +19,7 @@ from transformers_confu.training.turns import next_prompt
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 NAMES = sorted(path.parent.name for path in RECIPES.glob("*/train.yaml"))
+TARGETS = {name: yaml.safe_load((RECIPES / name / "train.yaml").read_text())["target"] for name in NAMES}
 WORDS = ["<s>", "</s>", "user", "assistant", *(f"w{index}" for index in range(92))]
 TEMPLATE = (
     "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
@@ -108,8 +109,7 @@ def write_answers(path: Path) -> None:
 
 def test_a_recipe_for_each_target_of_the_paper():
     assert NAMES == sorted(CONFIGS)
-    targets = {name: yaml.safe_load((RECIPES / name / "train.yaml").read_text())["target"] for name in NAMES}
-    assert {name: target.split("/")[1].lower() for name, target in targets.items()} == {name: name for name in NAMES}
+    assert {name: target.split("/")[1].lower() for name, target in TARGETS.items()} == {name: name for name in NAMES}
 
 
 def test_all_stages_train_a_draft_for_the_architecture(name, tmp_path):
@@ -156,7 +156,7 @@ def test_the_launch_file_goes_from_prompts_to_a_measured_draft(name, tmp_path):
     commands = dry_run(name, tmp_path)
     assert [" ".join(command[:3]) for command in commands] == [
         "confu data prompts",
-        f"vllm serve {yaml.safe_load((RECIPES / name / 'train.yaml').read_text())['target']}",
+        f"vllm serve {TARGETS[name]}",
         "confu data serve-regenerate",
         f"touch {name}/answers.complete",
         "accelerate launch --num_processes",
@@ -165,7 +165,10 @@ def test_the_launch_file_goes_from_prompts_to_a_measured_draft(name, tmp_path):
     served = dry_run(name, tmp_path, SERVER="http://elsewhere/v1", REPOSITORY="org/draft", SOURCES="open mine.jsonl")
     assert ["--server", "http://elsewhere/v1"] == served[1][3:5] and "vllm" not in [command[0] for command in served]
     assert served[0][3:6] == ["--sources", "open", "mine.jsonl"]
-    assert served[-1][:2] == ["confu", "publish"] and "org/draft" in served[-1]
+    assert served[-1] == ["confu", "publish", f"{name}/runs/joint", TARGETS[name], "org/draft"] + [
+        "--card",
+        f"{name}/card.yaml",
+    ]
 
     (tmp_path / name).mkdir()
     for done in ("prompts.jsonl", "answers.complete"):
@@ -174,7 +177,7 @@ def test_the_launch_file_goes_from_prompts_to_a_measured_draft(name, tmp_path):
 
 
 def test_the_commands_of_the_launch_file_take_their_options(name, tmp_path, capsys):
-    for command in dry_run(name, tmp_path):
+    for command in dry_run(name, tmp_path, REPOSITORY="org/draft"):
         if command[0] != "confu":
             continue
         with pytest.raises(SystemExit) as end:

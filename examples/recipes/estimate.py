@@ -3,7 +3,7 @@ Estimate memory and time of a recipe from small runs on this machine, without th
 
     python examples/recipes/estimate.py examples/recipes/qwen3-4b/train.yaml --gpus 8 --tokens 600e6
 
-Single training steps are run at the target's and the draft's true widths, with 2 and 4 of the target's layers and with
+Single training steps are run at the target's and the draft's true widths, with 2 and 3 of the target's layers and with
 two numbers of tokens. Of each, the memory that its tensors take at most until the backward pass begins, parameters
 apart, and the number of floating-point operations (of matrix products and attention, by torch's counter) are counted.
 Both grow linearly with layers and tokens:
@@ -19,9 +19,6 @@ The draft's attention grows with the square of a row's length, which these short
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
 import weakref
@@ -86,8 +83,8 @@ CONFIGS = {
         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     ),
 }
-LAYERS = (2, 4)
-TOKENS = (128, 256)
+LAYERS = (2, 3)
+TOKENS = (64, 128)
 ROW = 64  # tokens of a row, the first quarter of it a prompt
 
 
@@ -138,54 +135,59 @@ class LiveMemory(TorchDispatchMode):
         self.live -= size
 
 
-def measure_here(recipe: dict, stage: str, layers: int, tokens: int) -> Step:
-    """One step of a stage with a target of a few layers."""
-    config = CONFIGS[recipe["target"]]()
-    config.num_hidden_layers = layers
-    if hasattr(config, "layer_types"):
-        config.layer_types = config.layer_types[:layers]
-    target = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    draft = ConFuDraftModel(draft_config(config, recipe, taps=[0, 1, layers]))
+def measure(
+    recipe: dict, stage: str, target: torch.nn.Module, draft: ConFuDraftModel, tokens: int, folder: str
+) -> Step:
+    """One step of a stage."""
     row = {"input_ids": list(range(ROW)), "labels": [-100] * (ROW // 4) + list(range(ROW // 4, ROW))}
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = ConFuTrainer(
-            model=draft,
-            target_model=target,
-            args=ConFuTrainingArguments(
-                output_dir=folder,
-                use_cpu=True,
-                bf16=True,
-                optim="sgd",  # AdamW's moments are counted by formula
-                stage=stage,
-                max_steps=1,
-                tokens_per_batch=tokens,
-                ttt_steps=recipe["ttt_steps"],
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-            ),
-            train_dataset=Dataset.from_list([row] * (tokens // ROW)),
-        )
-        tracker = LiveMemory(target, draft)
-        forward_memory = []
-        backward = trainer.accelerator.backward
+    trainer = ConFuTrainer(
+        model=draft,
+        target_model=target,
+        args=ConFuTrainingArguments(
+            output_dir=folder,
+            use_cpu=True,
+            bf16=True,
+            optim="sgd",  # AdamW's moments are counted by formula
+            stage=stage,
+            max_steps=1,
+            tokens_per_batch=tokens,
+            ttt_steps=recipe["ttt_steps"],
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list([row] * (tokens // ROW)),
+    )
+    tracker = LiveMemory(target, draft)
+    forward_memory = []
+    backward = trainer.accelerator.backward
 
-        def backward_at_last(loss, **kwargs):
-            forward_memory.append(tracker.most)
-            backward(loss, **kwargs)
+    def backward_at_last(loss, **kwargs):
+        forward_memory.append(tracker.most)
+        backward(loss, **kwargs)
 
-        trainer.accelerator.backward = backward_at_last
-        start = time.perf_counter()
-        with tracker, FlopCounterMode(display=False) as counter:
-            trainer.train()
-        return Step(forward_memory[0], counter.get_total_flops(), time.perf_counter() - start)
+    trainer.accelerator.backward = backward_at_last
+    start = time.perf_counter()
+    with tracker, FlopCounterMode(display=False) as counter:
+        trainer.train()
+    return Step(forward_memory[0], counter.get_total_flops(), time.perf_counter() - start)
 
 
-def measure(path: str, stage: str, layers: int, tokens: int) -> Step:
-    """The same in a process of its own, so that no memory is left from before."""
-    command = [sys.executable, __file__, path, "--step", stage, str(layers), str(tokens)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return Step(**json.loads(output.splitlines()[-1]))
+def measure_all(recipe: dict) -> dict[str, dict[tuple[int, int], Step]]:
+    """Steps by stage and by (layers, tokens)."""
+    results: dict[str, dict[tuple[int, int], Step]] = {entry["stage"]: {} for entry in recipe["stages"]}
+    for layers in LAYERS:
+        config = CONFIGS[recipe["target"]]()
+        config.num_hidden_layers = layers
+        if hasattr(config, "layer_types"):
+            config.layer_types = config.layer_types[:layers]
+        target = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        draft = ConFuDraftModel(draft_config(config, recipe, taps=[0, 1, layers]))
+        with tempfile.TemporaryDirectory() as folder:
+            for stage, steps in results.items():
+                for tokens in TOKENS:
+                    steps[layers, tokens] = measure(recipe, stage, target, draft, tokens, folder)
+    return results
 
 
 def per_token(steps: dict[tuple[int, int], Step], name: str, layers: int) -> float:
@@ -214,15 +216,9 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--peak", type=float, default=989e12, help="operations per second of a GPU; an H100's in bf16")
     parser.add_argument("--utilisation", type=float, default=0.3, help="assumed share of it")
-    parser.add_argument("--tokens", type=float, default=600e6, help="tokens of one pass over the data")
-    parser.add_argument("--step", nargs=3, metavar=("STAGE", "LAYERS", "TOKENS"), help="only measure one step")
+    parser.add_argument("--tokens", type=float, default=400e6, help="tokens of one pass over the data")
     arguments = parser.parse_args()
     recipe = yaml.safe_load(Path(arguments.recipe).read_text())
-    if arguments.step:
-        stage, layers, tokens = arguments.step
-        print(json.dumps(measure_here(recipe, stage, int(layers), int(tokens)).__dict__))
-        return
-
     config = CONFIGS[recipe["target"]]()
     target_size = parameters(lambda: AutoModelForCausalLM.from_config(config))
     draft_size = parameters(lambda: ConFuDraftModel(draft_config(config, recipe)))
@@ -230,22 +226,21 @@ def main() -> None:
     print(f"target {target_size / 1e9:.2f} billion parameters, draft {draft_size / 1e6:.0f} million")
     print(f"target in bf16, draft with AdamW: {fixed / 2**30:.1f} GiB")
     speed = matmul_speed()
-    for stage in ("core", "warm_up", "joint"):
-        steps = {
-            (layers, tokens): measure(arguments.recipe, stage, layers, tokens)
-            for layers in LAYERS
-            for tokens in TOKENS
-        }
+    for stage, steps in measure_all(recipe).items():
         print(f"\n{stage}, measured: layers, tokens: GiB, operations, seconds")
         for (layers, tokens), step in steps.items():
             print(f"  {layers}, {tokens}: {step.memory / 2**30:.3f}, {step.operations:.3e}, {step.seconds:.1f}")
 
         memory, operations = (per_token(steps, name, config.num_hidden_layers) for name in ("memory", "operations"))
+        constant = steps[LAYERS[0], TOKENS[0]].memory - TOKENS[0] * per_token(steps, "memory", LAYERS[0])
         step = steps[LAYERS[1], TOKENS[1]]
         print(f"  utilisation here: {step.operations / step.seconds / speed:.0%} of {speed / 1e9:.0f} GFLOP/s")
         tokens = recipe["tokens_per_batch"]
-        print(f"{stage}, estimated: {memory / 2**20:.2f} MiB and {operations / 1e9:.1f} GFLOP a token")
-        print(f"  memory with {tokens} tokens: {(fixed + memory * tokens) / 2**30:.0f} GiB a GPU")
+        print(
+            f"{stage}, estimated: {constant / 2**30:.1f} GiB, and a token {memory / 2**20:.2f} MiB and "
+            f"{operations / 1e9:.1f} GFLOP"
+        )
+        print(f"  memory with {tokens} tokens: {(fixed + constant + memory * tokens) / 2**30:.0f} GiB a GPU")
         settings = next(entry for entry in recipe["stages"] if entry["stage"] == stage)
         total = (
             settings["max_steps"] * tokens * arguments.gpus
