@@ -1,7 +1,7 @@
 """
 Estimate memory and time of a recipe from small runs on this machine, without the target's weights:
 
-    python examples/recipes/estimate.py examples/recipes/qwen3-4b/train.yaml --gpus 8 --tokens 600e6
+    python examples/recipes/estimate.py examples/recipes/qwen3-4b/train.yaml --gpus 8 --tokens 700e6
 
 Single training steps are run at the target's and the draft's true widths, with 2 and 3 of the target's layers and with
 two numbers of tokens. Of each, the memory that its tensors take at most until the backward pass begins, parameters
