@@ -1,4 +1,4 @@
-"""Does a draft fit a target? `confu check TARGET DRAFT`, or `python -m transformers_confu.fit`."""
+"""Does a draft fit a target? `confu check TARGET DRAFT`."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""The conversion command: `confu convert in|out --help`, or `python -m transformers_confu.conversion.convert`."""
+"""The conversion command: `confu convert in|out --help`."""
 
 import argparse
 import sys

@@ -1,1 +1,1 @@
-"""Measuring ConFu drafts. Run `python -m transformers_confu.evaluation.command --help`."""
+"""Measuring ConFu drafts. Run `confu evaluate --help`."""

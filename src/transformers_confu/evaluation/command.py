@@ -1,4 +1,4 @@
-"""The evaluation command: `python -m transformers_confu.evaluation.command --help`, or with a YAML file of options."""
+"""The evaluation command: `confu evaluate --help`, with options or a YAML file of them."""
 
 import shlex
 import sys

@@ -1,6 +1,6 @@
 """A set of prompts from public sources, for the target to answer.
 
-    python -m transformers_confu.training.prompts --sources paper --output prompts.jsonl
+    confu data prompts --sources paper --output prompts.jsonl
 
 reads conversations in any of the usual forms, keeps the user's turns, drops what overlaps with evaluation questions,
 what is there twice and what is too short or too long, and writes beside the prompts where each came from, under which

@@ -3,7 +3,7 @@
 A draft learns to foretell the target, so it has to see what the target says, not what a person or another model
 said. Half of the answers are greedy and half sampled by default; they are kept as token ids.
 
-    python -m transformers_confu.training.regeneration --target demo --prompts prompts.jsonl --output answers.jsonl
+    confu data regenerate --target demo --prompts prompts.jsonl --output answers.jsonl
 """
 
 import hashlib

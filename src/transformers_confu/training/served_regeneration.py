@@ -1,7 +1,7 @@
 """On-policy answers through a server that speaks OpenAI's completions protocol, such as vLLM or SGLang.
 
     vllm serve Qwen/Qwen3-4B
-    python -m transformers_confu.training.served_regeneration --server http://localhost:8000/v1 \
+    confu data serve-regenerate --server http://localhost:8000/v1 \
         --tokenizer Qwen/Qwen3-4B --prompts prompts.jsonl --output answers.jsonl
 
 Prompts are rendered here, by the chat template that training uses, and sent as token ids to `/completions`. Token ids
