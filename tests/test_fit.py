@@ -10,6 +10,8 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3
 
 from eagle3_source import Source
 from helpers import make_tiny_draft, make_tiny_target
+from transformers_confu import ConFuDraftModel
+from transformers_confu.demo import load_draft
 from transformers_confu.fit import Finding, check_fit, main
 
 
@@ -177,7 +179,12 @@ def test_unknown_knobs(target, folder):
 
 
 def test_drafts_of_other_libraries_are_told_how_to_come_in(target, tmp_path):
+    """Not filled up with random weights, as Transformers does with checkpoints of other models."""
     Source("flat", (1, 2, 4)).write(tmp_path)
+    with pytest.raises(ValueError, match="of type 'llama', expected 'confu'"):
+        ConFuDraftModel.from_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="holds no draft .*`confu convert in`"):
+        load_draft(str(tmp_path), torch.float32)
     assert "of type 'llama', expected 'confu'; EAGLE-3 drafts of other libraries become ConFu drafts by `confu " in (
         sentences(check_fit(target, None, tmp_path))
     )

@@ -1,7 +1,7 @@
 """What a ConFu checkpoint is: the sizes of the draft, of its target, and of the future channel between them."""
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -206,6 +206,17 @@ class ConFuConfig(PreTrainedConfig):
                 f"`rope_parameters` asks for RoPE type '{rope_type}'; a draft can use {', '.join(STATIC_ROPE_TYPES)}, "
                 "whose frequencies do not change with the sequence length."
             )
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        # Transformers only warns, and would fill the sizes and weights that another model has not with its own.
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if (model_type := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a model of type '{model_type}', expected '{cls.model_type}'; "
+                "EAGLE-3 drafts of other libraries become ConFu drafts by `confu convert in`."
+            )
+        return config_dict, kwargs
 
     @classmethod
     def from_target(cls, target_config: PreTrainedConfig, **kwargs) -> "ConFuConfig":

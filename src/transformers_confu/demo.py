@@ -194,7 +194,7 @@ def load_draft(path: str, dtype: torch.dtype) -> ConFuDraftModel:
     """The draft; ends the program with one sentence if it is not there."""
     try:
         return ConFuDraftModel.from_pretrained(path, dtype=dtype)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         what = "holds no draft" if Path(path).is_dir() else "is no folder and cannot be had from the Hub"
         sys.exit(f"{path} {what} ({str(error).splitlines()[0]}). Pass another with --draft.")
 

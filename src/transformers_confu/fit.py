@@ -80,12 +80,6 @@ def check_fit(
 def _load_draft(draft: str | Path) -> tuple[ConFuDraftModel | None, list[Finding]]:
     """The draft of a folder or repository, and what is wrong with its files."""
     try:
-        model_type = ConFuConfig.get_config_dict(draft)[0].get("model_type")
-        if model_type != ConFuConfig.model_type:
-            raise ValueError(
-                f"{draft} holds a model of type '{model_type}', expected '{ConFuConfig.model_type}'; EAGLE-3 drafts "
-                "of other libraries become ConFu drafts by `confu convert in`."
-            )
         model, info = ConFuDraftModel.from_pretrained(draft, output_loading_info=True, ignore_mismatched_sizes=True)
     except SafetensorError as error:
         return None, [Finding(True, f"The weights in {draft} are damaged or incomplete ({error}); get them anew.")]
