@@ -310,6 +310,10 @@ def test_the_command_fails_in_one_sentence(command, server, nothing_left, capsys
     assert "Not published, and nothing was left behind: " in capsys.readouterr().err
     assert command() == 1
     assert "hf auth login" in capsys.readouterr().err
+    weights = tmp_path / "draft" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert command("--token", "hf_good") == 1
+    assert "are damaged or incomplete" in capsys.readouterr().err
     (tmp_path / "draft" / CARD_FILE).unlink()
     assert command() == 1
     assert "card.yaml does not exist. A card needs at least" in capsys.readouterr().err

@@ -287,13 +287,13 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         facts = CardFacts.load(arguments.card or Path(arguments.draft, CARD_FILE))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        target, tokenizer = load_target(arguments.target, arguments.target_dtype, device)
+        require_fit(check_fit(target, tokenizer, arguments.draft))  # its files and its tokenizer, too
         draft = ConFuDraftModel.from_pretrained(arguments.draft, dtype=arguments.dtype)
         for knob in ConFuKnobs.names():
             if getattr(arguments, knob) is not None:
                 setattr(draft.generation_config, knob, getattr(arguments, knob))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        target, tokenizer = load_target(arguments.target, arguments.target_dtype, device)
-        require_fit(check_fit(target, tokenizer, arguments.draft))  # its files and its tokenizer, too
         place = publish(
             draft,
             target,
