@@ -177,6 +177,9 @@ def test_the_command_converts_in_and_out(target, tmp_path, capsys):
     assert draft.dtype == torch.float32 and draft.config.num_soft_prompts == 3 and not draft.config.norm_output
     assert torch.equal(draft.fc.weight, source.weights()["fc.weight"].float())
 
+    assert main(into) == 1  # not written twice
+    assert "is not empty" in capsys.readouterr().err
+
     out = ["out", folders["draft"], "--output", folders["out"], "--format", "speculators"]
     assert main(out) == 1
     assert "this draft has none of its own; pass `target`" in capsys.readouterr().err

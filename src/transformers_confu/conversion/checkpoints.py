@@ -44,6 +44,12 @@ def fetch(source: str | Path, **hub_arguments: Any) -> Path:
     return folder
 
 
+def require_new(folder: str | Path) -> None:
+    """Refuse a folder that holds files."""
+    if Path(folder).is_dir() and any(Path(folder).iterdir()):
+        raise FileExistsError(f"{folder} is not empty; give a new folder, so that nothing is overwritten or mixed in.")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object."""
     if not path.is_file():

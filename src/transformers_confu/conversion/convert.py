@@ -6,6 +6,7 @@ import sys
 import torch
 
 from ..modeling_confu import ConFuDraftModel
+from .checkpoints import require_new
 from .from_eagle3 import convert_eagle3
 from .to_eagle3 import export_eagle3
 
@@ -24,7 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     into.add_argument("source", help="folder or Hub id of the EAGLE-3 draft")
     into.add_argument("--target", required=True, help="folder or Hub id of the model that the draft was trained for")
-    into.add_argument("--output", required=True, help="folder for the ConFu draft")
+    into.add_argument("--output", required=True, help="new folder for the ConFu draft")
     into.add_argument("--revision", help="branch, tag or commit of the source on the Hub")
     into.add_argument("--dtype", help="dtype of the result, such as bfloat16 (default: the source's)")
     into.add_argument(
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     try:
         if arguments.direction == "in":
+            require_new(arguments.output)
             overrides = {
                 "target_hidden_state_indices": arguments.taps,
                 "norm_output": arguments.norm_output,

@@ -13,7 +13,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from ..configuration_confu import SPECIAL_TOKENS, ConFuConfig
 from ..generation_confu import ConFuKnobs
 from ..modeling_confu import ConFuDraftModel
-from .checkpoints import load_target_config, read_target_embeddings
+from .checkpoints import load_target_config, read_target_embeddings, require_new
 from .dialects import LAYER_IDS
 
 
@@ -38,6 +38,7 @@ def export_eagle3(
         ValueError: the form cannot express what the draft computes, or the target does not fit.
         FileExistsError: `folder` holds files.
     """
+    require_new(folder)
     config = draft.config
     if format not in ("sglang", "speculators"):
         raise ValueError(f"`format` is {format!r}; it must be 'sglang' or 'speculators'.")
@@ -64,10 +65,6 @@ def export_eagle3(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise FileExistsError(
-            f"{folder} is not empty; give a new folder, so that no file of another draft is mixed in."
-        )
     save_file(weights, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
     (folder / CONFIG_NAME).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _card(format, _name_of(target)).save(folder / "README.md")
