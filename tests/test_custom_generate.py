@@ -1,6 +1,7 @@
 """Route C: the draft of a repository by its name alone, `generate(custom_generate="org/repository")`."""
 
 import functools
+import json
 import os
 import shutil
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_a_moved_and_renamed_folder_is_found_where_it_is(target, plain, folder, 
     assert loads == [*map(str, copies), str(tmp_path / "renamed")]
 
 
-def test_new_weights_in_a_folder_are_loaded(target, plain, folder, loads, tmp_path):
+def test_what_changes_in_a_folder_is_loaded(target, plain, folder, loads, assistants, tmp_path):
     copy = str(shutil.copytree(folder, tmp_path / "draft"))
     for _ in range(2):
         target.generate(PROMPT, custom_generate=copy, **TRUST, **GREEDY)
@@ -117,6 +118,11 @@ def test_new_weights_in_a_folder_are_loaded(target, plain, folder, loads, tmp_pa
     os.utime(tmp_path / "draft" / "model.safetensors", (0, 0))
     assert torch.equal(target.generate(PROMPT, custom_generate=copy, **TRUST, **GREEDY), plain)
     assert loads == [copy, copy]
+    knobs = tmp_path / "draft" / "generation_config.json"
+    knobs.write_text(json.dumps(json.loads(knobs.read_text()) | {"confu_tree_size": 2}))
+    os.utime(knobs, (0, 0))
+    assert torch.equal(target.generate(PROMPT, custom_generate=copy, **TRUST, **GREEDY), plain)
+    assert assistants[-1].generation_config.confu_tree_size == 2
 
 
 def test_a_revision_pins_the_draft(target, plain, folder, loads, assistants, tmp_path):

@@ -61,18 +61,18 @@ def repository_of(model: PreTrainedModel, caller: FrameType) -> str:
 def load_draft(repository: str, model: PreTrainedModel, **hub_arguments: Any) -> PreTrainedModel:
     """The draft of a repository or folder, for a target; loaded again only if something about it has changed."""
     folder = Path(repository)
-    weights: tuple[tuple[str, int], ...] = ()
+    files: tuple[tuple[str, int], ...] = ()
     if folder.is_dir():
         repository = str(folder.resolve())
-        weights = tuple((file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors")))
+        files = tuple((file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.*")))
     # An offloaded target has its weights on `meta`; one in 8 bits has no dtype that a draft could compute in.
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     dtype = model.dtype if model.dtype.itemsize > 1 else "auto"
-    return _load_draft(repository, weights, device, dtype, tuple(sorted(hub_arguments.items())))
+    return _load_draft(repository, files, device, dtype, tuple(sorted(hub_arguments.items())))
 
 
 @functools.lru_cache(maxsize=4)
-def _load_draft(repository: str, weights: tuple, device: torch.device, dtype: Any, hub: tuple) -> PreTrainedModel:
+def _load_draft(repository: str, files: tuple, device: torch.device, dtype: Any, hub: tuple) -> PreTrainedModel:
     # That this file runs at all means that the user trusts the code of its repository.
     draft = AutoModel.from_pretrained(repository, trust_remote_code=True, dtype=dtype, **dict(hub)).to(device)
     if not hasattr(type(draft), "confu_decode"):
