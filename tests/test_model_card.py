@@ -168,6 +168,25 @@ def test_facts_survive_the_file(tmp_path):
             "missing 1 required positional argument: 'arm'",
         ),
         (["a list"], "expected names and values"),
+        (
+            {"base_model": "org/target", "license": "mit", "limits": "Slow."},
+            "`limits` of the card is 'Slow.'; it must",
+        ),
+        ({"base_model": "org/target", "license": "mit", "datasets": None}, "`datasets` of the card is None; it must"),
+        (
+            {"base_model": "org/target", "license": "mit", "evaluations": None},
+            "`evaluations` is None; expected a list",
+        ),
+        (
+            {
+                "base_model": "org/target",
+                "license": "mit",
+                "evaluations": [
+                    {"dataset": "x", "dataset_id": "x", "setting": "x", "rows": [{"arm": "ConFu", "tau": [1.5, 1.4]}]}
+                ],
+            },
+            r"`tau` of 'ConFu' is \[1.5, 1.4\]; expected a number or \[median, lowest, highest\]",
+        ),
     ],
 )
 def test_facts_that_cannot_be_are_refused_with_the_file_named(content, message, tmp_path):

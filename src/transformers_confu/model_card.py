@@ -42,6 +42,15 @@ class Measurement:
     contemplation: int | None = None
     others: bool = False
 
+    def __post_init__(self):
+        for name in ("tau", "speed_up", "speed_up_mean"):
+            figure = getattr(self, name)
+            figures = figure if isinstance(figure, list) and len(figure) == 3 else [0.0 if figure is None else figure]
+            if not all(isinstance(value, int | float) for value in figures):
+                raise ValueError(
+                    f"`{name}` of {self.arm!r} is {figure!r}; expected a number or [median, lowest, highest]."
+                )
+
     def cell(self, name: str) -> str:
         """A figure as the table shows it."""
         figure = getattr(self, name)
@@ -138,6 +147,12 @@ class CardFacts:
             # YAML reads a bare `no` as False.
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"`{name}` of the card is {getattr(self, name)!r}; it must be a text.")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.type == list[str] and not (
+                isinstance(value, list) and all(isinstance(text, str) and text for text in value)
+            ):
+                raise ValueError(f"`{entry.name}` of the card is {value!r}; it must be a list of texts.")
         if self.base_model.count("/") != 1 or os.path.isdir(self.base_model):
             raise ValueError(
                 f"`base_model` of the card is {self.base_model!r}; expected the target's id on the Hub, such as "
@@ -184,6 +199,8 @@ def _build(cls: type, values: Any) -> Any:
     values = dict(values)
     for name, part in (("evaluations", Evaluation), ("rows", Measurement)):
         if name in names and name in values:
+            if not isinstance(values[name], list):
+                raise ValueError(f"`{name}` is {values[name]!r}; expected a list.")
             values[name] = [_build(part, entry) for entry in values[name]]
     try:
         return cls(**values)
