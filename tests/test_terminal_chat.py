@@ -170,3 +170,7 @@ def test_a_target_that_is_not_there_ends_the_command_in_words(tmp_path, capsys):
     assert str(tmp_path / "nothing") in capsys.readouterr().err
     assert chat_module.main(["--dtype", "nothing"]) == 1
     assert "expected the name of a torch dtype" in capsys.readouterr().err
+    for option, value in (("--temperature", "-0.5"), ("--max-new-tokens", "0")):
+        with pytest.raises(SystemExit):
+            chat_module.main([option, value])
+        assert f"{option} is {value}; it must be at least" in capsys.readouterr().err

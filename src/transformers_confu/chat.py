@@ -145,6 +145,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token")
     arguments = parser.parse_args(argv)
+    for name, least in (("max_new_tokens", 1), ("temperature", 0)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least {least}.")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sampling = {"do_sample": False}
