@@ -154,8 +154,9 @@ def test_a_revision_pins_code_and_weights(checkpoints, target, plain, tmp_path):
     folders = {"main": checkpoints / "one" / "draft", "v2": checkpoints / "two" / "draft"}
     commits = fill_hub_cache(tmp_path, "org/draft", folders)
     hub = {"cache_dir": tmp_path, "local_files_only": True, "trust_remote_code": True}
-    for revision, engine in ((None, "one"), ("v2", "two"), (commits["v2"], "two"), (commits["main"], "one")):
-        draft = AutoModel.from_pretrained("org/draft", revision=revision, **hub)
+    engines = {None: "one", "v2": "two", commits["v2"]: "two", commits["main"]: "one"}
+    drafts = [AutoModel.from_pretrained("org/draft", revision=revision, **hub) for revision in engines]
+    for draft, engine in zip(drafts, engines.values(), strict=True):  # all at once, side by side
         assert target.generate(PROMPT, assistant_model=draft, **GREEDY)[0].tolist() == plain
         assert draft.engine == engine
     # What came from the Hub is as self-contained when it is saved.
