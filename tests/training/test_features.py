@@ -90,6 +90,18 @@ def test_kept_future_predictions_equal_live_ones(pair, tmp_path, monkeypatch):
     features.compute(Texts.of(other_order), [0, 6], RECIPE)
 
 
+def test_kept_features_equal_live_ones_in_mixed_precision(tmp_path):
+    """Autocast is for the draft: the target's scores stay as precise as the target."""
+    target = make_tiny_target("qwen3", dtype=torch.float32).requires_grad_(False)
+    draft = make_tiny_draft(target)
+    runner, dataset = TargetRunner(target, draft.config, draft.future_channel), make_dataset()
+    features = CachedFeatures(draft, runner, dataset, tmp_path)
+    texts = Texts.of(ConFuDataCollator()([dataset[row] for row in range(7)]))
+    with torch.autocast("cpu", torch.bfloat16):
+        kept, live = features.compute(texts, list(range(7)), RECIPE), compute_live(draft, runner, texts, None, RECIPE)
+    torch.testing.assert_close(kept.loss_sum, live.loss_sum, rtol=1e-5, atol=0)
+
+
 def test_a_folder_of_other_data_target_or_channel_is_refused(pair, tmp_path):
     target, draft, runner = pair
     anchors = FixedAnchors(replication=2, max_lag=3, limit=None, seed=5)

@@ -156,7 +156,7 @@ class CachedFeatures:
                 recipe | channel | {"states": config.future_hidden_state_indices, "dtype": str(dtype)},
                 {"futures": Field(counts, (config.future_size,), dtype)},
             )
-        self.head = draft_head(target, draft.draft_token_ids)
+        self.head = draft_head(target, draft.draft_token_ids).to(draft.device)
 
     def compute(self, texts: Texts, rows: Sequence[int], recipe: Recipe) -> Objective:
         """Loss and counts of a batch; `rows` are the numbers of its documents in the dataset, in order."""
@@ -174,7 +174,7 @@ class CachedFeatures:
         teaching = teach_within(
             draft,
             taps,
-            self.head(of_teachers["final_states"]),
+            self._draft_logits(of_teachers["final_states"]),
             of_teachers["best_tokens"].long(),
             of_teachers["normalizers"],
         )
@@ -186,6 +186,11 @@ class CachedFeatures:
                 of_row = self.futures.read(row)["futures"]
                 futures[sequence, : len(of_row)] = of_row.to(futures)
         return compute_objective(draft, self.runner.embed, texts, teaching, anchors, futures, recipe)
+
+    def _draft_logits(self, final_states: torch.Tensor) -> torch.Tensor:
+        """In the target's own dtype, as the target would: autocast is for the draft."""
+        with torch.autocast(device_type=final_states.device.type, enabled=False):
+            return self.head(final_states)
 
     def _anchors(self, texts: Texts, rows: Sequence[int]) -> Anchors:
         if texts.document_ids is not None:
@@ -247,7 +252,7 @@ class CachedFeatures:
         """Some targets scale or cap their scores after the head."""
         if not len(logits):
             return
-        ours = self.head(final_states[:1].to(self.head.weight.device)).float()
+        ours = self._draft_logits(final_states[:1].to(self.head.weight.device)).float()
         theirs = logits[:1, self.draft.draft_token_ids.to(logits.device)].to(ours)
         if (ours - theirs).abs().max() > 0.05 * theirs.abs().max().clamp(min=1):
             raise ValueError(
