@@ -542,6 +542,13 @@ def test_missing_datasets_are_refused(target, tmp_path):
         trainer.evaluate()
 
 
+def test_a_dataset_without_kept_features_is_refused(target, rows, tmp_path):
+    trainer = make_trainer(target, tmp_path, eval_dataset=rows, stage="core", feature_cache=str(tmp_path / "kept"))
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate(trainer.eval_dataset)["eval_loss"]
+    with pytest.raises(ValueError, match="this dataset is none of them; give it as an `eval_dataset`"):
+        trainer.evaluate(rows)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

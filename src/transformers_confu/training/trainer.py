@@ -203,6 +203,11 @@ class ConFuTrainer(PublishingTrainer):
             dataset = self.eval_dataset[dataset]
         if dataset is None:
             raise ValueError("Evaluation needs an `eval_dataset`; make one with `prepare_dataset`.")
+        if self._objective.features is not None and "row_ids" not in dataset.column_names:
+            raise ValueError(
+                "`feature_cache` keeps the rows that the trainer was made with, and this dataset is none of them; "
+                "give it as an `eval_dataset` of `ConFuTrainer`, or leave `feature_cache` out."
+            )
         return self._token_batches(dataset, shuffle=False)
 
     def _token_batches(self, dataset: Any, shuffle: bool) -> DataLoader:
