@@ -391,6 +391,20 @@ def test_a_target_that_computes_all_logits_gives_the_same_loss(monkeypatch):
 
 
 @torch.no_grad()
+def test_a_target_over_several_devices_gives_the_same_loss(monkeypatch):
+    """It is not given a mask of positions, which would have to lie on the device of its last layer."""
+    target, draft = make_pair()
+    batch = mixed_batch()
+    anchors = anchors_of(batch)
+    expected = objective_of(target, draft, batch, anchors).loss_sum
+    monkeypatch.setattr(target, "hf_device_map", {"model": 0, "lm_head": 1}, raising=False)
+    asked = []
+    target.register_forward_pre_hook(lambda module, args, kwargs: asked.append(kwargs), with_kwargs=True)
+    torch.testing.assert_close(objective_of(target, draft, batch, anchors).loss_sum, expected)
+    assert not isinstance(asked[0].get("logits_to_keep"), torch.Tensor)
+
+
+@torch.no_grad()
 def test_eager_attention_gives_the_same_loss():
     target, draft = make_pair()
     batch = mixed_batch()

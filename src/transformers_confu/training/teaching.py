@@ -74,7 +74,9 @@ def read_texts(
     else:
         # Padding is on the right, where no real row sees it, and causal masking alone is cheaper.
         attention_mask = None if bool(texts.attention_mask.all()) else texts.attention_mask
-    keeps_logits = target._supports_logits_to_keep()
+    # A target that is split over devices has its final hidden states on another one than where it takes the mask.
+    is_split = len(set(getattr(target, "hf_device_map", {}).values())) > 1
+    keeps_logits = target._supports_logits_to_keep() and not is_split
     with torch.autocast(device_type=target.device.type, enabled=False):
         outputs = target(
             input_ids=texts.input_ids,
