@@ -173,6 +173,8 @@ def compute_objective(
     )
 
     token_ids = draft.draft_token_ids
+    # `ChunkedLoss` makes gradients in its forward; an evaluation has no use for the head's.
+    head = draft.lm_head.weight if torch.is_grad_enabled() else draft.lm_head.weight.detach()
     length = texts.input_ids.shape[1]
     loss_sum = torch.zeros((), device=draft.device, dtype=dtype)
     counted, correct, correct_so_far, accepted_so_far = [], [], [], []
@@ -188,7 +190,7 @@ def compute_objective(
         if len(index):
             loss, choices, acceptances = ChunkedLoss.apply(
                 draft.norm(hidden_states[counts]),
-                draft.lm_head.weight,
+                head,
                 index,
                 teaching.probabilities,
                 teaching.out_of_vocabulary_mass,
