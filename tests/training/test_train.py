@@ -145,6 +145,14 @@ def test_a_run_of_other_options_is_not_overwritten(saved_target, tmp_path):
     )
 
 
+def test_options_that_were_refused_leave_no_run_behind(saved_target, tmp_path):
+    run = write_run(tmp_path, saved_target, max_steps=1)
+    with pytest.raises(ValueError, match="None of 12 rows can be trained on"):
+        main([run, "--max_length=2"])
+    main([run])
+    assert (tmp_path / "draft" / "model.safetensors").exists()
+
+
 # Reading
 
 

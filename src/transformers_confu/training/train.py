@@ -102,7 +102,6 @@ def run(arguments: DraftArguments, training_arguments: ConFuTrainingArguments) -
     checkpoint = training_arguments.resume_from_checkpoint or folder.last_checkpoint()
     beginning = f"continues from {checkpoint}" if checkpoint else "starts"
     say(f"Stage {training_arguments.stage}: {beginning}, to {folder.path}")
-    write_record(folder, finished=False)
 
     set_seed(training_arguments.seed)
     if arguments.target == "demo" and training_arguments.hub_base_model is None:
@@ -132,6 +131,8 @@ def run(arguments: DraftArguments, training_arguments: ConFuTrainingArguments) -
     )
     if arguments.decoding_prompts > 0 and training_arguments.stage != "warm_up":
         trainer.add_callback(decoding_evaluation(trainer, arguments))
+    # Only now: options that were refused so far may be set right in the same folder.
+    write_record(folder, finished=False)
     trainer.train(resume_from_checkpoint=checkpoint)
     if eval_dataset is not None:
         say(trainer.evaluate())
