@@ -8,12 +8,20 @@ from itertools import islice
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
+from helpers import make_tiny_target
 from transformers_confu.training import regeneration
 from transformers_confu.training.continuous_batching import Request, answer
 from transformers_confu.training.data import load_jsonl, prepare_dataset
-from transformers_confu.training.regeneration import regenerate
+from transformers_confu.training.regeneration import regenerate, regenerate_turns
 
 
 TEMPLATE = (
@@ -146,6 +154,43 @@ def test_an_answer_does_not_depend_on_those_beside_it(target, tokenizer, tmp_pat
     assert {row["temperature"] for row in alone} == {0.0, 0.8}
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "GPT-NeoX", "GPT-2"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_other_layouts_of_attention_answer_as_plain_generate(kind, implementation):
+    """Normalised keys, partly rotated ones, and learned positions; rows of 1 to 8 tokens in each other's places."""
+    if kind == "qwen3":
+        target = make_tiny_target("qwen3")
+    else:
+        sizes = {"vocab_size": 97, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": None}
+        config = {
+            "GPT-NeoX": GPTNeoXConfig(
+                hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, **sizes
+            ),
+            "GPT-2": GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, **sizes),
+        }[kind]
+        torch.manual_seed(0)
+        target = AutoModelForCausalLM.from_config(config).double().eval()
+    target.set_attn_implementation(implementation)
+    if implementation == "eager":  # its softmax is in fp32, where the lowest number of fp64 is minus infinity
+        target.float()
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(97, (1 + index % 8,), generator=generator).tolist() for index in range(9)]
+    plain = [
+        target.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=10, pad_token_id=0)[0, len(prompt) :]
+        for prompt in prompts
+    ]
+    # One token ends some of the answers early.
+    end = int(plain[0][4])
+    target.generation_config.eos_token_id = end
+    requests = [Request(prompt, 0.0, 0) for prompt in prompts]
+    answered = list(answer(target, requests, num_rows=4, capacity=18, max_new_tokens=10))
+    assert sorted(map(id, answered)) == sorted(map(id, requests))
+    for request, expected in zip(requests, plain, strict=True):
+        expected = expected.tolist()
+        assert request.answer_ids == (expected[: expected.index(end) + 1] if end in expected else expected)
+    assert len({len(request.answer_ids) for request in requests}) > 1
+
+
 def test_draws_follow_the_law_of_the_processed_scores(target):
     """Frequencies of the second token against the softmax that plain `generate` draws from."""
     torch.manual_seed(0)
@@ -153,8 +198,7 @@ def test_draws_follow_the_law_of_the_processed_scores(target):
     try:
         prompt, number = [0, 3, 9, 4], 4000
         requests = [Request(prompt, 0.7, 1000 * seed) for seed in range(number)]
-        with torch.no_grad():
-            answered = list(answer(target, requests, 500, 10, 1))
+        answered = list(answer(target, requests, 500, 10, 1))
         scores = target(torch.tensor([prompt])).logits[0, -1] / 0.7
         kept = scores.topk(5)
         expected = torch.zeros(len(WORDS), dtype=torch.float64)
@@ -167,13 +211,21 @@ def test_draws_follow_the_law_of_the_processed_scores(target):
         target.generation_config.top_k = None
 
 
-def test_processors_that_look_at_earlier_tokens_are_refused(target, tokenizer, tmp_path):
-    target.generation_config.repetition_penalty = 1.3
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("repetition_penalty", 1.3, "RepetitionPenaltyLogitsProcessor"),
+        ("num_beams", 2, "num_beams"),
+        ("stop_strings", ["w3"], "stop_strings"),
+    ],
+)
+def test_what_rows_of_different_lengths_cannot_apply_is_refused(target, tokenizer, tmp_path, name, value, message):
+    setattr(target.generation_config, name, value)
     try:
-        with pytest.raises(ValueError, match="asks for RepetitionPenaltyLogitsProcessor"):
+        with pytest.raises(ValueError, match=f"asks for {message}, which"):
             regenerate(target, tokenizer, make_prompts(), tmp_path / "a.jsonl", **SETTINGS)
     finally:
-        target.generation_config.repetition_penalty = None
+        setattr(target.generation_config, name, None)
 
 
 def test_sampling_follows_the_seed_and_leaves_the_random_state(target, tokenizer, tmp_path):
@@ -245,6 +297,13 @@ def test_bad_settings_and_prompts_are_refused(target, tokenizer, tmp_path, setti
     with pytest.raises(ValueError, match=message):
         regenerate(target, tokenizer, prompts, tmp_path / "a.jsonl", **{**SETTINGS, **settings})
     assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize("row", [{"turns": ["w1", "w2"]}, {"id": "a"}, {"id": "a", "prompt": "w1", "turns": ["w2"]}])
+def test_bad_conversations_are_refused(target, tokenizer, tmp_path, row):
+    with pytest.raises(ValueError, match="Row 1: it has the fields .* expected 'id' and either"):
+        regenerate_turns(target, tokenizer, [{"id": 0, "prompt": "w1"}, row], tmp_path / "a.jsonl", **SETTINGS)
+    assert not list(tmp_path.iterdir())
 
 
 def test_training_mode_and_compressed_output_are_refused(target, tokenizer, tmp_path):

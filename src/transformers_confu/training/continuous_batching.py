@@ -124,6 +124,7 @@ class RowCache(Cache):
         return (columns <= self.lengths[:, None])[:, None]
 
 
+@torch.no_grad()
 def answer(
     target: PreTrainedModel, requests: Iterable[Request], num_rows: int, capacity: int, max_new_tokens: int
 ) -> Iterator[Request]:
@@ -137,7 +138,7 @@ def answer(
         max_new_tokens: longest answer.
 
     Raises:
-        ValueError: the `generation_config` asks for processing that depends on earlier tokens.
+        ValueError: the `generation_config` asks for beams, stop strings or processing that depends on earlier tokens.
     """
     ends = set(end_token_ids(target))
     waiting = iter(requests)
@@ -246,7 +247,9 @@ class _Draws:
             config, _ = self.target._prepare_generation_config(None, **sampling)
             self.target._prepare_special_tokens(config, True, device=self.target.device)
             processors = self.target._get_logits_processor(config, input_ids_seq_length=1, device=self.target.device)
-            if unusual := [type(p).__name__ for p in processors if not isinstance(p, SCORE_PROCESSORS)]:
+            unusual = [type(p).__name__ for p in processors if not isinstance(p, SCORE_PROCESSORS)]
+            unusual += ["num_beams"] * ((config.num_beams or 1) > 1) + ["stop_strings"] * bool(config.stop_strings)
+            if unusual:
                 raise ValueError(
                     f"The target's generation_config asks for {', '.join(unusual)}, which regeneration in rows of "
                     "different lengths cannot apply; unset it in `target.generation_config`."

@@ -28,7 +28,7 @@ from ..demo_target import load_target
 from ..target_runner import check_target
 from .continuous_batching import Request, answer, end_token_ids
 from .data import Messages, encode_prompt, load_jsonl, load_rows, parse_json_object
-from .turns import TEMPLATE_FIELDS, is_over, next_prompt
+from .turns import TEMPLATE_FIELDS, count_turns, is_over, next_prompt
 
 
 logger = logging.get_logger(__name__)
@@ -177,9 +177,17 @@ def regenerate_turns(
 
     Returns:
         The report of every turn.
+
+    Raises:
+        ValueError: a row is neither a prompt nor a conversation; or see `regenerate`.
     """
     output_path = Path(output_path)
     going_on = list(rows)
+    for index, row in enumerate(going_on):
+        try:
+            count_turns(row)
+        except ValueError as error:
+            raise ValueError(f"Row {index}: {error}") from error
     answers: dict[Any, list[str]] = {row["id"]: [] for row in going_on}
     reports: list[RegenerationReport] = []
     while prompts := [prompt for row in going_on if (prompt := next_prompt(row, answers[row["id"]]))]:
@@ -304,7 +312,7 @@ class RegenerationArguments:
     batch_size: int = field(default=64, metadata={"help": "Prompts answered at once."})
     max_prompt_length: int = field(default=1024, metadata={"help": "Longer prompts (in tokens) are skipped."})
     temperatures: list[float] = field(
-        default_factory=lambda: [0.0, 0.8], metadata={"help": "Temperatures the batches take in turn; 0 is greedy."}
+        default_factory=lambda: [0.0, 0.8], metadata={"help": "Temperatures the prompts take in turn; 0 is greedy."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
     dtype: str = field(default="bfloat16", metadata={"help": "Data type of the target, such as bfloat16 or float32."})
