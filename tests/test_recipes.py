@@ -140,9 +140,9 @@ def test_all_stages_train_a_draft_for_the_architecture(name, tmp_path):
     assert torch.equal(target.generate(ids, assistant_model=draft.double(), do_sample=False, max_new_tokens=12), plain)
 
 
-def dry_run(name: str, folder: Path, **environment: str) -> list[list[str]]:
+def dry_run(name: str, folder: Path, *options: str, **environment: str) -> list[list[str]]:
     result = subprocess.run(
-        [RECIPES / name / "launch.sh"],
+        [RECIPES / name / "launch.sh", *options],
         cwd=folder,
         env=os.environ | {"GPUS": "8", "DRY_RUN": "1"} | environment,
         capture_output=True,
@@ -169,6 +169,8 @@ def test_the_launch_file_goes_from_prompts_to_a_measured_draft(name, tmp_path):
         "--card",
         f"{name}/card.yaml",
     ]
+
+    assert dry_run(name, tmp_path, "--concurrency", "9")[2][-2:] == ["--concurrency", "9"]
 
     (tmp_path / name).mkdir()
     for done in ("prompts.jsonl", "answers.complete"):

@@ -19,6 +19,7 @@ The draft's attention grows with the square of a row's length, which these short
 """
 
 import argparse
+import copy
 import tempfile
 import time
 import weakref
@@ -31,58 +32,13 @@ from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from transformers_confu import ConFuConfig, ConFuDraftModel
+from transformers_confu.hub_cards import UNTRAINED
 from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
 
 
-# As published by their makers; the files themselves are behind a licence form.
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-CONFIGS = {
-    "meta-llama/Llama-3.2-3B-Instruct": lambda: LlamaConfig(
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        tie_word_embeddings=True,
-        rope_parameters=LLAMA3_ROPE | {"factor": 32.0},
-    ),
-    "meta-llama/Llama-3.1-8B-Instruct": lambda: LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        tie_word_embeddings=False,
-        rope_parameters=LLAMA3_ROPE | {"factor": 8.0},
-    ),
-    "Qwen/Qwen3-4B": lambda: Qwen3Config(
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=151936,
-        max_position_embeddings=40960,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
-    ),
-}
 LAYERS = (2, 3)
 TOKENS = (64, 128)
 ROW = 64  # tokens of a row, the first quarter of it a prompt
@@ -97,7 +53,12 @@ class Step:
     seconds: float
 
 
-def draft_config(config: PretrainedConfig, recipe: dict, taps: list[int] | None = None) -> ConFuConfig:
+def target_config(recipe: dict) -> PreTrainedConfig:
+    """Of the recipe's target, as the published file has it: the file itself may be behind a licence form."""
+    return copy.deepcopy(UNTRAINED[f"confu-{recipe['target'].split('/')[1].lower()}"])
+
+
+def draft_config(config: PreTrainedConfig, recipe: dict, taps: list[int] | None = None) -> ConFuConfig:
     sizes = {name: recipe[name] for name in ("draft_vocab_size", "num_soft_prompts")}
     return ConFuConfig.from_target(config, **sizes, **({"target_hidden_state_indices": taps} if taps else {}))
 
@@ -177,7 +138,7 @@ def measure_all(recipe: dict) -> dict[str, dict[tuple[int, int], Step]]:
     """Steps by stage and by (layers, tokens)."""
     results: dict[str, dict[tuple[int, int], Step]] = {entry["stage"]: {} for entry in recipe["stages"]}
     for layers in LAYERS:
-        config = CONFIGS[recipe["target"]]()
+        config = target_config(recipe)
         config.num_hidden_layers = layers
         if hasattr(config, "layer_types"):
             config.layer_types = config.layer_types[:layers]
@@ -219,7 +180,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, default=400e6, help="tokens of one pass over the data")
     arguments = parser.parse_args()
     recipe = yaml.safe_load(Path(arguments.recipe).read_text())
-    config = CONFIGS[recipe["target"]]()
+    config = target_config(recipe)
     target_size = parameters(lambda: AutoModelForCausalLM.from_config(config))
     draft_size = parameters(lambda: ConFuDraftModel(draft_config(config, recipe)))
     fixed = 2 * target_size + 16 * draft_size

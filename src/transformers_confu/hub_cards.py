@@ -53,7 +53,8 @@ def llama3_rope(factor: float) -> dict:
     }
 
 
-# The paper's targets: what their own `config.json` says, as far as a draft's config depends on it.
+# The paper's targets: what their own `config.json` says, as far as a draft's config or the size of a recipe's run
+# depends on it.
 UNTRAINED: dict[str, PreTrainedConfig] = {
     "confu-llama-3.2-3b-instruct": LlamaConfig(
         **LLAMA3,
@@ -61,6 +62,7 @@ UNTRAINED: dict[str, PreTrainedConfig] = {
         intermediate_size=8192,
         num_hidden_layers=28,
         num_attention_heads=24,
+        tie_word_embeddings=True,
         rope_parameters=llama3_rope(32.0),
     ),
     "confu-llama-3.1-8b-instruct": LlamaConfig(
@@ -80,6 +82,7 @@ UNTRAINED: dict[str, PreTrainedConfig] = {
         num_key_value_heads=8,
         head_dim=128,
         max_position_embeddings=40960,
+        tie_word_embeddings=True,
         rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
         bos_token_id=151643,
