@@ -183,7 +183,7 @@ def test_drafts_of_other_libraries_are_told_how_to_come_in(target, tmp_path):
     Source("flat", (1, 2, 4)).write(tmp_path)
     with pytest.raises(ValueError, match="of type 'llama', expected 'confu'"):
         ConFuDraftModel.from_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match="holds no draft .*`confu convert in`"):
+    with pytest.raises(SystemExit, match="holds no draft that can be read .*`confu convert in`"):
         load_draft(str(tmp_path), torch.float32)
     assert "of type 'llama', expected 'confu'; EAGLE-3 drafts of other libraries become ConFu drafts by `confu " in (
         sentences(check_fit(target, None, tmp_path))

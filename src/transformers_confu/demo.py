@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -194,8 +195,10 @@ def load_draft(path: str, dtype: torch.dtype) -> ConFuDraftModel:
     """The draft; ends the program with one sentence if it is not there."""
     try:
         return ConFuDraftModel.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        what = "holds no draft" if Path(path).is_dir() else "is no folder and cannot be had from the Hub"
+    except (OSError, ValueError, SafetensorError) as error:
+        what = (
+            "holds no draft that can be read" if Path(path).is_dir() else "is no folder and cannot be had from the Hub"
+        )
         sys.exit(f"{path} {what} ({str(error).splitlines()[0]}). Pass another with --draft.")
 
 

@@ -14,6 +14,7 @@ from transformers_confu import ConFuDraftModel
 from transformers_confu.conversion import convert_eagle3, export_eagle3
 from transformers_confu.conversion.convert import main
 from transformers_confu.conversion.dialects import read_settings
+from transformers_confu.demo import load_draft
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +189,12 @@ def test_the_command_converts_in_and_out(target, tmp_path, capsys):
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["fc.weight"], draft.fc.weight)
     assert main([*out, "--target", folders["target"]]) == 1  # not written twice
     assert "is not empty" in capsys.readouterr().err
+    weights = tmp_path / "draft" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(out) == 1
+    assert "draft are damaged or incomplete (" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="holds no draft that can be read"):
+        load_draft(folders["draft"], torch.float32)
 
 
 def test_the_command_says_what_is_wrong(tmp_path, capsys):

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 import torch
+from safetensors import SafetensorError
 
 from ..modeling_confu import ConFuDraftModel
 from .checkpoints import require_new
@@ -87,6 +88,9 @@ def main(argv: list[str] | None = None) -> int:
             draft = ConFuDraftModel.from_pretrained(arguments.draft)
             export_eagle3(draft, arguments.output, arguments.format, arguments.target)
             print(f"{arguments.output}: an EAGLE-3 draft, without the future channel")
+    except SafetensorError as error:
+        print(f"The weights in {arguments.draft} are damaged or incomplete ({error}).", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
