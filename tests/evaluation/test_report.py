@@ -43,12 +43,14 @@ def few_repeats(monkeypatch):
 
 def test_the_command_reads_yaml_and_writes_a_page_of_one_file(options, tmp_path, few_repeats, capsys):
     folder = tmp_path / "out"
-    options |= {"costs": True, "report": str(folder), "tree_sizes": [8, 4], "runs": 1, "max_turns": 1}
+    options |= {"costs": True, "report": str(folder), "tree_sizes": [8, 4], "max_turns": 1}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(options))
-    command.main([str(config)])
+    argv = [str(config), "--runs", "1"]  # options behind a file override it
+    command.main(argv)
     printed = capsys.readouterr().out
-    assert "| ConFu, C = 3, N = 8 |" in printed and f"Report: {folder / 'report.html'}" in printed
+    for expected in ("Runs: 1.", "| ConFu, C = 3, N = 8 |", f"Report: {folder / 'report.html'}"):
+        assert expected in printed
 
     text = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -57,7 +59,7 @@ def test_the_command_reads_yaml_and_writes_a_page_of_one_file(options, tmp_path,
     assert len(page.sources) == len(plots)
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert "@import" not in text and "url(" not in text and "<script" not in text
-    assert f"confu evaluate {config}" in page.text and "tree_sizes:" in page.text
+    assert f"confu evaluate {config} --runs 1" in page.text and "tree_sizes:" in page.text
     assert torch.__version__ in page.text
     assert page.tables == len(list((folder / "tables").glob("*.csv"))) == len(list((folder / "tables").glob("*.md")))
 
@@ -77,7 +79,7 @@ def test_the_command_reads_yaml_and_writes_a_page_of_one_file(options, tmp_path,
     ]
     # All is measured: the same command only reports, from the same records.
     before = Path(options["output"]).read_bytes()
-    command.main([str(config)])
+    command.main(argv)
     assert Path(options["output"]).read_bytes() == before
 
 

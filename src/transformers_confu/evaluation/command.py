@@ -1,12 +1,14 @@
-"""The evaluation command: `confu evaluate --help`, with options or a YAML file of them."""
+"""The evaluation command: `confu evaluate run.yaml`, or with options, which may follow a file; `--help` lists them."""
 
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
+from ..training.runs import read_runs
 from .aggregation import Comparison, settings_of
 from .arguments import EvaluationArguments
 from .plots import matplotlib_pyplot
@@ -19,12 +21,11 @@ def main(argv: list[str] | None = None) -> None:
     """Measure what is not measured yet, print the main table of each setting, write the report if asked for."""
     argv = sys.argv[1:] if argv is None else argv
     command = f"confu evaluate {shlex.join(argv)}"
-    parser = HfArgumentParser(EvaluationArguments)
-    if len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
-        (arguments,) = parser.parse_yaml_file(argv[0])
+    parser = HfArgumentParser(EvaluationArguments, allow_abbrev=False)
+    (options,) = read_runs(argv, [option.name for option in fields(EvaluationArguments)])
+    (arguments,) = parser.parse_args_into_dataclasses(options, look_for_args_file=False)
+    if options is not argv:
         command += f"\n\n# {argv[0]}\n{Path(argv[0]).read_text(encoding='utf-8').rstrip()}"
-    else:
-        (arguments,) = parser.parse_args_into_dataclasses(argv)
     if arguments.report is not None:
         matplotlib_pyplot()  # a missing package shows before the work, not after it
     logging.set_verbosity_warning()
