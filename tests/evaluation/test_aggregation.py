@@ -16,6 +16,7 @@ from transformers_confu.evaluation.tables import (
     difference_table,
     exactness_table,
     extra_cost_table,
+    group_difference_table,
     rows_table,
     speed_table,
     tables_of,
@@ -214,6 +215,18 @@ def test_groups_are_measured_by_themselves():
     assert inside.value == arm.emitted[members].sum() / arm.rounds[members].sum()
     assert inside.low < inside.value < inside.high
     assert arm.acceptance(members)["tau"] == inside.value
+
+
+def test_differences_by_group_are_those_of_the_groups_alone():
+    comparison = many()
+    (row,) = group_difference_table(comparison).rows
+    assert row[:2] == [CONFU.label, EAGLE3.label]
+    confu, eagle3 = comparison.arms[CONFU], comparison.arms[EAGLE3]
+    for found, members in zip(row[2:-1], comparison.groups.values(), strict=True):
+        means = [arm.emitted[members].sum() / arm.rounds[members].sum() for arm in (confu, eagle3)]
+        assert found.value == pytest.approx(means[0] - means[1])
+        assert found.low < found.value < found.high
+    assert row[-1] == comparison.tau_difference(confu, eagle3)
 
 
 def test_one_question_a_group_has_no_interval():

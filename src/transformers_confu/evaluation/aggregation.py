@@ -170,8 +170,8 @@ class Comparison:
     def tau(self, arm: ArmAnswers, members: Sequence[int] | None = None) -> Interval:
         return self.interval(lambda weights: tau(arm, weights), members)
 
-    def tau_difference(self, arm: ArmAnswers, other: ArmAnswers) -> Interval:
-        return self.interval(lambda weights: tau(arm, weights) - tau(other, weights))
+    def tau_difference(self, arm: ArmAnswers, other: ArmAnswers, members: Sequence[int] | None = None) -> Interval:
+        return self.interval(lambda weights: tau(arm, weights) - tau(other, weights), members)
 
     def speedup_total(
         self, arm: ArmAnswers, members: Sequence[int] | None = None, over: ArmAnswers | None = None

@@ -189,6 +189,30 @@ def difference_table(comparison: Comparison) -> Table | None:
     )
 
 
+def group_difference_table(comparison: Comparison) -> Table | None:
+    """Difference in tau by group, with the main tree size: whether a group is worse off."""
+    rows = [
+        [
+            arm.arm.label,
+            other.arm.label,
+            *(comparison.tau_difference(arm, other, members) for members in comparison.groups.values()),
+            comparison.tau_difference(arm, other),
+        ]
+        for arm in comparison.of_main_size()
+        for other in comparison.references(arm)
+    ]
+    if not rows:
+        return None
+    return Table(
+        "tau_difference_by_group",
+        "Accepted length against EAGLE-3 mode, by group",
+        f"Difference in tau. {INTERVALS}: where it lies below 0 as a whole, the group is worse off.",
+        ["arm", "against", *comparison.groups, "all"],
+        rows,
+        digits=3,
+    )
+
+
 def time_table(comparison: Comparison) -> Table | None:
     rows = []
     for arm in comparison.drafted():
@@ -364,6 +388,7 @@ def tables_of(comparison: Comparison, costs: list[dict[str, Any]]) -> list[Table
     tables = [
         speed_table(comparison),
         difference_table(comparison),
+        group_difference_table(comparison),
         group_table(comparison, "tau_by_group", "Accepted length (tau) by group", comparison.tau),
         group_table(comparison, "speedup_by_group", "Speed-up by group, total", comparison.speedup_total),
         group_table(comparison, "mean_speedup_by_group", "Speed-up by group, mean", comparison.speedup_mean),
