@@ -4,9 +4,11 @@ import importlib.util
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from transformers_confu import cli
 
@@ -21,7 +23,7 @@ def fake_command(monkeypatch):
             calls.append((argv, sys.argv))
             if isinstance(answer, BaseException):
                 raise answer
-            return answer
+            return answer() if callable(answer) else answer
 
         module = ModuleType("fake")
         module.main = main
@@ -106,6 +108,73 @@ def test_an_interrupted_command_ends_without_a_traceback(fake_command, capsys):
     fake_command(KeyboardInterrupt())
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def undeclared():
+    first, second = [1]  # noqa: F841
+
+
+def kept(error):
+    """Raised, caught, and raised again."""
+    try:
+        raise error
+    except type(error):
+        raise
+
+
+@pytest.mark.parametrize(
+    ("fails", "sentence"),
+    [
+        (lambda: kept(ValueError("`runs` is 0; expected at least 1.")), "`runs` is 0; expected at least 1."),
+        (lambda: kept(RuntimeError("Plots need matplotlib.")), "Plots need matplotlib."),
+        (lambda: kept(ConnectionError("The server is gone.")), "The server is gone."),
+        (lambda: open("no/such/file.yaml"), "no/such/file.yaml: No such file or directory"),
+    ],
+)
+def test_an_error_of_the_user_is_one_sentence(fails, sentence, fake_command, capsys):
+    fake_command(fails)
+    assert cli.main(["train"]) == 1
+    assert capsys.readouterr().err == f"{sentence}\n"
+
+
+@pytest.mark.parametrize(
+    ("fails", "kind"),
+    [
+        (undeclared, ValueError),  # not enough values to unpack
+        (lambda: torch.zeros(2) @ torch.zeros(3), RuntimeError),
+        (lambda: kept(KeyError("name")), KeyError),
+        (lambda: None.name, AttributeError),
+    ],
+)
+def test_a_fault_of_the_program_keeps_its_traceback(fails, kind, fake_command, capsys):
+    fake_command(fails)
+    with pytest.raises(kind):
+        cli.main(["train"])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("runs: 0\noutput: a.jsonl\n", "`runs` is 0; expected at least 1.\n"),
+        ("ruins: 1\n", "run.yaml: no option is called `ruins`; did you mean `runs`?\n"),
+        ("runs: [1\n", "run.yaml is no YAML file: while parsing a flow sequence"),
+        (None, "run.yaml: No such file or directory\n"),
+    ],
+)
+def test_evaluate_says_in_words_what_is_wrong(content, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("run.yaml").write_text(content)
+    assert cli.main(["evaluate", "run.yaml"]) == 1
+    assert capsys.readouterr().err.startswith(sentence)
+
+
+def test_the_training_module_speaks_as_the_command(tmp_path):
+    """For launchers of several processes, which start a module."""
+    program = [sys.executable, "-m", "transformers_confu.training.train", str(tmp_path / "run.yaml")]
+    result = subprocess.run(program, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (1, f"{tmp_path / 'run.yaml'}: No such file or directory\n")
 
 
 def test_the_version_is_the_packages(capsys):

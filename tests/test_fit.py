@@ -10,9 +10,9 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3
 
 from eagle3_source import Source
 from helpers import make_tiny_draft, make_tiny_target
-from transformers_confu import ConFuDraftModel
-from transformers_confu.demo import load_draft
+from transformers_confu import ConFuDraftModel, cli
 from transformers_confu.fit import Finding, check_fit, main
+from transformers_confu.loading import load_draft
 
 
 def make_tokenizer(words: int = 97, template: str = "{{ messages }}") -> PreTrainedTokenizerFast:
@@ -183,7 +183,7 @@ def test_drafts_of_other_libraries_are_told_how_to_come_in(target, tmp_path):
     Source("flat", (1, 2, 4)).write(tmp_path)
     with pytest.raises(ValueError, match="of type 'llama', expected 'confu'"):
         ConFuDraftModel.from_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match="holds no draft that can be read .*`confu convert in`"):
+    with pytest.raises(ValueError, match="holds no draft that can be read .*`confu convert in`"):
         load_draft(str(tmp_path), torch.float32)
     assert "of type 'llama', expected 'confu'; EAGLE-3 drafts of other libraries become ConFu drafts by `confu " in (
         sentences(check_fit(target, None, tmp_path))
@@ -223,4 +223,4 @@ def test_the_command(target, folder, tmp_path, capsys):
     assert "error: The draft was made for a target with `vocab_size=97`" in output
     assert output.endswith(f"{folder} does not fit {arguments[0]}.\n")
     assert AutoConfig.from_pretrained(arguments[0]).vocab_size == 98
-    assert main(["no/such/target", str(folder)]) == 1
+    assert cli.main(["check", "no/such/target", str(folder)]) == 1

@@ -15,7 +15,7 @@ from transformers import AutoModel
 
 from helpers import make_tiny_draft, make_tiny_target
 from hub_stand_in import HubServer
-from transformers_confu import hub
+from transformers_confu import cli, hub
 from transformers_confu.hub import CHECK_PROMPTS, publish
 from transformers_confu.model_card import CARD_FILE, CardFacts
 
@@ -291,7 +291,7 @@ def command(draft, target, tokenizer, server, tmp_path, monkeypatch):
     draft.save_pretrained(tmp_path / "draft")
     FACTS.save(tmp_path / "draft" / CARD_FILE)
     monkeypatch.setattr(hub, "load_target", lambda name, dtype, device: (copy.deepcopy(target), tokenizer))
-    return lambda *arguments: hub.main([str(tmp_path / "draft"), "demo", "org/draft", *arguments])
+    return lambda *arguments: cli.main(["publish", str(tmp_path / "draft"), "demo", "org/draft", *arguments])
 
 
 def test_the_command_publishes_with_knobs(command, server, nothing_left, capsys):

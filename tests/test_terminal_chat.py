@@ -9,6 +9,7 @@ import torch
 
 from helpers import make_tiny_draft
 from transformers_confu import chat as chat_module
+from transformers_confu import cli
 from transformers_confu.chat import Chat, converse
 
 
@@ -158,19 +159,19 @@ def test_the_command(models, type_in, monkeypatch, capsys):
     monkeypatch.setattr(chat_module, "load_draft", lambda name, dtype: draft)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     type_in("What?")
-    assert chat_module.main(["--max-new-tokens", "5", "--temperature", "0.5", "--system", "Be short."]) == 0
+    assert cli.main(["chat", "--max-new-tokens", "5", "--temperature", "0.5", "--system", "Be short."]) == 0
     assert "[5 tokens, tau" in capsys.readouterr().out
     target.config.num_hidden_layers = 9
-    assert chat_module.main([]) == 1
+    assert cli.main(["chat"]) == 1
     assert "made for a target with" in capsys.readouterr().err
 
 
 def test_a_target_that_is_not_there_ends_the_command_in_words(tmp_path, capsys):
-    assert chat_module.main(["--target", str(tmp_path / "nothing")]) == 1
+    assert cli.main(["chat", "--target", str(tmp_path / "nothing")]) == 1
     assert str(tmp_path / "nothing") in capsys.readouterr().err
-    assert chat_module.main(["--dtype", "nothing"]) == 1
+    assert cli.main(["chat", "--dtype", "nothing"]) == 1
     assert "expected the name of a torch dtype" in capsys.readouterr().err
     for option, value in (("--temperature", "-0.5"), ("--max-new-tokens", "0")):
         with pytest.raises(SystemExit):
-            chat_module.main([option, value])
+            cli.main(["chat", option, value])
         assert f"{option} is {value}; it must be at least" in capsys.readouterr().err

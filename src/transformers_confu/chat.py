@@ -1,7 +1,6 @@
 """A chat in the terminal that keeps its cache and shows what the draft does: `confu chat --help`."""
 
 import argparse
-import sys
 import time
 from typing import Any
 
@@ -9,8 +8,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from .demo import default_draft, load_draft
-from .demo_target import load_target
+from .demo import default_draft
+from .loading import load_draft, load_target
 from .modeling_confu import ConFuDraftModel
 from .target_runner import check_target
 
@@ -131,8 +130,8 @@ def converse(chat: Chat, **options: Any) -> None:
             print(f"[{tokens} tokens, {tau}{tokens / seconds:.1f} tokens/s]")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; its exit status."""
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
     parser = argparse.ArgumentParser(
         prog="confu chat",
         description="Chat with a target and its draft. Answers stream; behind each stand tau and speed. " + HELP,
@@ -153,16 +152,8 @@ def main(argv: list[str] | None = None) -> int:
     sampling = {"do_sample": False}
     if arguments.temperature > 0:
         sampling = {"do_sample": True, "temperature": arguments.temperature}
-    try:
-        target, tokenizer = load_target(arguments.target, arguments.dtype, device)
-        draft = load_draft(arguments.draft, target.dtype).to(device)
-        chat = Chat(target, tokenizer, draft, arguments.system)
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    converse(chat, max_new_tokens=arguments.max_new_tokens, **sampling)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    target, tokenizer = load_target(arguments.target, arguments.dtype, device)
+    draft = load_draft(arguments.draft, target.dtype).to(device)
+    converse(
+        Chat(target, tokenizer, draft, arguments.system), max_new_tokens=arguments.max_new_tokens, **sampling
+    )  # fmt: skip

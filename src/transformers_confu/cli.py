@@ -3,6 +3,7 @@ The command line, `confu`: a table of commands, each the `main(argv)` of a modul
 """
 
 import difflib
+import dis
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -80,7 +81,10 @@ HELP_FLAGS = ("-h", "--help", "help")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command that `argv` (default: the process's arguments) names; its exit status."""
+    """
+    Run the command that `argv` (default: the process's arguments) names; its exit status. An error that the user can
+    mend is one sentence on stderr and status 1.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in HELP_FLAGS:
         print(overview())
@@ -108,6 +112,29 @@ def run(name: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not is_told(error):
+            raise
+        if isinstance(error, OSError) and error.filename is not None:
+            print(f"{error.filename}: {error.strerror}", file=sys.stderr)  # without the number of the error
+        else:
+            print(error, file=sys.stderr)
+        return 1
+
+
+def is_told(error: Exception) -> bool:
+    """
+    Whether an error speaks to the user, who needs its sentence and not the way to it: what the system or the Hub
+    refuses, and what a `raise` statement says of a wrong value. Errors that Python itself or an extension finds (a
+    wrong unpacking is a `ValueError`, too) are faults of the program.
+    """
+    if isinstance(error, OSError):
+        return True
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    raised = trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raised and isinstance(error, (ValueError, RuntimeError))
 
 
 def overview(names: set[str] | None = None) -> str:

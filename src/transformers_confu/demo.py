@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .demo_target import load_demo_target
 from .hub_cards import HUB_CARDS
+from .loading import load_draft
 from .modeling_confu import ConFuDraftModel
 
 
@@ -191,17 +191,6 @@ def summarise(comparisons: list[Comparison], dtype: torch.dtype, width: int) -> 
         print(f"\n{textwrap.fill(note, width)}")
 
 
-def load_draft(path: str, dtype: torch.dtype) -> ConFuDraftModel:
-    """The draft; ends the program with one sentence if it is not there."""
-    try:
-        return ConFuDraftModel.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        what = (
-            "holds no draft that can be read" if Path(path).is_dir() else "is no folder and cannot be had from the Hub"
-        )
-        sys.exit(f"{path} {what} ({str(error).splitlines()[0]}). Pass another with --draft.")
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit status is 1 if a text differs in float32."""
     parser = argparse.ArgumentParser(
@@ -250,7 +239,3 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

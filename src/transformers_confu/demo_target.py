@@ -73,29 +73,6 @@ def load_demo_target(
     return model.to(device or "cpu").eval(), AutoTokenizer.from_pretrained(path)
 
 
-def load_target(
-    name: str, dtype: str, device: torch.device | str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """
-    Load a target by what a command line calls it, in eval mode, and its tokenizer.
-
-    Args:
-        name: `"demo"`, a folder, or a Hub id.
-        dtype: Name of a torch dtype, such as `"bfloat16"`.
-        device: Where the model goes. `None` is the CPU.
-
-    Raises:
-        ValueError: `dtype` names none.
-    """
-    torch_dtype = getattr(torch, dtype, None)
-    if not isinstance(torch_dtype, torch.dtype):
-        raise ValueError(f"dtype is {dtype!r}, expected the name of a torch dtype such as bfloat16.")
-    if name == "demo":
-        return load_demo_target(dtype=torch_dtype, device=device)
-    target = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype).to(device or "cpu").eval()
-    return target, AutoTokenizer.from_pretrained(name)
-
-
 def demo_target_path(cache_dir: str | os.PathLike | None = None, source: Source = "auto") -> Path:
     """
     Return the folder of the demo target, fetching the model first if this machine does not have it. The source and

@@ -221,11 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("draft", help="folder or Hub id of the ConFu draft")
     arguments = parser.parse_args(argv)
     target = str(demo_target_path()) if arguments.target == "demo" else arguments.target
-    try:
-        findings = check_fit(target, _tokenizer(target), arguments.draft)
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    findings = check_fit(target, _tokenizer(target), arguments.draft)
     for finding in findings:
         print(finding)
     if any(finding.is_error for finding in findings):
@@ -244,7 +240,3 @@ def _tokenizer(target: str) -> PreTrainedTokenizerBase | None:
 
 
 __all__ = ["Finding", "check_fit"]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,22 +6,20 @@ Everything is built in a scratch folder. What fails, or is refused or interrupte
 
 import argparse
 import os
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .custom_generate import generate
-from .demo_target import load_target
 from .fit import Finding, check_fit
 from .generation_confu import ConFuKnobs
+from .loading import dtype_named, load_draft, load_target
 from .model_card import CARD_FILE, CardFacts, model_card
 from .modeling_confu import ConFuDraftModel
 
@@ -256,8 +254,8 @@ def build(
     card.save(folder / "README.md")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; its exit status."""
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
     parser = argparse.ArgumentParser(
         prog="confu publish",
         description="Check a draft against its target, write its model card, and push it to the Hub.",
@@ -290,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         target, tokenizer = load_target(arguments.target, arguments.target_dtype, device)
         require_fit(check_fit(target, tokenizer, arguments.draft))  # its files and its tokenizer, too
-        draft = ConFuDraftModel.from_pretrained(arguments.draft, dtype=arguments.dtype)
+        draft = load_draft(arguments.draft, dtype_named(arguments.dtype))
         for knob in ConFuKnobs.names():
             if getattr(arguments, knob) is not None:
                 setattr(draft.generation_config, knob, getattr(arguments, knob))
@@ -307,15 +305,6 @@ def main(argv: list[str] | None = None) -> int:
             token=arguments.token,
             commit_message=arguments.commit_message,
         )
-    except (LocalTokenNotFoundError, HFValidationError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        print(f"Not published, and nothing was left behind: {error}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
+    except OSError as error:  # all that the Hub refuses is one
+        raise OSError(f"Not published, and nothing was left behind: {error}") from error
     print(place)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

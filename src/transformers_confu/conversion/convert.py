@@ -1,12 +1,8 @@
 """The conversion command: `confu convert in|out --help`."""
 
 import argparse
-import sys
 
-import torch
-from safetensors import SafetensorError
-
-from ..modeling_confu import ConFuDraftModel
+from ..loading import dtype_named, load_draft
 from .checkpoints import require_new
 from .from_eagle3 import convert_eagle3
 from .to_eagle3 import export_eagle3
@@ -59,50 +55,30 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; its exit status."""
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
     arguments = make_parser().parse_args(argv)
-    try:
-        if arguments.direction == "in":
-            require_new(arguments.output)
-            overrides = {
-                "target_hidden_state_indices": arguments.taps,
-                "norm_output": arguments.norm_output,
-                "norm_before_residual": arguments.norm_before_residual,
-                "num_soft_prompts": arguments.num_soft_prompts,
-            }
-            draft = convert_eagle3(
-                arguments.source,
-                arguments.target,
-                dtype=_dtype(arguments.dtype),
-                hub_arguments={"revision": arguments.revision} if arguments.revision else None,
-                **{name: value for name, value in overrides.items() if value is not None},
-            )
-            draft.save_pretrained(arguments.output)
-            print(
-                f"{arguments.output}: taps {draft.config.target_hidden_state_indices}, draft vocabulary "
-                f"{draft.config.draft_vocab_size} of {draft.config.vocab_size}. It decodes in EAGLE-3 mode; train its "
-                "future channel next."
-            )
-        else:
-            draft = ConFuDraftModel.from_pretrained(arguments.draft)
-            export_eagle3(draft, arguments.output, arguments.format, arguments.target)
-            print(f"{arguments.output}: an EAGLE-3 draft, without the future channel")
-    except SafetensorError as error:
-        print(f"The weights in {arguments.draft} are damaged or incomplete ({error}).", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    dtype = None if name is None else getattr(torch, name, None)
-    if name is not None and not isinstance(dtype, torch.dtype):
-        raise ValueError(f"--dtype is {name!r}, expected the name of a torch dtype such as bfloat16.")
-    return dtype
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    if arguments.direction == "in":
+        require_new(arguments.output)
+        overrides = {
+            "target_hidden_state_indices": arguments.taps,
+            "norm_output": arguments.norm_output,
+            "norm_before_residual": arguments.norm_before_residual,
+            "num_soft_prompts": arguments.num_soft_prompts,
+        }
+        draft = convert_eagle3(
+            arguments.source,
+            arguments.target,
+            dtype=None if arguments.dtype is None else dtype_named(arguments.dtype),
+            hub_arguments={"revision": arguments.revision} if arguments.revision else None,
+            **{name: value for name, value in overrides.items() if value is not None},
+        )
+        draft.save_pretrained(arguments.output)
+        print(
+            f"{arguments.output}: taps {draft.config.target_hidden_state_indices}, draft vocabulary "
+            f"{draft.config.draft_vocab_size} of {draft.config.vocab_size}. It decodes in EAGLE-3 mode; train its "
+            "future channel next."
+        )
+    else:
+        export_eagle3(load_draft(arguments.draft), arguments.output, arguments.format, arguments.target)
+        print(f"{arguments.output}: an EAGLE-3 draft, without the future channel")

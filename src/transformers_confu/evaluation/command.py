@@ -37,7 +37,3 @@ def main(argv: list[str] | None = None) -> None:
         print(speed_table(comparison).markdown())
     if arguments.report is not None:
         print(f"\nReport: {write_report(file, Path(arguments.report), command, arguments.seed)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from ..demo_target import demo_target_path, load_target
+from ..demo_target import demo_target_path
+from ..loading import load_draft, load_target
 from ..modeling_confu import ConFuDraftModel
 from ..training.data import encode_prompt
 from .arguments import EvaluationArguments
@@ -53,8 +54,7 @@ class Models:
 def load_models(arguments: EvaluationArguments, dtype: str, device: torch.device) -> Models:
     target, tokenizer = load_target(arguments.target, dtype, device)
     assistants: dict[str, Any] = {
-        draft.name: ConFuDraftModel.from_pretrained(draft.source, dtype=target.dtype).to(device).eval()
-        for draft in drafts_of(arguments)
+        draft.name: load_draft(draft.source, target.dtype).to(device) for draft in drafts_of(arguments)
     }
     if arguments.assistant is not None:
         assistant = AutoModelForCausalLM.from_pretrained(arguments.assistant, dtype=target.dtype).to(device).eval()

@@ -426,7 +426,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     output.with_suffix(".md").write_text(provenance, encoding="utf-8")
     print(report)
     print(f"{len(rows):,} prompts: {output}, their provenance: {output.with_suffix('.md')}")
-
-
-if __name__ == "__main__":
-    main()

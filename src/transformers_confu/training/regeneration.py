@@ -8,6 +8,7 @@ said. Half of the answers are greedy and half sampled by default; they are kept 
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..configuration_confu import ConFuConfig
-from ..demo_target import load_target
+from ..loading import load_target
 from ..target_runner import check_target
 from .continuous_batching import Request, answer, end_token_ids
 from .data import Messages, encode_prompt, load_jsonl, load_rows, parse_json_object
@@ -339,4 +340,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from ..cli import main as confu
+
+    sys.exit(confu(["data", "regenerate", *sys.argv[1:]]))

@@ -39,7 +39,10 @@ def read_runs(argv: list[str], names: Collection[str]) -> list[list[str]]:
     if not argv or not argv[0].endswith((".yaml", ".yml")):
         return [argv]
     path, overrides = argv[0], argv[1:]
-    settings = yaml.safe_load(Path(path).read_text())
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no YAML file: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no options; write one `name: value` a line.")
     stages = settings.pop("stages", None)

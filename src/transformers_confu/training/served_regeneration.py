@@ -461,7 +461,3 @@ def _json_object(name: str, text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{name} is {text!r}, expected a JSON object.")
     return value
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..demo_target import demo_target_path, load_target
+from ..demo_target import demo_target_path
+from ..loading import load_target
 
 
 def load_frozen_target(

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTr
 
 from ..configuration_confu import ConFuConfig
 from ..demo_target import HUB_ID, demo_target_path
+from ..loading import load_draft
 from ..modeling_confu import ConFuDraftModel
 from .arguments import ConFuTrainingArguments
 from .data import IGNORE_INDEX, DatasetReport, load_rows, prepare_dataset
@@ -114,7 +115,7 @@ def run(arguments: DraftArguments, training_arguments: ConFuTrainingArguments) -
     )
     train_dataset, eval_dataset = prepare(arguments, target, tokenizer)
     if arguments.draft is not None:
-        draft = ConFuDraftModel.from_pretrained(arguments.draft, dtype=torch.float32)
+        draft = load_draft(arguments.draft, torch.float32)
         if training_arguments.stage != "core" and is_channel_untrained(draft):  # a converted draft
             size = draft.config.num_soft_prompts
             start_future_channel(draft, target, instruction_ids(tokenizer, arguments.instruction, size))
@@ -245,4 +246,6 @@ def _prompt_length(labels: list[int]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    from ..cli import main as confu
+
+    sys.exit(confu(["train", *sys.argv[1:]]))

@@ -1,0 +1,63 @@
+"""Models by what a command line calls them."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .demo_target import load_demo_target
+from .modeling_confu import ConFuDraftModel
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """
+    The torch dtype of a name, such as `"bfloat16"`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype is {name!r}, expected the name of a torch dtype such as bfloat16.")
+    return dtype
+
+
+def load_target(
+    name: str, dtype: str, device: torch.device | str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    Load a target in eval mode, and its tokenizer.
+
+    Args:
+        name: `"demo"`, a folder, or a Hub id.
+        dtype: Name of a torch dtype, such as `"bfloat16"`.
+        device: Where the model goes. `None` is the CPU.
+
+    Raises:
+        ValueError: `dtype` names none.
+    """
+    torch_dtype = dtype_named(dtype)
+    if name == "demo":
+        return load_demo_target(dtype=torch_dtype, device=device)
+    target = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype).to(device or "cpu").eval()
+    return target, AutoTokenizer.from_pretrained(name)
+
+
+def load_draft(name: str, dtype: torch.dtype | None = None) -> ConFuDraftModel:
+    """
+    Load a draft in eval mode.
+
+    Args:
+        name: A folder or a Hub id.
+        dtype: `None` is that of its config.
+
+    Raises:
+        ValueError: there is nothing of that name, or no draft, or one with damaged weights.
+    """
+    try:
+        return ConFuDraftModel.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        is_folder = Path(name).is_dir()
+        what = "holds no draft that can be read" if is_folder else "is no folder and cannot be had from the Hub"
+        raise ValueError(f"{name} {what} ({str(error).splitlines()[0]}).") from error
