@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import _http
 from transformers import AutoModel
+from transformers.utils import logging
 
 from helpers import make_tiny_draft, make_tiny_target
 from hub_stand_in import HubServer
@@ -286,6 +287,15 @@ def test_ties_are_told_apart_from_faults(draft, target, tokenizer, monkeypatch):
 
 
 @pytest.fixture
+def warnings_of_hub(monkeypatch):
+    """What the module warns of, as it reaches the log."""
+    texts: list[str] = []
+    monkeypatch.setattr(hub.logger, "warning", texts.append)
+    logging.warning_once.cache_clear()
+    return texts
+
+
+@pytest.fixture
 def command(draft, target, tokenizer, server, tmp_path, monkeypatch):
     """`confu publish` with the tiny models, for a saved draft with its card; its exit status."""
     draft.save_pretrained(tmp_path / "draft")
@@ -302,6 +312,13 @@ def test_the_command_publishes_with_knobs(command, server, nothing_left, capsys)
     knobs = {name: value for name, value in json.loads(files["generation_config.json"]).items() if "confu" in name}
     assert knobs == {"confu_tree_size": 9, "confu_contemplation": 0}
     assert json.loads(files["config.json"])["dtype"] == "bfloat16"
+
+
+def test_the_command_warns_once_of_what_does_not_fit(command, server, nothing_left, tmp_path, warnings_of_hub):
+    config = tmp_path / "draft" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 99}))
+    assert command("--token", "hf_good") == 0
+    assert sum("`max_position_embeddings` is 99" in text for text in warnings_of_hub) == 1
 
 
 def test_the_command_fails_in_one_sentence(command, server, nothing_left, capsys, tmp_path):

@@ -232,7 +232,7 @@ def require_fit(findings: list[Finding]) -> None:
     """Refuse what cannot work; warn of the rest."""
     for finding in findings:
         if not finding.is_error:
-            logger.warning(finding.sentence)
+            logger.warning_once(finding.sentence)  # a folder is checked, and the model that is loaded from it
     if errors := [finding.sentence for finding in findings if finding.is_error]:
         raise ValueError("\n".join(errors))
 
