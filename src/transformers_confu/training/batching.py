@@ -74,7 +74,6 @@ class ConFuDataCollator:
 
     Args:
         pad_token_id: id that fills `input_ids`; 0 if None. Padding is masked, so any valid id will do.
-        pad_to_multiple_of: if given, the batch length is rounded up to a multiple of it.
         packed_length: if given, rows are packed into sequences of at most so many tokens.
 
     Returns of a call, all LongTensors [B, T]; other columns of the rows are left out, but for `row_ids`, which come as
@@ -95,13 +94,11 @@ class ConFuDataCollator:
     """
 
     pad_token_id: int | None = None
-    pad_to_multiple_of: int | None = None
     packed_length: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("pad_to_multiple_of", "packed_length"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected None or at least 1.")
+        if self.packed_length is not None and self.packed_length < 1:
+            raise ValueError(f"packed_length is {self.packed_length}, expected None or at least 1.")
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         lengths = [len(row["input_ids"]) for row in rows]
@@ -114,8 +111,7 @@ class ConFuDataCollator:
         is_packed = self.packed_length is not None
         sequences = pack_rows(lengths, self.packed_length) if is_packed else [[index] for index in range(len(rows))]
         longest = max(sum(lengths[index] for index in sequence) for sequence in sequences)
-        step = self.pad_to_multiple_of or 1
-        shape = (len(sequences), -(-longest // step) * step)
+        shape = (len(sequences), longest)
         input_ids = torch.full(shape, self.pad_token_id or 0, dtype=torch.long)
         labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
         document_ids = torch.full(shape, -1, dtype=torch.long)
@@ -233,10 +229,6 @@ class TokenBatchSampler(Sampler[list[int]], ABC):
 
     def __iter__(self) -> Iterator[list[int]]:
         yield from (batch.tolist() for batch in self._epoch()[self.process_index :: self.num_processes])
-
-    def padding_share(self) -> float:
-        """Share (0..1) of padding among the tokens of the current epoch's batches, all processes together."""
-        return 1 - int(self.lengths.sum()) / sum(self._padded_size(batch) for batch in self._epoch())
 
 
 class LengthGroupedTokenBatchSampler(TokenBatchSampler):
