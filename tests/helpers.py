@@ -52,6 +52,14 @@ def make_tiny_target(
     return model.to(dtype).eval()
 
 
+def rotate(keys: torch.Tensor, position: int, theta: float = 10000.0) -> torch.Tensor:
+    """Llama's RoPE, in complex numbers: `keys` `(..., hd)` moved by `position`. Number i goes with number i + hd/2."""
+    half = keys.shape[-1] // 2
+    angles = position / theta ** (torch.arange(half, dtype=torch.float32) / half)  # in fp32, as Llama has them
+    turned = torch.complex(keys[..., :half], keys[..., half:]) * torch.complex(angles.cos(), angles.sin())
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
 def make_tiny_draft(
     target: PreTrainedModel, dtype: torch.dtype | None = None, seed: int = 1, **overrides
 ) -> ConFuDraftModel:

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Dyna
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from exactness import compare
-from helpers import make_tiny_draft, make_tiny_target
+from helpers import make_tiny_draft, make_tiny_target, rotate
 from transformers_confu import ConFuDraftModel, confu_generation_config
 from transformers_confu.draft_tree import DraftTree
-from transformers_confu.target_runner import TargetRunner, check_cache, check_target
+from transformers_confu.target_runner import KeyRotation, TargetRunner, check_cache, check_target
 
 
 PROMPT = torch.tensor([[3, 4, 5, 2, 7, 6, 8]])
@@ -229,9 +229,74 @@ def test_a_verified_tree_is_a_forward_over_each_path(name, implementation):
             path_cache, _ = prefill(target, runner, ids)
             length = ids.shape[1]
             visible = torch.ones(1, 1, length, dtype=torch.bool)
-            contemplated = runner.contemplate(path_cache, routed_by[:, None], torch.tensor([[length]]), visible)
+            place = torch.tensor([[length]])
+            contemplated = runner.contemplate(path_cache, routed_by[:, None], place, place, visible)
             assert close(future, contemplated[0, 0])
             assert path_cache.get_seq_length() == length  # left as it was
+
+
+# Rotated soft prompts
+
+
+NOT_ROTATED = {"GPT2", "OPT", "GPTBigCode", "GPTJ", "SmolLM3"}  # positions of another kind, or not in every layer
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_keys_rotate_as_the_target_rotates_its_own(name):
+    """A token that sees only itself has the same states at every position, but for the rotation of its keys."""
+    target = make_target(name, "eager")
+    if name in NOT_ROTATED:
+        draft = make_tiny_draft(target, rotate_soft_prompts=True)
+        with pytest.raises(ValueError, match=rf"RoPE .* but {type(target).__name__} has none that serves every layer"):
+            check_target(target, draft.config)
+        return
+
+    def keys_at(positions: list[int]) -> torch.Tensor:
+        cache = DynamicCache(config=target.config)
+        count = len(positions)
+        target(torch.full((count, 1), 5), position_ids=torch.tensor(positions)[:, None], cache=cache)
+        return torch.stack([layer.keys for layer in cache.layers])  # (layers, positions, kv_heads, 1, hd)
+
+    positions = [0, 1, 7, 100]
+    keys = keys_at(positions)
+    assert (keys[:, 0] - keys[:, -1]).abs().amax((1, 2, 3)).min() > 1e-2
+    rotated = KeyRotation(target)(keys[:, 0], torch.tensor([positions[:2], positions[2:]]))
+    # Sets of slots that follow one another in a row of the batch.
+    expected = torch.stack([keys[:, :2], keys[:, 2:]], dim=1).squeeze(-2).transpose(2, 3)
+    torch.testing.assert_close(rotated, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_scale_of_yarn_is_not_applied_twice():
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    target = make_target("Llama", rope_parameters=rope)
+    keys = torch.randn(5, 2, 3, 8, dtype=torch.float64)
+    assert target.model.rotary_emb.attention_scaling > 1.1
+    rotation = KeyRotation(target)
+    torch.testing.assert_close(rotation(keys, torch.tensor([[0]]))[:, 0], keys)
+    rotated = rotation(keys, torch.tensor([[9]]))[:, 0]
+    torch.testing.assert_close(rotated.norm(dim=-1), keys.norm(dim=-1), rtol=1e-6, atol=0)
+    assert (rotated - keys).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_rotated_soft_prompts_stand_at_the_root():
+    """f of every node against a forward whose slots are cached rows at the root's position; and the text is exact."""
+    target = make_target("Llama")
+    draft = make_tiny_draft(target, rotate_soft_prompts=True)
+    runner = TargetRunner(target, draft.config, draft.future_channel)
+    root = PROMPT.shape[1]
+    cache, routed_by = prefill(target, runner, PROMPT)
+    visible = torch.ones(1, root, dtype=torch.bool)
+    futures = runner.verify(TREE, CONTEMPLATED, routed_by, cache, torch.tensor([root]), visible).futures[0]
+    keys = draft.future_channel.soft_prompts[:, 0]
+    assert (rotate(keys, root) - keys).abs().max() > 0.1
+    keys.copy_(rotate(keys, root))
+    for node, future in zip(CONTEMPLATED[0].tolist(), futures, strict=True):
+        ids = torch.cat([PROMPT, torch.tensor([path_to(node)])], dim=1)
+        torch.testing.assert_close(future, future_by_prefix(target, draft, ids, routed_by), rtol=1e-6, atol=1e-6)
+    assert_same_text(target, draft)
 
 
 @torch.no_grad()
@@ -266,7 +331,7 @@ def test_a_target_of_text_and_images_decodes_text():
         transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_id=12)
     )
     target = target.double().eval()
-    assert_same_text(target, make_tiny_draft(target))
+    assert_same_text(target, make_tiny_draft(target, rotate_soft_prompts=True))
 
 
 # Precision and place
@@ -296,7 +361,7 @@ def test_draft_and_target_may_differ_in_precision(target_dtype, draft_dtype):
 
 def test_a_target_split_by_a_device_map():
     target = make_target("Llama")
-    draft = make_tiny_draft(target)
+    draft = make_tiny_draft(target, rotate_soft_prompts=True)
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     device_map |= {f"model.layers.{index}": "cpu" for index in range(5)}
     dispatch_model(target, device_map, force_hooks=True)
@@ -306,7 +371,7 @@ def test_a_target_split_by_a_device_map():
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_an_offloaded_target(where, tmp_path):
     target = make_target("Llama")
-    draft = make_tiny_draft(target)
+    draft = make_tiny_draft(target, rotate_soft_prompts=True)
     if where == "cpu":
         cpu_offload(target, torch.device("cpu"))
     else:
@@ -358,7 +423,7 @@ LORA = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4, "init_lora_
 
 def test_a_target_wrapped_by_peft():
     target = make_target("Llama")
-    draft = make_tiny_draft(target)
+    draft = make_tiny_draft(target, rotate_soft_prompts=True)
     before = target.generate(PROMPT, max_new_tokens=24, do_sample=False)
     torch.manual_seed(0)
     wrapped = get_peft_model(target, LoraConfig(task_type="CAUSAL_LM", **LORA)).double().eval()

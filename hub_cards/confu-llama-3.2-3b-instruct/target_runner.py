@@ -5,6 +5,7 @@ modules are called and no weight is read, so quantised, offloaded, split and LoR
 """
 
 import inspect
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,63 @@ class Verification:
     prefix_length: int
 
 
+class KeyRotation:
+    r"""
+    The rotation that a target's RoPE gives to its keys, for keys that no layer of it made: the soft prompts'.
+
+    Args:
+        target ([`PreTrainedModel`]): The target.
+
+    Raises:
+        ValueError: the target rotates no keys, or not in a way known here.
+    """
+
+    def __init__(self, target: PreTrainedModel):
+        config, decoder = target.config.get_text_config(decoder=True), target.get_decoder()
+        self.embedding = getattr(decoder, "rotary_emb", None)
+        self.apply = getattr(sys.modules[type(self.embedding).__module__], "apply_rotary_pos_emb", None)
+        rope = getattr(config, "rope_parameters", None)
+        if self.apply is None or not rope or not all(getattr(config, "no_rope_layers", None) or [True]):
+            raise ValueError(
+                f"The draft's soft prompts are rotated by the target's RoPE (`rotate_soft_prompts=True`), but "
+                f"{type(target).__name__} has none that serves every layer; use a draft with "
+                "`rotate_soft_prompts=False`."
+            )
+        # Models that rotate each type of layer in its own way ask for the type; check_target lets one type pass.
+        parameters = inspect.signature(self.embedding.forward).parameters
+        self.of_type = {"layer_type": "full_attention"} if "layer_type" in parameters else {}
+        self.share = rope.get("full_attention", rope).get("partial_rotary_factor", 1.0)
+
+    def __call__(self, keys: torch.Tensor, position_ids: torch.LongTensor) -> torch.Tensor:
+        r"""
+        Move keys from around position 0 to around other positions.
+
+        Args:
+            keys (`torch.FloatTensor` of shape `(layers, num_key_value_heads, S, head_dim)`): As the target would cache
+                them near position 0.
+            position_ids (`torch.LongTensor` of shape `(batch, R)`): Where to.
+
+        Returns:
+            `torch.FloatTensor` of shape `(layers, batch, num_key_value_heads, R * S, head_dim)`.
+        """
+        num_layers, num_heads, num_slots, head_dim = keys.shape
+        batch_size, num_positions = position_ids.shape
+        positions = position_ids.to(keys.device).reshape(-1, 1)  # (B * R, 1)
+        like = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        cos, sin = (
+            angles.to(keys.device)  # (1 + B * R, 1, share of hd)
+            for angles in self.embedding(like, nn.functional.pad(positions, (0, 0, 1, 0)), **self.of_type)
+        )
+        # At position 0 the cosine is 1, or the factor by which YaRN scales keys, which cached ones have already.
+        cos, sin = cos[1:] / cos[:1], sin[1:] / cos[:1]
+        states = keys.flatten(0, 1).expand(len(positions), -1, -1, -1)  # (B * R, layers * kv_heads, S, hd)
+        rotated, kept = states.split([rotary := int(self.share * head_dim), head_dim - rotary], dim=-1)
+        _, rotated = self.apply(rotated, rotated, cos, sin)
+        states = torch.cat([rotated, kept], dim=-1).to(keys.dtype)
+        states = states.view(batch_size, num_positions, num_layers, num_heads, num_slots, head_dim)
+        return states.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)
+
+
 class SlotCache(DynamicCache):
     r"""
     A view of `cache` for one forward whose contemplate rows also read the soft prompts.
@@ -51,17 +109,25 @@ class SlotCache(DynamicCache):
         cache (`DynamicCache`): Shared, not copied.
         channel: Gives the slots of each layer.
         keep (`bool`): Store rows and slots in `cache`, to be compacted later; else leave `cache` as it is.
+        rotated_keys (`torch.FloatTensor`, *optional*): See `ConFuFutureChannel.slots`.
     """
 
-    def __init__(self, cache: DynamicCache, channel: "ConFuFutureChannel", keep: bool):
+    def __init__(
+        self,
+        cache: DynamicCache,
+        channel: "ConFuFutureChannel",
+        keep: bool,
+        rotated_keys: torch.Tensor | None = None,
+    ):
         super().__init__()
         self.layers = cache.layers
         self.channel = channel
         self.keep = keep
+        self.rotated_keys = rotated_keys
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         layer = self.layers[layer_idx]
-        slot_keys, slot_values = self.channel.slots(layer_idx, like=key_states)
+        slot_keys, slot_values = self.channel.slots(layer_idx, key_states, self.rotated_keys)
         keys = torch.cat([layer.keys, key_states, slot_keys], dim=-2)
         values = torch.cat([layer.values, value_states, slot_values], dim=-2)
         if self.keep:
@@ -91,6 +157,7 @@ class TargetRunner:
         self.config = config
         self.channel = channel
         self.embed = target.get_input_embeddings()
+        self.rotation = KeyRotation(target) if config.rotate_soft_prompts and config.num_soft_prompts else None
         self.recorded = sorted(
             {*config.target_hidden_state_indices, *config.future_hidden_state_indices, *also_recorded}
         )
@@ -105,7 +172,12 @@ class TargetRunner:
         return torch.cat([hidden_states[index].to(like.device, like.dtype) for index in indices], dim=-1)
 
     def contemplate(
-        self, cache: DynamicCache, routed_by: torch.Tensor, position_ids: torch.LongTensor, visible: torch.BoolTensor
+        self,
+        cache: DynamicCache,
+        routed_by: torch.Tensor,
+        position_ids: torch.LongTensor,
+        root_positions: torch.LongTensor,
+        visible: torch.BoolTensor,
     ) -> torch.Tensor:
         r"""
         Future predictions of contemplate rows behind rows that are all cached. The cache is left as it was.
@@ -115,25 +187,33 @@ class TargetRunner:
             routed_by (`torch.FloatTensor` of shape `(batch, rows, taps_size)`): Taps that route `[con]`, row by row.
             position_ids (`torch.LongTensor` of shape `(batch, rows)`): One more than the position of the token that a
                 row stands behind.
+            root_positions (`torch.LongTensor` of shape `(batch, rows)`): Position of the root of the round that a row
+                belongs to: one more than that of the token whose taps route it. Rotated soft prompts stand there.
             visible (`torch.BoolTensor` of shape `(batch, rows, P)`): Cached rows that a row sees.
 
         Returns:
             `torch.FloatTensor` of shape `(batch, rows, future_size)`.
         """
-        outputs = self._contemplate(cache, routed_by, position_ids, visible, logits_to_keep=1)
+        outputs = self._contemplate(cache, routed_by, position_ids, root_positions, visible, logits_to_keep=1)
         return self._select(outputs.hidden_states, self.config.future_hidden_state_indices)
 
     def foresee(
-        self, cache: DynamicCache, routed_by: torch.Tensor, position_ids: torch.LongTensor, visible: torch.BoolTensor
+        self,
+        cache: DynamicCache,
+        routed_by: torch.Tensor,
+        position_ids: torch.LongTensor,
+        root_positions: torch.LongTensor,
+        visible: torch.BoolTensor,
     ) -> torch.Tensor:
         """What the target itself would predict after contemplate rows, logits `(B, rows, V)`; see `contemplate`."""
-        return self._contemplate(cache, routed_by, position_ids, visible, logits_to_keep=0).logits
+        return self._contemplate(cache, routed_by, position_ids, root_positions, visible, logits_to_keep=0).logits
 
     def _contemplate(
         self,
         cache: DynamicCache,
         routed_by: torch.Tensor,
         position_ids: torch.LongTensor,
+        root_positions: torch.LongTensor,
         visible: torch.BoolTensor,
         logits_to_keep: int,
     ) -> ModelOutput:
@@ -142,12 +222,16 @@ class TargetRunner:
         embeddings = self.channel.contemplate_token(routed_by).to(like.device, like.dtype)
         num_rows = embeddings.shape[1]
         itself = torch.eye(num_rows, dtype=torch.bool, device=visible.device).expand(visible.shape[0], -1, -1)
-        slots = visible.new_ones(visible.shape[0], num_rows, self.config.num_soft_prompts)
+        num_slots = self.config.num_soft_prompts
+        if self.rotation is None:
+            slots = itself.new_ones(*itself.shape[:2], num_slots)
+        else:
+            slots = itself.repeat_interleave(num_slots, dim=-1)  # each row has its round's: (B, rows, rows * S)
         return self.target(
             inputs_embeds=embeddings,
             attention_mask=additive_mask(torch.cat([visible, itself, slots], dim=-1), like=embeddings),
             position_ids=position_ids.to(embeddings.device),
-            cache=SlotCache(cache, self.channel, keep=False),
+            cache=self._with_slots(cache, root_positions, keep=False),
             use_cache=True,
             output_hidden_states=self.config.future_hidden_state_indices,
             return_dict=True,
@@ -192,7 +276,7 @@ class TargetRunner:
             inputs_embeds = torch.cat([inputs_embeds, contemplate.to(inputs_embeds)], dim=1)
             depths = torch.cat([depths, depths.gather(1, nodes) + 1], dim=1)
             sees = self._rows_see(sees, nodes)
-            written = SlotCache(cache, self.channel, keep=True)
+            written = self._with_slots(cache, root_positions[:, None], keep=True)
         prefix = visible[:, None, :].expand(-1, depths.shape[1], -1)
         outputs = self.target(
             inputs_embeds=inputs_embeds,
@@ -217,6 +301,13 @@ class TargetRunner:
             else self._select(outputs.hidden_states, self.config.future_hidden_state_indices)[:, num_nodes:],
             prefix_length=prefix_length,
         )
+
+    def _with_slots(self, cache: DynamicCache, root_positions: torch.LongTensor, keep: bool) -> SlotCache:
+        """`cache` with one set of soft prompts, or with one at each of `root_positions` `(B, R)` if they rotate."""
+        rotated_keys = None
+        if self.rotation is not None:
+            rotated_keys = self.rotation(self.channel.soft_prompts[:, 0], root_positions)
+        return SlotCache(cache, self.channel, keep, rotated_keys)
 
     def _rows_see(self, ancestors: torch.BoolTensor, nodes: torch.LongTensor) -> torch.BoolTensor:
         """Who sees whom among [N nodes | C contemplate rows | S slots]: `(B, N + C, N + C + S)`."""
@@ -331,6 +422,8 @@ def check_target(target: PreTrainedModel, config: ConFuConfig) -> None:
             f"{name} is loaded with tensor parallelism over {target._tp_size} processes, where every process would "
             "need the same tree; load it with `device_map` instead."
         )
+    if config.rotate_soft_prompts and config.num_soft_prompts:
+        KeyRotation(target)
     peft_model = getattr(target.prepare_inputs_for_generation, "__self__", target)
     if getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError(

@@ -49,6 +49,9 @@ class ConFuConfig(PreTrainedConfig):
             (0 = embeddings, i = input of layer i, L = final state after the last norm), in the order in which `fc`
             concatenates them.
         num_soft_prompts (`int`): Key/value slots per target layer that only contemplate rows read, S (paper: 16).
+        rotate_soft_prompts (`bool`): Rotate the soft prompts' keys by the target's RoPE to the position of a round's
+            root, so that every contemplate row finds them at the same distance, however long the text; else the keys
+            are read as they are, and the distance grows with the text.
         num_contemplate_experts, num_contemplate_experts_per_token (`int`): E and K of the mixture of experts that
             makes the embedding of the contemplate token `[con]`. K = E = 1 is the ablation without a mixture.
         num_future_experts, num_future_experts_per_token (`int`): E and K of the mixture that makes the embedding of
@@ -96,6 +99,7 @@ class ConFuConfig(PreTrainedConfig):
     target_hidden_state_indices: list[int] | None = None
 
     num_soft_prompts: int = 16
+    rotate_soft_prompts: bool = False
     num_contemplate_experts: int = 8
     num_contemplate_experts_per_token: int = 2
     num_future_experts: int = 8

@@ -380,8 +380,10 @@ class _Decoding:
         self._observe_newest()
         future = None
         if self.knobs.contemplation > 0 and not self.finished:
+            # The round that this f opens has its root where the row stands.
+            root_positions = self.root_positions[:, None]
             future = self.runner.contemplate(
-                cache, self.last_taps, self.root_positions[:, None], self.visible[:, None]
+                cache, self.last_taps, root_positions, root_positions, self.visible[:, None]
             )[:, 0]
         self.statistics.prefill_seconds = time.perf_counter() - started
         return future

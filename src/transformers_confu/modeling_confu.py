@@ -124,13 +124,20 @@ class ConFuFutureChannel(nn.Module):
             nn.Linear(config.future_size, config.hidden_size, bias=False) if config.use_future_residual else None
         )
 
-    def slots(self, layer_idx: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Soft-prompt keys and values of one target layer, `(B, num_key_value_heads, S, head_dim)` each.
+    def slots(
+        self, layer_idx: int, like: torch.Tensor, rotated_keys: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Soft-prompt keys and values of one target layer, `(B, num_key_value_heads, R * S, head_dim)` each.
 
-        `like`, that layer's cached keys, gives batch size, device and dtype. The keys are used as they are, not
-        rotated: to a contemplate row they are at no particular distance.
+        `like`, that layer's cached keys, gives batch size, device and dtype. `rotated_keys` `(layers, B,
+        num_key_value_heads, R * S, head_dim)` are the keys of R sets of slots, each at a position of its own; without
+        them R is 1 and the keys are used as they are.
         """
-        keys, values = self.soft_prompts[layer_idx].to(device=like.device, dtype=like.dtype)
+        keys, values = self.soft_prompts[layer_idx]
+        if rotated_keys is not None:
+            keys = rotated_keys[layer_idx]
+            values = values.repeat(1, keys.shape[-2] // values.shape[-2], 1)
+        keys, values = (states.to(device=like.device, dtype=like.dtype) for states in (keys, values))
         return keys.expand(like.shape[0], -1, -1, -1), values.expand(like.shape[0], -1, -1, -1)
 
 

@@ -115,6 +115,10 @@ def test_a_folder_of_other_data_target_or_channel_is_refused(pair, tmp_path):
         CachedFeatures(
             other, TargetRunner(target, other.config, other.future_channel), make_dataset(), tmp_path, anchors
         )
+    rotated = make_tiny_draft(target, draft_vocab_size=31, rotate_soft_prompts=True)
+    with pytest.raises(ValueError, match="features made with another rotate_soft_prompts"):
+        runner_of_it = TargetRunner(target, rotated.config, rotated.future_channel)
+        CachedFeatures(rotated, runner_of_it, make_dataset(), tmp_path, anchors)
     changed = make_tiny_target("qwen3")
     with torch.no_grad():
         changed.lm_head.weight.mul_(1.5)

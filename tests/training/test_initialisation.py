@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from helpers import make_tiny_target
+from helpers import make_tiny_target, rotate
 from transformers_confu import ConFuConfig, ConFuDraftModel
 from transformers_confu.target_runner import TargetRunner
 from transformers_confu.training.initialisation import warm_start
@@ -86,6 +86,17 @@ def test_soft_prompts_are_the_keys_and_values_of_a_text():
         keys, values = channel.slots(layer_idx, like=layer.keys)
         torch.testing.assert_close(keys, layer.keys)
         torch.testing.assert_close(values, layer.values)
+
+
+def test_rotated_soft_prompts_are_a_text_that_ends_in_front_of_the_root():
+    target = make_tiny_target(dtype=torch.float32)
+    ids, root = torch.tensor([4, 8, 15]), 40
+    draft = warm_start(target, TOKENS, config_for(target, rotate_soft_prompts=True), soft_prompt_ids=ids)
+    cache = DynamicCache(config=target.config)
+    target(ids[None], position_ids=torch.arange(root - 3, root)[None], cache=cache)
+    for (keys, values), layer in zip(draft.future_channel.soft_prompts, cache.layers, strict=True):
+        torch.testing.assert_close(rotate(keys, root), layer.keys[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(values, layer.values[0], rtol=1e-4, atol=1e-4)
 
 
 def test_soft_prompts_need_as_many_tokens():

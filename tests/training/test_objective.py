@@ -12,7 +12,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from helpers import make_tiny_draft, make_tiny_target
+from helpers import make_tiny_draft, make_tiny_target, rotate
 from transformers_confu import ConFuDraftModel
 from transformers_confu.draft_tree import DraftTree
 from transformers_confu.target_runner import TargetRunner
@@ -33,6 +33,7 @@ PAIRS = {
         {"target_hidden_state_indices": [0, 1, 2, 3, 5], "future_hidden_state_indices": [2, 5]},
     ),
     "no soft prompts": ("llama", {"num_soft_prompts": 0}),
+    "rotated soft prompts": ("qwen3", {"rotate_soft_prompts": True}),
     "single experts": ("llama", {"num_contemplate_experts_per_token": 1, "num_future_experts_per_token": 1}),
 }
 
@@ -125,10 +126,6 @@ def run_naive_target(
     if routed_by is None:
         return NaiveTarget(taps[0], plain.logits[0], None)
 
-    # The slots are the only past; where a key stands in memory means nothing to attention.
-    past = DynamicCache()
-    for layer, (keys, values) in enumerate(channel.soft_prompts):
-        past.update(keys[None], values[None], layer)
     token = torch.arange(length)
     sees = torch.zeros(2 * length, slots + 2 * length, dtype=torch.bool)
     for i in range(length):
@@ -136,18 +133,30 @@ def run_naive_target(
         sees[length + i, : slots + i + 1] = True
         sees[length + i, slots + length + i] = True
     mask = torch.zeros(sees.shape, dtype=target.dtype).masked_fill(~sees, float("-inf"))
-    outputs = target(
-        inputs_embeds=torch.cat(
-            [target.get_input_embeddings()(input_ids), channel.contemplate_token(taps[0, routed_by])[None]], dim=1
-        ),
-        position_ids=torch.cat([token, token + 1])[None],
-        attention_mask=mask[None, None],
-        cache=past,
-        output_hidden_states=True,
-    )
-    torch.testing.assert_close(outputs.logits[:, :length], plain.logits, rtol=1e-10, atol=1e-10)
-    futures = torch.cat([outputs.hidden_states[index] for index in config.future_hidden_state_indices], dim=-1)
-    return NaiveTarget(taps[0], plain.logits[0], futures[0, length:])
+
+    def futures_of_all(root: int | None) -> torch.Tensor:
+        # The slots are the only past; where a key stands in memory means nothing to attention.
+        past = DynamicCache()
+        for layer, (keys, values) in enumerate(channel.soft_prompts):
+            past.update((keys if root is None else rotate(keys, root))[None], values[None], layer)
+        outputs = target(
+            inputs_embeds=torch.cat(
+                [target.get_input_embeddings()(input_ids), channel.contemplate_token(taps[0, routed_by])[None]], dim=1
+            ),
+            position_ids=torch.cat([token, token + 1])[None],
+            attention_mask=mask[None, None],
+            cache=past,
+            output_hidden_states=True,
+        )
+        torch.testing.assert_close(outputs.logits[:, :length], plain.logits, rtol=1e-10, atol=1e-10)
+        futures = torch.cat([outputs.hidden_states[index] for index in config.future_hidden_state_indices], dim=-1)
+        return futures[0, length:]
+
+    if config.rotate_soft_prompts:  # a forward for every row, since slots have one position in a forward
+        futures = torch.stack([futures_of_all(router + 1)[row] for row, router in enumerate(routed_by.tolist())])
+    else:
+        futures = futures_of_all(None)
+    return NaiveTarget(taps[0], plain.logits[0], futures)
 
 
 def naive_rows(labels: torch.LongTensor) -> list[int]:
@@ -330,7 +339,7 @@ def test_the_loss_of_a_perfect_draft_is_zero():
 
 
 @pytest.mark.parametrize("mode", ["anchors", "eagle3"])
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "rotated soft prompts"])
 def test_packed_texts_equal_texts_of_their_own(name, mode):
     target, draft = make_pair(name)
     batch = mixed_batch()
@@ -468,7 +477,7 @@ def test_contemplating_behind_the_cache_is_contemplating_in_the_text(name, monke
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["llama", "qwen3", "no soft prompts", "single experts"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "no soft prompts", "rotated soft prompts", "single experts"])
 def test_training_and_decoding_foresee_the_same(name, monkeypatch):
     target, draft = make_pair(name)
     root, depth = 4, 5  # the prompt is 0..3
@@ -481,7 +490,8 @@ def test_training_and_decoding_foresee_the_same(name, monkeypatch):
     outputs = target(ids[:, :root], cache=cache, output_hidden_states=runner.recorded)
     routed_by = runner.taps(outputs.hidden_states)[:, -1]
     visible = torch.ones(1, root, dtype=torch.bool)
-    of_prompt = runner.contemplate(cache, routed_by[:, None], torch.tensor([[root]]), visible[:, None])[0, 0]
+    place = torch.tensor([[root]])
+    of_prompt = runner.contemplate(cache, routed_by[:, None], place, place, visible[:, None])[0, 0]
     chain = ids[:, root : root + depth + 1]
     parents = torch.arange(depth + 1)[None].sub(1).clamp(min=0)
     tree = DraftTree.from_parents(chain, parents, torch.zeros(chain.shape))

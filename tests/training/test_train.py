@@ -1,5 +1,6 @@
 """The training command: one run or stages, from files and options; skipped, continued or refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -56,11 +57,13 @@ def test_the_command_takes_options_too(saved_target, tmp_path):
 def test_ablations_are_options(saved_target, tmp_path):
     run = write_run(tmp_path, saved_target, max_steps=1)
     main([run])
-    main([run, "--num_experts=1", "--num_soft_prompts", "3", "--instruction=", f"--output_dir={tmp_path / 'second'}"])
+    ablations = ["--num_experts=1", "--num_soft_prompts", "3", "--instruction=", "--rotate_soft_prompts"]
+    main([run, *ablations, f"--output_dir={tmp_path / 'second'}"])
     first, second = (ConFuDraftModel.from_pretrained(tmp_path / name) for name in ("draft", "second"))
     assert first.config.num_contemplate_experts == first.config.num_future_experts == 8
     assert second.config.num_contemplate_experts == second.config.num_future_experts == 1
     assert second.config.num_future_experts_per_token == 1
+    assert not first.config.rotate_soft_prompts and second.config.rotate_soft_prompts
     # Keys of a text are far larger than random ones.
     assert second.future_channel.soft_prompts.std() < 0.1 * first.future_channel.soft_prompts.std()
 
@@ -143,6 +146,20 @@ def test_a_run_of_other_options_is_not_overwritten(saved_target, tmp_path):
         f"{tmp_path / 'draft'} holds a finished run with other options (learning_rate was 0.0003, is 1e-05): use "
         "another `output_dir`, or delete this one to train anew."
     )
+
+
+def test_an_option_that_a_record_does_not_know_was_off(saved_target, tmp_path, capsys):
+    """Runs of older versions stay finished, and can be continued."""
+    run = write_run(tmp_path, saved_target, max_steps=1)
+    main([run])
+    record = tmp_path / "draft" / "_run.json"
+    settings = json.loads(record.read_text())
+    del settings["recipe"]["rotate_soft_prompts"]
+    record.write_text(json.dumps(settings))
+    main([run])
+    assert "Stage joint: finished" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="rotate_soft_prompts was None, is True"):
+        main([run, "--rotate_soft_prompts"])
 
 
 def test_options_that_were_refused_leave_no_run_behind(saved_target, tmp_path):

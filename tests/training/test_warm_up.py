@@ -1,5 +1,6 @@
 """The contemplation warm-up against one row at a time, in fp64."""
 
+import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache
@@ -11,10 +12,12 @@ from transformers_confu.training.texts import Texts
 from transformers_confu.training.warm_up import compute_foresight
 
 
-def test_loss_and_gradients_are_those_of_single_rows():
+@pytest.mark.parametrize("rotated", [False, True])
+def test_loss_and_gradients_are_those_of_single_rows(rotated):
     target = make_tiny_target().requires_grad_(False)
     # f is the final state alone, so the target's head on it is what the contemplate row predicts.
-    draft = make_tiny_draft(target, future_hidden_state_indices=[target.config.num_hidden_layers])
+    final = [target.config.num_hidden_layers]
+    draft = make_tiny_draft(target, future_hidden_state_indices=final, rotate_soft_prompts=rotated)
     runner = TargetRunner(target, draft.config, draft.future_channel)
     torch.manual_seed(0)
     input_ids = torch.randint(97, (3, 20))
@@ -41,6 +44,7 @@ def test_loss_and_gradients_are_those_of_single_rows():
                 cache,
                 runner.taps(states)[:, router, None],
                 torch.tensor([[anchor + 1]]),
+                torch.tensor([[router + 1]]),
                 torch.ones(1, 1, anchor + 1, dtype=torch.bool),
             )
             logits = target.lm_head(final)[0]

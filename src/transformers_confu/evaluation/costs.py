@@ -99,8 +99,8 @@ class WithoutSlots:
         self.soft_prompts = channel.soft_prompts
         self._slots = channel.slots
 
-    def slots(self, layer_idx: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self._slots(layer_idx, like)
+    def slots(self, layer_idx: int, like: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self._slots(layer_idx, like, *args)
         return keys[..., :0, :], values[..., :0, :]
 
 

@@ -150,7 +150,11 @@ class CachedFeatures:
         self.futures = None
         if anchors is not None:
             counts = [anchors.of(number, row).positions.shape[1] for number, row in enumerate(labels)]
-            channel = {"channel": fingerprint_of_module(draft.future_channel, anchors.reads), "anchors": vars(anchors)}
+            channel: dict[str, Any] = {
+                "channel": fingerprint_of_module(draft.future_channel, anchors.reads),
+                "anchors": vars(anchors),
+                **({"rotate_soft_prompts": True} if config.rotate_soft_prompts else {}),
+            }
             self.futures = RowStore(
                 folder / "futures",
                 recipe | channel | {"states": config.future_hidden_state_indices, "dtype": str(dtype)},

@@ -90,7 +90,9 @@ def start_future_channel(
                 f"`soft_prompt_ids` holds {len(soft_prompt_ids)} tokens; the draft has {config.num_soft_prompts} soft "
                 "prompts, one for each."
             )
-        channel.soft_prompts.copy_(_keys_and_values(target, soft_prompt_ids))
+        # Position 0 of rotated soft prompts is that of a round's root; the text ends just in front of it.
+        first = -len(soft_prompt_ids) if config.rotate_soft_prompts else 0
+        channel.soft_prompts.copy_(_keys_and_values(target, soft_prompt_ids, first))
     # `[con]` starts at the size of a real token's embedding, which differs between targets by orders of magnitude.
     embedding = _weight(target.get_input_embeddings())
     if embedding is not None:
@@ -123,8 +125,9 @@ def _copy(ours: torch.Tensor, theirs: torch.Tensor | None) -> bool:
     return True
 
 
-def _keys_and_values(target: PreTrainedModel, token_ids: torch.LongTensor) -> torch.Tensor:
-    """Cached keys and values of a text, `(layers, 2, num_key_value_heads, length, head_dim)`."""
+def _keys_and_values(target: PreTrainedModel, token_ids: torch.LongTensor, first: int) -> torch.Tensor:
+    """Cached keys and values of a text from position `first` on: `(layers, 2, num_key_value_heads, length, hd)`."""
     cache = DynamicCache(config=target.config)
-    target(input_ids=token_ids[None].to(target.device), cache=cache, use_cache=True)
+    position_ids = torch.arange(first, first + len(token_ids), device=target.device)[None]
+    target(input_ids=token_ids[None].to(target.device), position_ids=position_ids, cache=cache, use_cache=True)
     return torch.stack([torch.stack([layer.keys[0], layer.values[0]]).float().cpu() for layer in cache.layers])

@@ -106,6 +106,7 @@ def contemplate(
             cache,
             gather_rows(taps, anchors.routed_by),
             texts.position_ids.gather(1, anchors.positions) + 1,
+            texts.position_ids.gather(1, anchors.routed_by) + 1,
             texts.sees(anchors.positions),
         )
 

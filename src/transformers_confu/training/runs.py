@@ -93,6 +93,11 @@ def _as_options(settings: dict[str, Any]) -> list[str]:
     return options
 
 
+def _off(value: Any) -> Any:
+    """`None` for an option that is off: one that an older record does not know was off when the run was made."""
+    return None if value is False else value
+
+
 class RunFolder:
     r"""
     The output folder of a run, and how far the run has come.
@@ -113,7 +118,7 @@ class RunFolder:
         changed = [
             f"{name} was {record['recipe'].get(name)!r}, is {self.recipe.get(name)!r}"
             for name in sorted({*record["recipe"], *self.recipe})
-            if record["recipe"].get(name) != self.recipe.get(name)
+            if _off(record["recipe"].get(name)) != _off(self.recipe.get(name))
         ]
         if changed:
             state = "a finished" if self.finished else "an interrupted"

@@ -46,6 +46,12 @@ class DraftArguments:
     )
     draft_vocab_size: int = field(default=8192, metadata={"help": "Target tokens that a new draft can predict."})
     num_soft_prompts: int = field(default=16, metadata={"help": "Soft prompts of a new draft; 0 for none."})
+    rotate_soft_prompts: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether a new draft's soft prompts keep their distance to the text's end, by the target's RoPE."
+        },
+    )
     num_experts: int = field(
         default=8,
         metadata={"help": "Experts of each mixture of a new draft, [con]'s and [f]'s; 1 is a fixed embedding."},
@@ -208,6 +214,7 @@ def new_draft(
         target.config,
         draft_vocab_size=arguments.draft_vocab_size,
         num_soft_prompts=arguments.num_soft_prompts,
+        rotate_soft_prompts=arguments.rotate_soft_prompts,
         num_contemplate_experts=experts,
         num_contemplate_experts_per_token=min(2, experts),
         num_future_experts=experts,

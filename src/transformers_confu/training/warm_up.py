@@ -35,6 +35,7 @@ def compute_foresight(draft: ConFuDraftModel, runner: TargetRunner, texts: Texts
             outputs.cache,
             routed_by,
             texts.position_ids.gather(1, anchors.positions) + 1,
+            texts.position_ids.gather(1, anchors.routed_by) + 1,
             texts.sees(anchors.positions),
         )  # (B, K, V)
     counts = anchors.exists
