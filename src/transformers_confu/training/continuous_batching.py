@@ -4,6 +4,7 @@ Plain batched `generate` computes every row until the longest answer of the batc
 every token. Here the rows of one cache are allocated once, each has its own length, and none waits for another.
 """
 
+import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -42,6 +43,9 @@ SCORE_PROCESSORS = (
 # Prompts are read together once this share of the rows is free: one by one they would cost a forward each.
 REFILL_SHARE = 1 / 16
 
+# Prompts of at most so many tokens together, padding included, are read by one forward.
+TOKENS_PER_READING = 65536
+
 
 @dataclass(eq=False)
 class Request:
@@ -58,6 +62,7 @@ class Request:
     temperature: float
     seed: int
     answer_ids: list[int] = field(default_factory=list)
+    generator: random.Random | None = field(default=None, init=False, repr=False)
 
 
 class RowLayer(CacheLayerMixin):
@@ -82,13 +87,20 @@ class RowLayer(CacheLayerMixin):
         width = self.cache.width
         return self.keys[:, :, :width], self.values[:, :, :width]
 
-    def read_prompts(self, rows: list[int], lengths: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Takes over left-padded prompts, `(len(rows), heads, longest, head_dim)`."""
+    def read_prompts(
+        self,
+        rows: torch.LongTensor,
+        columns: torch.LongTensor,
+        is_token: torch.BoolTensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """Takes over prompts `(n, heads, longest, head_dim)`: what `is_token` `(n, longest)` marks, to its places."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            self.keys[row, :, :length] = keys[index, :, -length:]
-            self.values[row, :, :length] = values[index, :, -length:]
+        rows, columns, is_token = (index.to(keys.device) for index in (rows, columns, is_token))
+        self.keys[rows, :, columns] = keys.transpose(1, 2)[is_token]
+        self.values[rows, :, columns] = values.transpose(1, 2)[is_token]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.width, 0
@@ -149,34 +161,40 @@ def answer(
     rows: list[Request | None] = [None] * num_rows
     newest = torch.zeros(num_rows, 1, dtype=torch.long, device=device)
 
-    def take(row: int, token: int) -> Request | None:
-        """Adds a token to the row's answer, and frees the row if that ends it."""
-        request = rows[row]
-        request.answer_ids.append(token)
-        if token in ends or len(request.answer_ids) == max_new_tokens:
+    def take(places: list[int], logits: torch.Tensor) -> list[Request]:
+        """Adds a token to the answers of these rows, frees the rows whose answer has ended and returns those."""
+        index = torch.tensor(places, device=device)
+        tokens = draws([rows[row] for row in places], logits).to(device)
+        newest[index, 0] = tokens
+        finished = []
+        for row, token in zip(places, tokens.tolist(), strict=True):
+            request = rows[row]
+            request.answer_ids.append(token)
+            if token in ends or len(request.answer_ids) == max_new_tokens:
+                finished.append(row)
+        ended = [rows[row] for row in finished]
+        for row in finished:
             rows[row] = None
-            cache.lengths[row] = 0
-            return request
-        newest[row, 0] = token
-        return None
+        if finished:
+            cache.lengths[finished] = 0
+        return ended
 
     while True:
         free = [row for row, request in enumerate(rows) if request is None]
         if len(free) >= max(1, num_rows * REFILL_SHARE):
-            begun = list(islice(waiting, len(free)))
+            begun = _begin(waiting, len(free))
             if begun:
                 places = free[: len(begun)]
                 for row, request in zip(places, begun, strict=True):
                     rows[row] = request
-                logits = _read_prompts(target, cache, places, begun)
-                for row, token in zip(places, draws(begun, logits), strict=True):
-                    if (finished := take(row, token)) is not None:
-                        yield finished
+                    request.generator = random.Random(request.seed)
+                yield from take(places, _read_prompts(target, cache, places, begun))
                 continue
         active = [row for row, request in enumerate(rows) if request is not None]
         if not active:
             return
-        cache.width = int(cache.lengths.max()) + 1
+        # Counted here, as a look at the lengths of an accelerator would wait for all that it still has to do.
+        cache.width = max(len(rows[row].input_ids) + len(rows[row].answer_ids) for row in active)
         like = target.get_input_embeddings()(newest[:1])
         logits = target(
             input_ids=newest,
@@ -186,35 +204,44 @@ def answer(
             use_cache=True,
         ).logits[:, -1]
         cache.lengths[active] += 1
-        for row, token in zip(active, draws([rows[row] for row in active], logits[active]), strict=True):
-            if (finished := take(row, token)) is not None:
-                yield finished
+        yield from take(active, logits[active])
+
+
+def _begin(waiting: Iterator[Request], free_rows: int) -> list[Request]:
+    """The next requests, as many as rows are free and one forward reads; at least one if any is left."""
+    begun = list(islice(waiting, 1))
+    if begun:
+        # Neighbours are about as long; see `answer`.
+        most = min(free_rows, TOKENS_PER_READING // len(begun[0].input_ids))
+        begun += islice(waiting, max(most - 1, 0))
+    return begun
 
 
 def _read_prompts(
     target: PreTrainedModel, cache: RowCache, rows: list[int], requests: list[Request]
 ) -> torch.FloatTensor:
     """Fills rows of the cache with prompts; logits of what follows them, `(len(rows), V)`."""
-    lengths = [len(request.input_ids) for request in requests]
-    longest = max(lengths)
+    device = cache.lengths.device
+    lengths = torch.tensor([len(request.input_ids) for request in requests])
+    longest = int(lengths.max())
     # On the left, so that all prompts end in the same column.
+    is_token = torch.arange(longest) >= longest - lengths[:, None]  # (n, longest)
+    position_ids = (is_token.cumsum(-1) - 1).clamp(min=0)
     input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for index, request in enumerate(requests):
-        input_ids[index, longest - lengths[index] :] = torch.tensor(request.input_ids)
-        attention_mask[index, longest - lengths[index] :] = 1
+    input_ids[is_token] = torch.tensor([token for request in requests for token in request.input_ids])
     prompts = DynamicCache(config=target.config)
     outputs = target(
-        input_ids=input_ids.to(cache.lengths.device),
-        attention_mask=attention_mask.to(cache.lengths.device),
-        position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0).to(cache.lengths.device),
+        input_ids=input_ids.to(device),
+        attention_mask=is_token.long().to(device),
+        position_ids=position_ids.to(device),
         cache=prompts,
         use_cache=True,
         **({"logits_to_keep": 1} if target._supports_logits_to_keep() else {}),
     )
+    into = torch.tensor(rows).repeat_interleave(lengths), position_ids[is_token], is_token
     for layer, read in zip(cache.layers, prompts.layers, strict=True):
-        layer.read_prompts(rows, lengths, read.keys, read.values)
-    cache.lengths[rows] = torch.tensor(lengths, device=cache.lengths.device)
+        layer.read_prompts(*into, read.keys, read.values)
+    cache.lengths[rows] = lengths.to(device)
     return outputs.logits[:, -1]
 
 
@@ -225,7 +252,7 @@ class _Draws:
         self.target = target
         self.processors: dict[float, LogitsProcessorList] = {}
 
-    def __call__(self, requests: list[Request], logits: torch.Tensor) -> list[int]:
+    def __call__(self, requests: list[Request], logits: torch.Tensor) -> torch.LongTensor:
         """Tokens for `requests` from their `logits` `(len(requests), V)`."""
         tokens = torch.empty(len(requests), dtype=torch.long, device=logits.device)
         for temperature in {request.temperature for request in requests}:
@@ -238,8 +265,8 @@ class _Draws:
                 # `max` and not `argmax`, which is three times slower in bfloat16 on a CPU.
                 tokens[index] = scores.max(dim=-1).indices
             else:
-                tokens[index] = _inverse_cumulative(scores, [self._draw(requests[number]) for number in index])
-        return tokens.tolist()
+                tokens[index] = _inverse_cumulative(scores, [requests[row].generator.random() for row in index])
+        return tokens
 
     def _processors_of(self, temperature: float) -> LogitsProcessorList:
         if temperature not in self.processors:
@@ -256,12 +283,6 @@ class _Draws:
                 )
             self.processors[temperature] = processors
         return self.processors[temperature]
-
-    @staticmethod
-    def _draw(request: Request) -> float:
-        """The number in [0, 1) that draws the request's next token; one generator per token keeps nothing alive."""
-        generator = torch.Generator().manual_seed((request.seed + len(request.answer_ids)) % 2**63)
-        return float(torch.rand((), dtype=torch.float64, generator=generator))
 
 
 def _inverse_cumulative(scores: torch.Tensor, draws: list[float]) -> torch.LongTensor:

@@ -9,11 +9,8 @@ from transformers.utils import ModelOutput
 from ..modeling_confu import ConFuDraftModel
 from ..target_runner import TargetRunner, additive_mask
 from .anchors import draft_rows
+from .chunked_loss import rows_per_chunk
 from .texts import Texts
-
-
-# Rows whose scores over the target's whole vocabulary are held in float32 at a time.
-_ROWS_PER_CHUNK = 128
 
 
 @dataclass
@@ -126,6 +123,7 @@ def summarize(logits: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
     """Likeliest token and log of the sum of exponentials of scores `(rows, V)`, both `(rows,)`; the latter float32."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     # `max` and not `argmax`, which is three times slower in bfloat16 on a CPU.
-    best_tokens = [chunk.max(dim=-1).indices for chunk in logits.split(_ROWS_PER_CHUNK)]
-    normalizers = [chunk.to(dtype).logsumexp(dim=-1) for chunk in logits.split(_ROWS_PER_CHUNK)]
+    chunks = logits.split(rows_per_chunk(logits.device))
+    best_tokens = [chunk.max(dim=-1).indices for chunk in chunks]
+    normalizers = [chunk.to(dtype).logsumexp(dim=-1) for chunk in chunks]
     return torch.cat(best_tokens), torch.cat(normalizers)
