@@ -1,5 +1,7 @@
 """Every example runs, with tiny models; in this process, since each start of Python would import torch again."""
 
+import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -50,7 +52,27 @@ def test_finetune_trains_and_saves_a_draft_that_decodes(run_example, tmp_path):
     assert "draft state new" in printed
 
 
+def test_foresight_is_told_by_position(run_example, tmp_path):
+    rows = [{"prompt": f"question {number}", "answer": "answer " * 12} for number in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    printed = run_example(
+        "foresight", "--data", str(tmp_path / "rows.jsonl"), "--length", "300", "--conversations", "2"
+    )
+    assert re.search(r"accuracy_to_256: \d+\.\d%\n  accuracy_to_1024: \d+\.\d%\n", printed)
+    assert "accuracy_to_4096" not in printed
+
+
+def test_anchors_take_less_memory_than_a_contemplate_row_behind_every_token(run_example):
+    printed = run_example("benchmark_anchors", "--lengths", "48", "--repeats", "1")
+    cells = printed.splitlines()[-1].strip("| ").split(" | ")
+    length, anchors, memory, memory_of_all = map(float, cells[:4])
+    assert length == 48 and 9 <= anchors < 16
+    assert 0 < memory < memory_of_all
+
+
 def test_every_example_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py") if not path.stem.startswith("_")}
-    # The last one in `training/test_prompts.py`.
-    assert names == {"generate", "streaming", "use_pipeline", "chat", "finetune", "prepare_prompts"}
+    here = {"generate", "streaming", "use_pipeline", "chat", "finetune", "foresight", "benchmark_anchors"}
+    # In `training/test_prompts.py`.
+    elsewhere = {"prepare_prompts"}
+    assert names == here | elsewhere

@@ -44,6 +44,24 @@ def test_counts_add_up(config):
     }
 
 
+def test_foresight_is_told_by_position(config):
+    counts = Counts(config, num_steps=1)
+    one = {"counted": torch.tensor([9]), "correct": torch.tensor([4]), "correct_so_far": torch.tensor([4])}
+    counts.add(
+        make_objective(
+            counted_by_position=torch.tensor([5, 0, 4, 0]), correct_by_position=torch.tensor([3, 0, 1, 0]), **one
+        )
+    )
+    counts.add(
+        make_objective(
+            counted_by_position=torch.tensor([3, 0, 0, 6]), correct_by_position=torch.tensor([3, 0, 0, 0]), **one
+        )
+    )
+    metrics = counts.metrics()
+    assert (metrics["accuracy_to_256"], metrics["accuracy_to_4096"], metrics["accuracy_beyond"]) == (6 / 8, 1 / 4, 0)
+    assert "accuracy_to_1024" not in metrics  # nothing was counted there
+
+
 @pytest.mark.parametrize(
     "load, collapsed",
     [

@@ -7,13 +7,15 @@ from transformers import DynamicCache
 
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu.target_runner import TargetRunner
+from transformers_confu.training import warm_up
 from transformers_confu.training.anchors import sample_anchors
 from transformers_confu.training.texts import Texts
 from transformers_confu.training.warm_up import compute_foresight
 
 
 @pytest.mark.parametrize("rotated", [False, True])
-def test_loss_and_gradients_are_those_of_single_rows(rotated):
+def test_loss_and_gradients_are_those_of_single_rows(rotated, monkeypatch):
+    monkeypatch.setattr(warm_up, "POSITIONS", (4, 9, 14))
     target = make_tiny_target().requires_grad_(False)
     # f is the final state alone, so the target's head on it is what the contemplate row predicts.
     final = [target.config.num_hidden_layers]
@@ -31,7 +33,7 @@ def test_loss_and_gradients_are_those_of_single_rows(rotated):
     gradient = draft.future_channel.soft_prompts.grad.clone()
     draft.zero_grad()
 
-    loss, counted, correct = 0.0, 0, 0
+    loss, counted, correct = 0.0, [0] * 4, [0] * 4
     for text, positions, routed_by, exists in zip(
         input_ids, anchors.positions.tolist(), anchors.routed_by.tolist(), anchors.exists.tolist(), strict=True
     ):
@@ -49,11 +51,13 @@ def test_loss_and_gradients_are_those_of_single_rows(rotated):
             )
             logits = target.lm_head(final)[0]
             loss = loss + nn.functional.cross_entropy(logits, text[anchor + 2, None])
-            counted += 1
-            correct += int(logits.argmax() == text[anchor + 2])
+            place = 0 if anchor < 4 else 1 if anchor < 9 else 2 if anchor < 14 else 3
+            counted[place] += 1
+            correct[place] += int(logits.argmax() == text[anchor + 2])
     loss.backward()
-    assert counted == objective.counted.item() == objective.rows > 8
-    assert correct == objective.correct.item()
+    assert sum(counted) == objective.counted.item() == objective.rows > 8
+    assert sum(correct) == objective.correct.item()
+    assert objective.counted_by_position.tolist() == counted and objective.correct_by_position.tolist() == correct
     torch.testing.assert_close(objective.loss_sum, loss)
     torch.testing.assert_close(gradient, draft.future_channel.soft_prompts.grad)
     assert draft.fc.weight.grad is None

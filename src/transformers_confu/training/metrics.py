@@ -6,6 +6,7 @@ from transformers.utils import logging
 
 from ..configuration_confu import ConFuConfig
 from .objective import Objective
+from .warm_up import POSITIONS
 
 
 logger = logging.get_logger(__name__)
@@ -38,6 +39,8 @@ class Counts:
             "accepted_so_far": steps.float(),
             "contemplate_load": torch.zeros(config.num_contemplate_experts, dtype=torch.long),
             "future_load": torch.zeros(config.num_future_experts, dtype=torch.long),
+            "counted_by_position": torch.zeros(len(POSITIONS) + 1, dtype=torch.long),
+            "correct_by_position": torch.zeros(len(POSITIONS) + 1, dtype=torch.long),
         }
 
     def add(self, objective: Objective) -> None:
@@ -73,6 +76,8 @@ class Counts:
         - `future_coverage`: draft rows that read a future prediction.
         - `contemplate_load_min`, `..._max`, `future_load_...`: the least and the greatest share of one expert in what
           the router of `[con]`, and that of `[f]`, chose.
+        - `accuracy_to_256`, `..._to_1024`, `..._to_4096`, `accuracy_beyond`, in the warm-up: of the contemplate rows
+          whose anchor is among the first 256 tokens of its text, among the next up to 1,024, and so on.
         """
         if self.sums["rows"] == 0:
             return {}
@@ -90,6 +95,11 @@ class Counts:
             if load.sum() > 0:
                 shares = load / load.sum()
                 metrics |= {f"{name}_min": round(float(shares.min()), 4), f"{name}_max": round(float(shares.max()), 4)}
+        by_position = (self.sums["counted_by_position"].tolist(), self.sums["correct_by_position"].tolist())
+        for bound, counted_here, correct_here in zip((*POSITIONS, None), *by_position, strict=True):
+            if counted_here:
+                name = f"accuracy_to_{bound}" if bound else "accuracy_beyond"
+                metrics[name] = round(correct_here / counted_here, 4)
         return metrics
 
     def collapsed_routers(self) -> list[str]:

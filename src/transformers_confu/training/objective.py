@@ -31,6 +31,8 @@ class Objective:
             this step and all before are accepted in sampling at temperature 1.
         contemplate_load, future_load (`torch.LongTensor` of shape `(experts,)`, *optional*): How often the router of
             `[con]`, and that of `[f]`, chose each expert.
+        counted_by_position, correct_by_position (`torch.LongTensor` of shape `(4,)`, *optional*): Contemplate rows
+            within each of [`~warm_up.POSITIONS`] and beyond, and how many of them foresee the right token.
     """
 
     loss_sum: torch.Tensor
@@ -42,6 +44,8 @@ class Objective:
     accepted_so_far: torch.Tensor | None = None
     contemplate_load: torch.LongTensor | None = None
     future_load: torch.LongTensor | None = None
+    counted_by_position: torch.LongTensor | None = None
+    correct_by_position: torch.LongTensor | None = None
 
 
 @dataclass

@@ -16,6 +16,10 @@ from .teaching import read_texts
 from .texts import Texts
 
 
+POSITIONS = (256, 1024, 4096)
+"""Foresight is counted apart for anchors among the first so many tokens of a text, and for those behind."""
+
+
 def compute_foresight(draft: ConFuDraftModel, runner: TargetRunner, texts: Texts, anchors: Anchors) -> Objective:
     r"""
     Cross-entropy of the contemplate rows' predictions, and how often the first choice is right.
@@ -42,7 +46,10 @@ def compute_foresight(draft: ConFuDraftModel, runner: TargetRunner, texts: Texts
     last = texts.labels.shape[1] - 1
     expected = texts.labels.gather(1, (anchors.positions + 2).clamp(max=last))[counts].to(logits.device)
     logits = logits[counts.to(logits.device)].to(torch.promote_types(logits.dtype, torch.float32))  # (counted, V)
-    correct = (logits.detach().max(dim=-1).indices == expected).sum()[None].to(texts.labels.device)
+    is_correct = (logits.detach().max(dim=-1).indices == expected).to(texts.labels.device)
+    correct = is_correct.sum()[None]
+    positions = texts.position_ids.gather(1, anchors.positions)[counts]
+    place = torch.bucketize(positions, torch.tensor(POSITIONS, device=positions.device), right=True)
     return Objective(
         loss_sum=nn.functional.cross_entropy(logits, expected, reduction="sum"),
         counted=counts.sum()[None],
@@ -51,4 +58,6 @@ def compute_foresight(draft: ConFuDraftModel, runner: TargetRunner, texts: Texts
         rows=int(counts.sum()),
         rows_with_future=int(counts.sum()),
         contemplate_load=expert_load(draft.future_channel.contemplate_token, routed_by[counts]),
+        counted_by_position=place.bincount(minlength=len(POSITIONS) + 1),
+        correct_by_position=place[is_correct].bincount(minlength=len(POSITIONS) + 1),
     )
