@@ -59,6 +59,11 @@ COMMANDS = {
         "Measure accepted length and speed against plain generate, on questions of your own or a benchmark.",
         "confu evaluate --drafts runs/draft --questions questions.jsonl --output results.jsonl --report report",
     ),
+    "report": Command(
+        "evaluation.results",
+        "Put several measurements of confu evaluate on one Markdown page.",
+        "confu report results/base.jsonl results/tree_size.jsonl --output docs/results.md",
+    ),
     "convert": Command(
         "conversion.convert",
         "Make a ConFu draft of an EAGLE-3 draft (in), or hand its EAGLE-3 part to SGLang or vLLM (out).",

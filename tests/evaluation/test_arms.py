@@ -95,10 +95,12 @@ def test_wrong_options_are_refused(options, message):
 @pytest.mark.parametrize(
     "name, expected",
     [
-        # Plain and prompt lookup, and three budgets of four tree sizes or, at the other temperatures, of one.
-        ("one_factor", {("bfloat16", 0.0): 2 + 12, ("bfloat16", 0.7): 2 + 3, ("bfloat16", 1.0): 2 + 3}),
-        ("exactness", {("float32", 0.0): 2 + 3}),
-        ("all_questions", {("bfloat16", 0.0): 2 + 3}),
+        # Plain and mostly prompt lookup, and budgets times tree sizes.
+        ("base", {("bfloat16", 0.0): 2 + 3}),
+        ("tree_size", {("bfloat16", 0.0): 1 + 2 * 4}),
+        ("temperature", {("bfloat16", 0.7): 2 + 2, ("bfloat16", 1.0): 2 + 2}),
+        ("exactness", {("float32", 0.0): 1 + 3}),
+        ("all_questions", {("bfloat16", 0.0): 2 + 2}),
     ],
 )
 def test_the_published_measurements_are_what_they_say(name, expected):

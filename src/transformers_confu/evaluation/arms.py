@@ -62,11 +62,13 @@ class Arm:
         return f"ConFu, C = {'N' if self.contemplation == self.tree_size else self.contemplation}"
 
     @property
+    def name(self) -> str:
+        """The mode, and the draft if there are several."""
+        return f"{self.draft}: {self.mode}" if self.kind == "draft" and self.num_drafts > 1 else self.mode
+
+    @property
     def label(self) -> str:
-        if self.kind != "draft":
-            return self.mode
-        named = f"{self.draft}: " if self.num_drafts > 1 else ""
-        return f"{named}{self.mode}, N = {self.tree_size}"
+        return f"{self.name}, N = {self.tree_size}" if self.kind == "draft" else self.name
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         matplotlib_pyplot()  # a missing package shows before the work, not after it
     logging.set_verbosity_warning()
     logging.disable_progress_bar()  # of loading; the measurement has its own
-    file = measure(arguments)
+    file = measure(arguments, command)
     for setting in settings_of(file.answers):
         comparison = Comparison(setting, file.answers, arguments.seed)
         print(f"\n{setting}. Questions: {len(comparison.questions)}. Runs: {len(comparison.runs)}.\n")

@@ -3,7 +3,7 @@
 Arms differ by colour (Okabe and Ito's palette, told apart with colour-blind eyes), marker, dash and hatch at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,14 @@ def matplotlib_pyplot() -> Any:
     return matplotlib.pyplot
 
 
-def plots_of(comparison: Comparison, folder: Path, prefix: str) -> list[Plot]:
-    """Draw all pictures that the records of one setting give, to `folder / (prefix + name.png)`."""
-    return _draw([survival, speedup_by_group, round_costs, sizes, budgets], comparison, folder, prefix)
+def plots_of(
+    comparison: Comparison, folder: Path, prefix: str, drawings: Sequence[Callable[..., Any]] | None = None
+) -> list[Plot]:
+    """Draw the pictures (all `DRAWINGS` by default) that one setting gives, to `folder / (prefix + name.png)`."""
+    return _draw(DRAWINGS if drawings is None else drawings, comparison, folder, prefix)
 
 
-def _draw(drawings: list[Callable[..., Any]], data: Any, folder: Path, prefix: str) -> list[Plot]:
+def _draw(drawings: Sequence[Callable[..., Any]], data: Any, folder: Path, prefix: str) -> list[Plot]:
     pyplot = matplotlib_pyplot()
     plots = []
     for drawing in drawings:
@@ -274,3 +276,6 @@ def forward_curve(pyplot: Any, costs: list[dict[str, Any]]) -> tuple[Any, str, s
         f"Median over a tree of so many rows behind {curves[0]['context']} tokens. A contemplate row costs what any "
         "row costs, less its logits.",
     )
+
+
+DRAWINGS = (survival, speedup_by_group, round_costs, sizes, budgets)

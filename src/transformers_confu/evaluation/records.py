@@ -119,37 +119,46 @@ class Answer:
 
 class RecordFile:
     r"""
-    The records on disk.
+    The records on disk, to be read and, with `settings`, to be added to.
 
     Args:
-        path (`Path`): A `.jsonl` file, created if it is missing.
-        settings (`dict`): What is measured, and under `machine` on what; a file of others is refused.
-        unit_size (`dict[Setting, int]`): Arms of each setting, so that an incomplete unit is known as such.
+        path (`Path`): A `.jsonl` file; with `settings`, created if it is missing.
+        settings (`dict`, *optional*): What is measured, under `machine` on what, and under `command` by what; a file
+            of another measurement is refused. `None` takes the file as it is.
+        unit_size (`dict[Setting, int]`, *optional*): Arms of each setting, so that an incomplete unit at the end is
+            known as such and removed.
 
     Raises:
         ValueError: the file holds something else.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], unit_size: dict[Setting, int]):
-        if path.suffix != ".jsonl":
-            raise ValueError(f"`output` is {path}; expected a .jsonl file.")
+    def __init__(
+        self, path: Path, settings: dict[str, Any] | None = None, unit_size: dict[Setting, int] | None = None
+    ):
         self.path = path
-        self.settings = json.loads(json.dumps(settings))
-        self.machine = self.settings["machine"]
+        self.settings: dict[str, Any] = {}
         self.answers: list[Answer] = []
         self.costs: list[dict[str, Any]] = []
+        if settings is None:
+            self._read(None, {})
+            return
+        if path.suffix != ".jsonl":
+            raise ValueError(f"`output` is {path}; expected a .jsonl file.")
+        settings = json.loads(json.dumps(settings))
+        self.machine = settings["machine"]
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size:
-            self._read(unit_size)
+            self._read(settings, unit_size or {})
         else:
+            self.settings = settings
             self.append([{"kind": "settings", **settings}])
 
-    def _read(self, unit_size: dict[Setting, int]) -> None:
-        with open(self.path, "r+b") as file:
+    def _read(self, wanted: dict[str, Any] | None, unit_size: dict[Setting, int]) -> None:
+        with open(self.path, "rb" if wanted is None else "r+b") as file:
             lines = file.readlines()
             whole = [line for line in lines if line.endswith(b"\n")]
             rows = [parse_json_object(line, self.path, number) for number, line in enumerate(whole, start=1)]
-            self._check_settings(rows[0] if rows else {})
+            self._read_settings(rows[0] if rows else {}, wanted)
             for number, row in enumerate(rows[1:], start=2):
                 if row.get("kind") == "cost":
                     self.costs.append(row)
@@ -165,17 +174,17 @@ class RecordFile:
             if rows and rows[-1].get("kind") == "answer" and len(last) < unit_size.get(last[0].setting, len(last)):
                 keep -= len(last)
                 del self.answers[-len(last) :]
-            if keep < len(lines):
+            if keep < len(lines) and wanted is not None:
                 file.truncate(sum(len(line) for line in lines[:keep]))
                 logger.warning("Removed %d incomplete lines from the end of %s.", len(lines) - keep, self.path)
 
-    def _check_settings(self, found: dict[str, Any]) -> None:
+    def _read_settings(self, found: dict[str, Any], wanted: dict[str, Any] | None) -> None:
         if found.get("kind") != "settings":
-            raise ValueError(f"{self.path} is no file of a measurement; choose another `output`.")
-        wanted = self.settings
+            advice = "" if wanted is None else "; choose another `output`"
+            raise ValueError(f"{self.path} is no file of a measurement{advice}.")
         self.settings = {name: value for name, value in found.items() if name != "kind"}
-        for name in wanted | self.settings:
-            if name != "machine":
+        for name in {} if wanted is None else wanted | self.settings:
+            if name not in ("machine", "command"):
                 self._check_same(name, self.settings.get(name), wanted.get(name))
 
     def check_same_machine(self) -> None:

@@ -77,7 +77,7 @@ def write_report(file: RecordFile, folder: Path, command: str, seed: int) -> Pat
     """
     for name in ("tables", "plots"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    sections = [_about(file, command)]
+    sections = [Section("What was measured", [*about(file, command), *COUNTING])]
     for setting in settings_of(file.answers):
         comparison = Comparison(setting, file.answers, seed)
         slug = _slug(setting)
@@ -99,21 +99,18 @@ def write_report(file: RecordFile, folder: Path, command: str, seed: int) -> Pat
     return page
 
 
-def _about(file: RecordFile, command: str) -> Section:
+def about(file: RecordFile, command: str) -> list["str | Preformatted"]:
+    """What was measured, on what and by which command."""
     settings = file.settings
     machine = ", ".join(f"{name} {value}" for name, value in settings["machine"].items())
     drafts = ", ".join(f"{name} ({str(print_)[:12]})" for name, print_ in settings["drafts"].items()) or "none"
-    return Section(
-        "What was measured",
-        [
-            f"Target: {settings['target']}. Drafts, with the start of their weights' SHA-256: {drafts}. Questions: "
-            f"{settings['questions']['number']} (SHA-256 of their content {settings['questions']['sha256'][:12]}).",
-            f"Machine: {machine}.",
-            f"Records: {file.path.name}, {len(file.answers)} answers, SHA-256 {file.sha256()}.",
-            Preformatted(command),
-            *COUNTING,
-        ],
-    )
+    return [
+        f"Target: {settings['target']}. Drafts, with the start of their weights' SHA-256: {drafts}. Questions: "
+        f"{settings['questions']['number']} (SHA-256 of their content {settings['questions']['sha256'][:12]}).",
+        f"Machine: {machine}.",
+        f"Records: {file.path.name}, {len(file.answers):,} answers, SHA-256 {file.sha256()}.",
+        Preformatted(command),
+    ]
 
 
 def _slug(setting: Setting) -> str:
@@ -125,14 +122,14 @@ def _save(table: Table, folder: Path, prefix: str) -> None:
     (folder / f"{prefix}{table.name}.md").write_text(table.markdown() + "\n", encoding="utf-8")
 
 
-def markdown(sections: Iterable[Section], folder: Path) -> str:
-    """The report as Markdown; plots by their relative paths."""
-    lines = ["# ConFu evaluation", ""]
+def markdown(sections: Iterable[Section], folder: Path, head: str = "# ConFu evaluation") -> str:
+    """The report as Markdown under `head`; plots by their paths relative to `folder`."""
+    lines = [head, ""]
     for section in sections:
         lines += [f"## {section.title}", ""]
         for part in section.parts:
             if isinstance(part, Table):
-                lines += [f"### {part.title}", "", part.markdown(), "", part.note, ""]
+                lines += [f"### {part.title}", "", _unbroken(part.markdown()), "", part.note, ""]
             elif isinstance(part, Plot):
                 path = part.path.relative_to(folder).as_posix()
                 lines += [f"### {part.title}", "", f"![{part.title}]({path})", "", part.caption, ""]
@@ -141,6 +138,12 @@ def markdown(sections: Iterable[Section], folder: Path) -> str:
             else:
                 lines += [part, ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _unbroken(table: str) -> str:
+    """A table whose intervals and names such as `N = 16` are not broken into lines where the page is narrow."""
+    table = re.sub(r"\((\S+) to (\S+)\)", "(\\1\u00a0to\u00a0\\2)", table)
+    return table.replace(" = ", "\u00a0=\u00a0").replace("[con] ", "[con]\u00a0").replace("[f] ", "[f]\u00a0")
 
 
 def html_page(sections: Iterable[Section]) -> str:

@@ -68,9 +68,9 @@ def load_models(arguments: EvaluationArguments, dtype: str, device: torch.device
     return Models(target, tokenizer, assistants)
 
 
-def measure(arguments: EvaluationArguments) -> RecordFile:
+def measure(arguments: EvaluationArguments, command: str = "") -> RecordFile:
     r"""
-    Make all records of a measurement that its file does not hold yet.
+    Make all records of a measurement that its file does not hold yet. `command` goes into a new file.
 
     Raises:
         ValueError: wrong options, questions or drafts, or a file of another measurement; before any model is loaded.
@@ -81,7 +81,7 @@ def measure(arguments: EvaluationArguments) -> RecordFile:
     plan = comparisons(arguments, {draft.name: _own_generation_config(draft) for draft in drafts})
     file = RecordFile(
         Path(arguments.output),
-        _settings(arguments, questions, drafts, device),
+        _settings(arguments, questions, drafts, device) | {"command": command},
         {setting: len(arms) for setting, arms in plan.items()},
     )
     for dtype in arguments.dtypes:

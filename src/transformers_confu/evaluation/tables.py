@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ class Table:
         columns (`list[str]`): Headings.
         rows (`list[list]`): Cells: text, numbers, [`Interval`] or [`Spread`].
         digits (`int`): Decimals of numbers that are no counts.
+        texts (`int`): Columns from the left that are set to the left.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Table:
     columns: list[str]
     rows: list[list[Any]]
     digits: int = 2
+    texts: int = 1
 
     def cells(self) -> list[list[str]]:
         return [[self._text(cell) for cell in row] for row in self.rows]
@@ -53,7 +55,8 @@ class Table:
         return number(cell) if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else str(cell)
 
     def markdown(self) -> str:
-        lines = [self.columns, ["---"] + ["---:"] * (len(self.columns) - 1), *self.cells()]
+        rule = ["---"] * self.texts + ["---:"] * (len(self.columns) - self.texts)
+        lines = [self.columns, rule, *self.cells()]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def csv(self) -> str:
@@ -106,6 +109,61 @@ def speed_table(comparison: Comparison) -> Table:
         ["arm", "tau", "tokens/s", "speed-up, total", "total by run", "speed-up, mean", "identical"],
         rows,
     )
+
+
+def overview_table(comparisons: Iterable[Comparison]) -> Table:
+    """Every arm of several comparisons once, by temperature and tree size: what changes with which factor."""
+    rows = []
+    seen: set[tuple[Any, ...]] = set()
+    for comparison in comparisons:
+        for arm in comparison.arms.values():
+            if (comparison.setting, arm.arm) in seen:
+                continue
+            seen.add((comparison.setting, arm.arm))
+            own = []
+            if arm.arm.contemplation:
+                own = [other for other in comparison.references(arm) if other.arm.draft == arm.arm.draft]
+            by_run = comparison.by_run(arm, "speedup_total")
+            rows.append(
+                [
+                    f"{comparison.setting.temperature:g}",
+                    arm.arm.tree_size or None,
+                    arm.arm.name,
+                    comparison.tau(arm) if arm.has_rounds else 1.0,
+                    comparison.tau_difference(arm, own[0]) if own else None,
+                    comparison.by_run(arm, "tokens_per_second").median,
+                    comparison.speedup_total(arm),
+                    f"{by_run.low:.2f} to {by_run.high:.2f}" if by_run.low < by_run.high else None,
+                    comparison.speedup_mean(arm).value,
+                    f"{_identical(arm)}/{len(arm.all)}",
+                ]
+            )
+    return Table(
+        "overview",
+        "One factor at a time",
+        "T: temperature. N: nodes of the tree. C: contemplate rows. tau: tokens emitted in rounds / rounds; beside it "
+        "its difference from EAGLE-3 mode of the same draft and tree. Speed-up: against plain generate in the same "
+        "measurement, total tokens over total time; its lowest and highest run, where there were several; the "
+        f"mean of the questions' ratios. {INTERVALS}. Equal: texts that are plain generate's.",
+        ["T", "N", "arm", "tau", "against EAGLE-3 mode", "tokens/s", "speed-up", "by run", "mean of ratios", "equal"],
+        rows,
+        texts=3,
+    )
+
+
+def exactness_sentence(comparison: Comparison) -> str:
+    """Whether the texts of all drafts are plain generate's, and if not, by how much they part."""
+    answers = [answer for arm in comparison.drafted() for answer in arm.all]
+    departures = [answer.departure for answer in answers if answer.departure is not None]
+    sentence = (
+        f"{comparison.setting}: {len(answers) - len(departures)} of {len(answers)} answers "
+        f"({len(comparison.questions)} questions, {len(comparison.drafted())} arms with a draft) are plain "
+        "generate's, token for token"
+    )
+    gaps = [departure.gap for departure in departures if departure.gap is not None]
+    if gaps:
+        sentence += f"; at the first other token the target's logits of the two lie at most {max(gaps):.2g} apart"
+    return sentence + "."
 
 
 def group_table(comparison: Comparison, name: str, title: str, figure: Callable[..., Interval]) -> Table:
@@ -209,7 +267,6 @@ def group_difference_table(comparison: Comparison) -> Table | None:
         f"Difference in tau. {INTERVALS}: where it lies below 0 as a whole, the group is worse off.",
         ["arm", "against", *comparison.groups, "all"],
         rows,
-        digits=3,
     )
 
 
@@ -345,7 +402,6 @@ def extra_cost_table(comparison: Comparison, costs: list[dict[str, Any]]) -> Tab
         ["arm", "rows", "slots", "[con] experts", "[f] experts", "projections", "sum", "in the answers"]
         + [f"/{emitted}" for emitted in range(1, MAX_EMITTED + 1)],
         rows,
-        digits=3,
     )
 
 
