@@ -70,9 +70,27 @@ def test_anchors_take_less_memory_than_a_contemplate_row_behind_every_token(run_
     assert 0 < memory < memory_of_all
 
 
+def test_what_f_adds_is_counted(run_example, tmp_path):
+    rows = [{"prompt": f"question {number}", "answer_ids": [5, 6, 7, 8] * 5} for number in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    printed = run_example("what_f_adds", "--data", str(tmp_path / "rows.jsonl"), "--rows", "2")
+    # A draft row needs two answer tokens behind it: 19 of an answer of 20.
+    assert "positions: 38, of 2 rows" in printed
+    assert re.search(r"contemplate row right where the draft is wrong: \d+\.\d%", printed)
+
+
 def test_every_example_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py") if not path.stem.startswith("_")}
-    here = {"generate", "streaming", "use_pipeline", "chat", "finetune", "foresight", "benchmark_anchors"}
+    here = {
+        "generate",
+        "streaming",
+        "use_pipeline",
+        "chat",
+        "finetune",
+        "foresight",
+        "what_f_adds",
+        "benchmark_anchors",
+    }
     # In `training/test_prompts.py`.
     elsewhere = {"prepare_prompts"}
     assert names == here | elsewhere
