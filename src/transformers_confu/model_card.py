@@ -272,6 +272,7 @@ def describe(config: ConFuConfig, knobs: dict[str, int]) -> list[tuple[str, str]
     def listed(numbers: list[int]) -> str:
         return ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
 
+    rotated = ", rotated to the root's position" if config.rotate_soft_prompts else ""
     rows = [
         (
             "parameters",
@@ -287,7 +288,7 @@ def describe(config: ConFuConfig, knobs: dict[str, int]) -> list[tuple[str, str]
         ("draft vocabulary", f"{config.draft_vocab_size:,} of the target's {config.vocab_size:,} tokens"),
         (
             "future channel",
-            f"{config.num_soft_prompts} soft prompts per target layer; mixtures of experts: "
+            f"{config.num_soft_prompts} soft prompts per target layer{rotated}; mixtures of experts: "
             f"{config.num_contemplate_experts_per_token} of {config.num_contemplate_experts} active for `[con]`, "
             f"{config.num_future_experts_per_token} of {config.num_future_experts} for `[f]`; f is the contemplate "
             f"row's hidden states {listed(config.future_hidden_state_indices)}",

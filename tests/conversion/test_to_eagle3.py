@@ -173,11 +173,13 @@ def test_the_command_converts_in_and_out(target, tmp_path, capsys):
     target.save_pretrained(tmp_path / "target")
     folders = {name: str(tmp_path / name) for name in ("source", "target", "draft", "out")}
     options = ["--dtype", "float32", "--num-soft-prompts", "3", "--no-norm-output", "--taps", "1", "3", "5"]
+    options.append("--rotate-soft-prompts")
     into = ["in", folders["source"], "--target", folders["target"], "--output", folders["draft"], *options]
     assert main(into) == 0
     assert "taps [1, 3, 5], draft vocabulary 40 of 97" in capsys.readouterr().out
     draft = ConFuDraftModel.from_pretrained(tmp_path / "draft")
     assert draft.dtype == torch.float32 and draft.config.num_soft_prompts == 3 and not draft.config.norm_output
+    assert draft.config.rotate_soft_prompts
     assert torch.equal(draft.fc.weight, source.weights()["fc.weight"].float())
 
     assert main(into) == 1  # not written twice

@@ -42,6 +42,12 @@ def make_parser() -> argparse.ArgumentParser:
             option, action=argparse.BooleanOptionalAction, help=f"{text}, in place of what its config says"
         )
     into.add_argument("--num-soft-prompts", type=int, help="soft prompts of the new future channel")
+    into.add_argument(
+        "--rotate-soft-prompts",
+        action="store_true",
+        default=None,
+        help="let them keep their distance to the text's end, by the target's RoPE",
+    )
 
     out = directions.add_parser(
         "out",
@@ -65,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
             "norm_output": arguments.norm_output,
             "norm_before_residual": arguments.norm_before_residual,
             "num_soft_prompts": arguments.num_soft_prompts,
+            "rotate_soft_prompts": arguments.rotate_soft_prompts,
         }
         draft = convert_eagle3(
             arguments.source,
