@@ -194,7 +194,10 @@ class TargetRunner:
         Returns:
             `torch.FloatTensor` of shape `(batch, rows, future_size)`.
         """
-        outputs = self._contemplate(cache, routed_by, position_ids, root_positions, visible, logits_to_keep=1)
+        # Their scores are not wanted, but a head is not asked for none. One index, and not the number 1, which makes a
+        # slice: over several texts that is not contiguous, and the head's weight would be copied for each of them.
+        first = torch.zeros(1, dtype=torch.long, device=input_device(self.target))
+        outputs = self._contemplate(cache, routed_by, position_ids, root_positions, visible, logits_to_keep=first)
         return self._select(outputs.hidden_states, self.config.future_hidden_state_indices)
 
     def foresee(
@@ -215,7 +218,7 @@ class TargetRunner:
         position_ids: torch.LongTensor,
         root_positions: torch.LongTensor,
         visible: torch.BoolTensor,
-        logits_to_keep: int,
+        logits_to_keep: int | torch.LongTensor,
     ) -> ModelOutput:
         # Any token's embedding tells where and in what dtype the target wants its input.
         like = self.embed(torch.zeros(1, 1, dtype=torch.long, device=input_device(self.target)))

@@ -566,6 +566,20 @@ def test_only_contemplate_rows_carry_a_graph_through_the_target():
     assert calls == [(batch.input_ids.shape[1], False), (anchors.positions.shape[1], True)]
 
 
+def test_the_head_scores_few_contemplate_rows_and_copies_nothing_for_them():
+    target, draft = make_pair()
+    batch = mixed_batch()
+    calls = []
+
+    def record(module, args):
+        # What is not contiguous makes torch copy the weight for every text, in place of one product.
+        calls.append((args[0].shape[:-1].numel(), args[0].is_contiguous()))
+
+    with target.lm_head.register_forward_pre_hook(record):
+        objective_of(target, draft, batch, anchors_of(batch))
+    assert calls[1:] == [(len(batch), True)]
+
+
 def exact_norm(norm: LlamaRMSNorm, hidden_states: torch.Tensor) -> torch.Tensor:
     variance = hidden_states.pow(2).mean(-1, keepdim=True)
     return norm.weight * hidden_states * torch.rsqrt(variance + norm.variance_epsilon)
