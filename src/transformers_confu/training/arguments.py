@@ -123,6 +123,13 @@ class ConFuTrainingArguments(TrainingArguments):
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2; EAGLE-3's choice."})
     max_grad_norm: float = field(default=0.5, metadata={"help": "Gradient clipping; EAGLE-3's choice."})
     logging_steps: float = field(default=20, metadata={"help": "Steps between logs."})
+    include_num_input_tokens_seen: str = field(
+        default="non_padding",
+        metadata={
+            "help": "Which tokens the logs count, and tell the speed of: non_padding, all or no. With `no` the logs "
+            "hold no times either."
+        },
+    )
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Must stay False: the columns feed the target, not the draft's forward."}
     )

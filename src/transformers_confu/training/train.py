@@ -82,7 +82,7 @@ _OPTIMISATION = (
 )
 _NOT_IN_RECIPE = {
     *("logging_steps", "remove_unused_columns", "ddp_broadcast_buffers", "target_device_map", "shard_target"),
-    *("metric_for_best_model", "hub_base_model"),
+    *("metric_for_best_model", "hub_base_model", "include_num_input_tokens_seen"),
     *("decoding_prompts", "decoding_tokens", "decoding_knobs"),
 }
 
