@@ -91,6 +91,6 @@ def test_every_example_is_tested():
         "what_f_adds",
         "benchmark_anchors",
     }
-    # In `training/test_prompts.py`.
-    elsewhere = {"prepare_prompts"}
+    # In `training/test_prompts.py` and `training/test_training_examples.py`.
+    elsewhere = {"prepare_prompts", "benchmark_training", "training_curves", "vocabulary_coverage"}
     assert names == here | elsewhere
