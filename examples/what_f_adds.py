@@ -19,10 +19,10 @@ from _targets import example_arguments, load_draft, load_target
 from transformers_confu import ConFuDraftModel
 from transformers_confu.target_runner import TargetRunner
 from transformers_confu.training import load_rows, prepare_dataset
-from transformers_confu.training.anchors import draft_rows, sample_anchors
+from transformers_confu.training.anchors import sample_anchors
 from transformers_confu.training.batching import ConFuDataCollator
 from transformers_confu.training.objective import gather_rows
-from transformers_confu.training.teaching import read_texts, teach, teaching_positions
+from transformers_confu.training.teaching import read_texts, teach
 from transformers_confu.training.texts import Texts
 from transformers_confu.training.unroll import unroll
 
@@ -59,7 +59,7 @@ with torch.no_grad():
         outputs = read_texts(
             runner,
             texts,
-            keep_logits=teaching_positions(texts.labels),
+            keep_logits=texts.teaching_positions,
             hidden_states=draft.config.target_hidden_state_indices,
             keep_cache=True,
         )
@@ -71,7 +71,7 @@ with torch.no_grad():
             texts.position_ids.gather(1, anchors.routed_by) + 1,
             texts.sees(anchors.positions),
         )[0].float()  # (R, V)
-        drafted_from = draft_rows(texts.labels)[0].nonzero().T  # (1, R)
+        drafted_from = texts.draft_rows[0].nonzero().T  # (1, R)
         (hidden_states,) = unroll(
             draft,
             target.get_input_embeddings()(texts.input_ids).float(),

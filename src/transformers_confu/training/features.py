@@ -24,9 +24,9 @@ from torch import nn
 
 from ..modeling_confu import ConFuDraftModel
 from ..target_runner import TargetRunner
-from .anchors import Anchors, place_anchors, sample_anchors
+from .anchors import Anchors, draft_rows, place_anchors, sample_anchors
 from .objective import Objective, Recipe, compute_objective, contemplate
-from .teaching import read_texts, summarize, teach_within, teaching_positions
+from .teaching import read_texts, summarize, teach_within
 from .texts import Texts
 
 
@@ -134,7 +134,7 @@ class CachedFeatures:
         dtype = target.get_input_embeddings().weight.dtype
         self.final_state = config.target_num_hidden_layers
         labels = [torch.as_tensor(row) for row in dataset.with_format("numpy")["labels"]]
-        teachers = [int(teaching_positions(row[None]).sum()) for row in labels]
+        teachers = [int(draft_rows(row[None]).sum()) for row in labels]  # a teaching position behind each
         folder = Path(folder)
         recipe = {"dataset": fingerprint_of_dataset(dataset), "target": fingerprint_of_module(target)}
         self.store = RowStore(
@@ -218,20 +218,17 @@ class CachedFeatures:
         outputs = read_texts(
             self.runner,
             texts,
-            keep_logits=teaching_positions(texts.labels),
+            keep_logits=texts.teaching_positions,
             hidden_states=sorted({*config.target_hidden_state_indices, self.final_state}),
             keep_cache=bool(lacks_futures),
         )
-        is_teacher = teaching_positions(texts.labels)
+        is_teacher = texts.teaching_positions
         taps = torch.cat(
             [outputs.hidden_states[index].to(texts.labels.device) for index in config.target_hidden_state_indices], -1
         )
         final_states = outputs.hidden_states[self.final_state].to(texts.labels.device)
         self._check_head(final_states[is_teacher], outputs.logits)
         best_tokens, normalizers = summarize(outputs.logits)
-        numbers = torch.full_like(texts.labels, -1).masked_scatter(
-            is_teacher, torch.arange(len(best_tokens), device=texts.labels.device)
-        )
         futures = None
         if lacks_futures:
             anchors = self._anchors(texts, rows)
@@ -239,7 +236,7 @@ class CachedFeatures:
         for (sequence, first, last), row in zip(texts.documents(), rows, strict=True):
             if row in lacks_target:
                 place = (sequence, slice(first, last))
-                of_row = numbers[place][is_teacher[place]].to(outputs.logits.device)
+                of_row = texts.teacher_numbers[place][is_teacher[place]].to(outputs.logits.device)
                 self.store.write(
                     row,
                     {

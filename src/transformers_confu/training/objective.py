@@ -8,9 +8,9 @@ from transformers import DynamicCache
 
 from ..modeling_confu import ConFuDraftModel, ConFuExpertMixture
 from ..target_runner import TargetRunner
-from .anchors import Anchors, draft_rows
+from .anchors import Anchors
 from .chunked_loss import ChunkedLoss
-from .teaching import Teaching, read_texts, teach, teaching_positions
+from .teaching import Teaching, read_texts, teach
 from .texts import Texts
 from .unroll import unroll
 
@@ -80,12 +80,12 @@ def compute_live(
         anchors ([`Anchors`], *optional*): Without them the draft trains in EAGLE-3 mode.
         recipe ([`Recipe`]).
     """
-    if not draft_rows(texts.labels).any():
+    if not texts.draft_rows.any():
         return nothing_taught(draft, recipe.num_steps)
     outputs = read_texts(
         runner,
         texts,
-        keep_logits=teaching_positions(texts.labels),
+        keep_logits=texts.teaching_positions,
         hidden_states=draft.config.target_hidden_state_indices,
         keep_cache=anchors is not None,
     )
@@ -134,15 +134,9 @@ def compute_objective(
             Where the batch contemplates, and what comes of it. Without them the draft trains in EAGLE-3 mode.
         recipe ([`Recipe`]).
     """
-    is_row = draft_rows(texts.labels)
-    if not is_row.any():
+    if not texts.draft_rows.any():
         return nothing_taught(draft, recipe.num_steps)
-    rows, row_exists = _padded_index(is_row)  # (B, R)
-    # Row i at step s is taught by position i + 1 + s.
-    is_teacher = teaching_positions(texts.labels)
-    teacher_of = torch.full_like(texts.labels, -1).masked_scatter(
-        is_teacher, torch.arange(len(teaching.best_tokens), device=is_row.device)
-    )
+    rows, row_exists = _padded_index(texts.draft_rows)  # (B, R)
 
     dtype = teaching.probabilities.dtype
     future_states = has_future = None
@@ -188,7 +182,8 @@ def compute_objective(
     all_correct = row_exists
     all_accepted = row_exists.to(dtype)
     for step, hidden_states in enumerate(steps):
-        teacher = teacher_of.gather(1, (rows + 1 + step).clamp(max=length - 1))
+        # Row i at step s is taught by position i + 1 + s.
+        teacher = texts.teacher_numbers.gather(1, (rows + 1 + step).clamp(max=length - 1))
         counts = counts & (teacher >= 0) & (rows + 1 + step < length)
         index = teacher[counts]
         is_correct, acceptance = torch.zeros_like(counts), torch.zeros_like(all_accepted)

@@ -8,7 +8,6 @@ from transformers.utils import ModelOutput
 
 from ..modeling_confu import ConFuDraftModel
 from ..target_runner import TargetRunner, additive_mask
-from .anchors import draft_rows
 from .chunked_loss import rows_per_chunk
 from .texts import Texts
 
@@ -34,13 +33,6 @@ class Teaching:
     out_of_vocabulary_mass: torch.Tensor
     entropies: torch.Tensor
     best_tokens: torch.LongTensor
-
-
-def teaching_positions(labels: torch.LongTensor) -> torch.BoolTensor:
-    """Where the target teaches a draft row, `(B, T)`: behind every draft row (and so behind every later TTT step)."""
-    is_teacher = torch.zeros_like(labels, dtype=torch.bool)
-    is_teacher[:, 1:] = draft_rows(labels)[:, :-1]
-    return is_teacher
 
 
 @torch.no_grad()

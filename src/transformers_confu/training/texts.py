@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+
+from .anchors import draft_rows
 
 
 @dataclass
@@ -32,6 +35,22 @@ class Texts:
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         return cls(input_ids, batch["attention_mask"], batch["labels"], positions, batch.get("document_ids"))
+
+    @cached_property
+    def draft_rows(self) -> torch.BoolTensor:
+        """See [`~anchors.draft_rows`], `(B, T)`."""
+        return draft_rows(self.labels)
+
+    @cached_property
+    def teaching_positions(self) -> torch.BoolTensor:
+        """Where the target teaches a draft row, `(B, T)`: behind each of them (and so behind every later TTT step)."""
+        return self.draft_rows.roll(1, dims=1)  # a text's last token is no draft row
+
+    @cached_property
+    def teacher_numbers(self) -> torch.LongTensor:
+        """Numbers of the teaching positions through the batch, row by row, and -1 elsewhere; `(B, T)`."""
+        is_teacher = self.teaching_positions
+        return (is_teacher.flatten().cumsum(0).view_as(self.labels) - 1).masked_fill(~is_teacher, -1)
 
     def sees(self, columns: torch.LongTensor) -> torch.BoolTensor:
         """What rows standing at `columns` `(B, R)` see of the text, `(B, R, T)`: their document up to themselves."""
