@@ -1,5 +1,6 @@
 """The examples that measure training, on a tiny target."""
 
+import dataclasses
 import json
 import math
 import runpy
@@ -8,8 +9,11 @@ from pathlib import Path
 
 import pytest
 from commands import write_run
+from transformers import HfArgumentParser
 
-from transformers_confu.training.train import main
+from transformers_confu.training import ConFuTrainingArguments
+from transformers_confu.training.runs import read_runs
+from transformers_confu.training.train import DraftArguments, main, recipe_of
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -88,3 +92,15 @@ def test_coverage_is_that_of_held_out_answers_by_temperature(saved_target, tmp_p
     assert header == ["size", "temperature 0, 8 tokens", "temperature 0.8, 8 tokens"]
     # Of four equally frequent tokens the three with the lower ids; token 40 stands in held-out rows alone.
     assert rows == [["3", "75.00%", "50.00%"], ["4", "100.00%", "75.00%"]]
+
+
+def test_the_compared_joint_runs_differ_in_the_warm_up_alone():
+    parser = HfArgumentParser((DraftArguments, ConFuTrainingArguments))
+    names = {option.name for kind in (DraftArguments, ConFuTrainingArguments) for option in dataclasses.fields(kind)}
+    runs = read_runs([str(EXAMPLES / "train_smollm2" / "warm_up_compared.yaml")], names)
+    warm_up, *joint = (parser.parse_args_into_dataclasses(run, look_for_args_file=False) for run in runs)
+    assert [args.stage for _, args in (warm_up, *joint)] == ["warm_up", "joint", "joint"]
+    assert joint[0][0].draft == warm_up[1].output_dir
+    assert joint[1][0].draft == warm_up[0].draft == "runs/core"
+    recipes = [recipe_of(*run) for run in joint]
+    assert {name for name in recipes[0] if recipes[0][name] != recipes[1][name]} == {"draft"}
