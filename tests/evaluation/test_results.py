@@ -16,12 +16,13 @@ CHANGES = {
     "base": {"dtypes": ["bfloat16"]},
     "trees": {"dtypes": ["bfloat16"], "tree_sizes": [8, 4], "contemplations": ["0"], "runs": 1},
     "exact": {"runs": 1},
+    "fewer": {"dtypes": ["bfloat16"], "num_per_group": 1, "contemplations": ["0"], "runs": 1},
 }
 
 
 @pytest.fixture
 def measured(options, tmp_path, monkeypatch):
-    """Files of records: a base of two runs, other trees with the base's once more, and full precision."""
+    """Files of records: two runs, other trees with the first's once more, full precision, fewer questions."""
     monkeypatch.chdir(tmp_path)
 
     def measure(*names: str) -> list[str]:
@@ -46,7 +47,7 @@ def answers(name: str, label: str, runs: tuple[int, ...] = (0, 1)) -> list[dict]
 
 
 def test_the_page_shows_every_arm_once_and_how_it_was_measured(measured, capsys):
-    measurements = measured("base", "trees", "exact")
+    measurements = measured("base", "trees", "exact", "fewer")
     assert cli.main(["report", *measurements, "--output", "docs/results.md"]) == 0
     assert capsys.readouterr().out.endswith("docs/results.md\n")
     page = Path("docs/results.md").read_text()
@@ -87,12 +88,19 @@ def test_the_page_shows_every_arm_once_and_how_it_was_measured(measured, capsys)
         assert f"Records: {name}, {len(Path(name).read_text().splitlines()) - 1} answers, SHA-256 {digest}." in page
         assert f"```\nconfu evaluate {Path(name).stem}.yaml\n\n# {Path(name).stem}.yaml\n" in page
     pictures = re.findall(r"!\[.*\]\((.*)\)", page)
-    assert [Path(picture).stem.removeprefix("4_questions_") for picture in pictures] == [
-        "survival",
-        "speedup_by_group",
-        "round_costs",
-        "sizes",  # which only the second file has
-        "budgets",
+    assert [Path(picture).stem for picture in pictures] == [
+        "4_questions_survival",
+        "4_questions_speedup_by_group",
+        "4_questions_round_costs",
+        "4_questions_sizes",  # which only the second file has
+        "4_questions_budgets",
+        "2_questions_speedup_by_group",
+    ]
+    fewer = page.split("## 2 questions, bfloat16, up to 12 tokens")[1]
+    assert [row[2] for row in table(fewer, "Accepted length and speed")] == [
+        "plain generate",
+        "prompt lookup",
+        "EAGLE-3 mode",
     ]
     assert {Path("docs", picture) for picture in pictures} == set(Path("docs/results").iterdir())
     assert sum(path.stat().st_size for path in Path("docs/results").iterdir()) < 1_000_000
@@ -131,4 +139,4 @@ def test_an_unfinished_measurement_is_read_as_it_is(measured):
     Path("cut.jsonl").write_text(cut)
     assert cli.main(["report", "cut.jsonl", "--output", "results.md"]) == 0
     assert Path("cut.jsonl").read_text() == cut
-    assert [row[-1] for row in table(Path("results.md").read_text(), "One factor at a time")][0] == "4/4"
+    assert [row[-1] for row in table(Path("results.md").read_text(), "Accepted length and speed")][0] == "4/4"

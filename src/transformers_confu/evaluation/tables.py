@@ -132,15 +132,16 @@ def overview_table(comparisons: Iterable[Comparison]) -> Table:
                     comparison.tau(arm) if arm.has_rounds else 1.0,
                     comparison.tau_difference(arm, own[0]) if own else None,
                     comparison.by_run(arm, "tokens_per_second").median,
-                    comparison.speedup_total(arm),
+                    1.0 if arm is comparison.plain else comparison.speedup_total(arm),
                     f"{by_run.low:.2f} to {by_run.high:.2f}" if by_run.low < by_run.high else None,
                     comparison.speedup_mean(arm).value,
                     f"{_identical(arm)}/{len(arm.all)}",
                 ]
             )
+    several = len({(row[0], row[1]) for row in rows if row[1] is not None}) > 1
     return Table(
         "overview",
-        "One factor at a time",
+        "One factor at a time" if several else "Accepted length and speed",
         "T: temperature. N: nodes of the tree. C: contemplate rows. tau: tokens emitted in rounds / rounds; beside it "
         "its difference from EAGLE-3 mode of the same draft and tree. Speed-up: against plain generate in the same "
         "measurement, total tokens over total time; its lowest and highest run, where there were several; the "
