@@ -44,11 +44,14 @@ def edit(path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_a_draft_fits_its_own_target(target, folder):
+def test_a_draft_fits_its_own_target(target, folder, monkeypatch, capsys):
+    # Nobody is asked whether to run the code of the draft.
+    monkeypatch.setattr("builtins.input", pytest.fail)
     draft = make_tiny_draft(target)
     for given in (target, target.config):
         assert check_fit(given, None, draft) == []
         assert check_fit(given, make_tokenizer(), folder) == []
+    assert "custom code" not in capsys.readouterr().out
 
 
 def test_a_large_target_is_checked_without_its_weights():

@@ -192,7 +192,8 @@ def _check_tokenizers(draft: str | Path, tokenizer: PreTrainedTokenizerBase) -> 
     try:
         if cached_file(draft, TOKENIZER_CONFIG_FILE, _raise_exceptions_for_missing_entries=False) is None:
             return
-        drafts = AutoTokenizer.from_pretrained(draft)
+        # Given a config, Transformers does not read the draft's, and so asks nobody whether to run its code.
+        drafts = AutoTokenizer.from_pretrained(draft, config=PreTrainedConfig())
     except (OSError, ValueError) as error:
         yield Finding(False, f"The tokenizer in {draft} cannot be loaded ({error}).")
         return
