@@ -171,48 +171,39 @@ def compute_objective(
         num_steps=recipe.num_steps,
     )
 
-    token_ids = draft.draft_token_ids
+    hidden_states = torch.stack(list(steps))  # (S, B, R, H)
+
+    # Row i at step s is taught by position i + 1 + s. It counts while all tokens up to i + 2 + s are of one answer.
+    step_numbers = torch.arange(recipe.num_steps, device=rows.device)[:, None, None]
+    taught_by = rows + 1 + step_numbers  # (S, B, R)
+    length = texts.input_ids.shape[1]
+    teachers = texts.teacher_numbers.expand(recipe.num_steps, -1, -1).gather(2, taught_by.clamp(max=length - 1))
+    counts = (row_exists & (teachers >= 0) & (taught_by < length)).cumprod(dim=0).bool()
+    teachers = teachers[counts]  # (M,)
+    weights = row_weights * recipe.decay ** step_numbers.to(row_weights)
     # `ChunkedLoss` makes gradients in its forward; an evaluation has no use for the head's.
     head = draft.lm_head.weight if torch.is_grad_enabled() else draft.lm_head.weight.detach()
-    length = texts.input_ids.shape[1]
-    loss_sum = torch.zeros((), device=draft.device, dtype=dtype)
-    counted, correct, correct_so_far, accepted_so_far = [], [], [], []
-    # A row counts at step s while all tokens up to i + 2 + s belong to the same answer.
-    counts = row_exists
-    all_correct = row_exists
-    all_accepted = row_exists.to(dtype)
-    for step, hidden_states in enumerate(steps):
-        # Row i at step s is taught by position i + 1 + s.
-        teacher = texts.teacher_numbers.gather(1, (rows + 1 + step).clamp(max=length - 1))
-        counts = counts & (teacher >= 0) & (rows + 1 + step < length)
-        index = teacher[counts]
-        is_correct, acceptance = torch.zeros_like(counts), torch.zeros_like(all_accepted)
-        if len(index):
-            loss, choices, acceptances = ChunkedLoss.apply(
-                draft.norm(hidden_states[counts]),
-                head,
-                index,
-                teaching.probabilities,
-                teaching.out_of_vocabulary_mass,
-                teaching.entropies,
-                row_weights[counts],
-                recipe.loss,
-            )
-            loss_sum = loss_sum + recipe.decay**step * loss
-            is_correct[counts] = token_ids[choices] == teaching.best_tokens[index]
-            acceptance[counts] = acceptances
-        all_correct = all_correct & is_correct
-        all_accepted = all_accepted * acceptance
-        counted.append(counts.sum())
-        correct.append(is_correct.sum())
-        correct_so_far.append(all_correct.sum())
-        accepted_so_far.append(all_accepted.sum())
+    # All steps at once, so that the head has one gradient to keep, not one for each.
+    loss_sum, choices, acceptances = ChunkedLoss.apply(
+        draft.norm(hidden_states[counts]),
+        head,
+        teachers,
+        teaching.probabilities,
+        teaching.out_of_vocabulary_mass,
+        teaching.entropies,
+        weights[counts],
+        recipe.loss,
+    )
+    is_correct = torch.zeros_like(counts)
+    is_correct[counts] = draft.draft_token_ids[choices] == teaching.best_tokens[teachers]
+    acceptance = torch.zeros(counts.shape, device=draft.device, dtype=dtype)
+    acceptance[counts] = acceptances
     return Objective(
         loss_sum=loss_sum,
-        counted=torch.stack(counted),
-        correct=torch.stack(correct),
-        correct_so_far=torch.stack(correct_so_far),
-        accepted_so_far=torch.stack(accepted_so_far),
+        counted=counts.sum(dim=(1, 2)),
+        correct=is_correct.sum(dim=(1, 2)),
+        correct_so_far=is_correct.cumprod(dim=0).sum(dim=(1, 2)),
+        accepted_so_far=acceptance.cumprod(dim=0).sum(dim=(1, 2)),
         rows=int(row_exists.sum()),
         rows_with_future=0 if has_future is None else int(has_future.sum()),
         **load,
