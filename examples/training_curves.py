@@ -1,11 +1,12 @@
 """
-What finished or interrupted training runs reached by which time:
+What finished or interrupted training runs reached by which time, as a table and, if wanted, as a picture:
 
-    python examples/training_curves.py runs/core runs/joint
+    python examples/training_curves.py runs/core runs/joint --plot curves.png
 
 Reads the log of the newest checkpoint of each folder; evaluation and saving count as time, interruptions do not. A row
 is an evaluation, or, of a run without any, a line of the training log. Losses are not comparable across losses and
-numbers of TTT steps, `tau_greedy` is across runs that were evaluated on the same rows.
+numbers of TTT steps, `tau_greedy` is across runs that were evaluated on the same rows. Logs written with
+`include_num_input_tokens_seen=no` have neither times nor tokens.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 
 
 COLUMNS = ("loss", "tau_greedy", "eval_loss", "eval_tau_greedy")
+DIGITS = {"step": 0, "million tokens": 2}
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
@@ -30,13 +32,13 @@ def curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
     trained, evaluated = [], []
     for entry in log:
         if "loss" in entry:
-            if "train_runtime" not in entry:
-                raise ValueError("This log has no times: it was written with `include_num_input_tokens_seen=no`.")
-            if entry["train_runtime"] < seconds:  # resumed: the clock starts anew
+            if entry.get("train_runtime", seconds) < seconds:  # resumed: the clock starts anew
                 before += seconds
-            seconds = entry["train_runtime"]
+            seconds = entry.get("train_runtime", seconds)
         newest |= {name: entry[name] for name in COLUMNS if name in entry}
-        row = {"step": entry["step"], "hours": (before + seconds) / 3600, "tokens": entry["num_input_tokens_seen"]}
+        row = {"step": entry["step"]}
+        if "num_input_tokens_seen" in entry:
+            row |= {"hours": (before + seconds) / 3600, "million tokens": entry["num_input_tokens_seen"] / 1e6}
         if "eval_loss" in entry:
             evaluated.append(row | newest)
         elif "loss" in entry:
@@ -44,18 +46,41 @@ def curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
     return evaluated or trained
 
 
+def plot(logs: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """`tau_greedy` by step: on held-out rows, and, thin, of the batches trained on."""
+    # Only here, as a table needs no matplotlib.
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, log in logs.items():
+        trained, held_out = (
+            [(entry["step"], entry[key]) for entry in log if key in entry] for key in ("tau_greedy", "eval_tau_greedy")
+        )
+        line = axes.plot(*zip(*held_out, strict=True), marker="o", label=name)[0] if held_out else None
+        if trained:
+            axes.plot(*zip(*trained, strict=True), linewidth=0.8, alpha=0.5, color=line and line.get_color())
+    axes.set(xlabel="step", ylabel="tau_greedy (marks: held out; thin: trained on)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of `confu train`")
-    for folder in parser.parse_args().runs:
-        rows = curve(read_log(folder))
-        columns = [name for name in COLUMNS if name in rows[-1]]
-        print(f"\n{folder}\n")
-        print("| step | hours | million tokens | " + " | ".join(columns) + " |")
-        print("|---|---|---|" + "---|" * len(columns))
+    parser.add_argument("--plot", type=Path, help="picture of tau_greedy by step, such as curves.png")
+    arguments = parser.parse_args()
+    logs = {folder.name: read_log(folder) for folder in arguments.runs}
+    for name, log in logs.items():
+        rows = curve(log)
+        columns = [column for column in ("step", "hours", "million tokens", *COLUMNS) if column in rows[-1]]
+        print(f"\n{name}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         for row in rows:
-            values = [f"{row[name]:.3f}" if name in row else "" for name in columns]
-            print(f"| {row['step']} | {row['hours']:.3f} | {row['tokens'] / 1e6:.2f} | " + " | ".join(values) + " |")
+            values = [f"{row[column]:.{DIGITS.get(column, 3)}f}" if column in row else "" for column in columns]
+            print(f"| {' | '.join(values)} |")
+    if arguments.plot is not None:
+        plot(logs, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from commands import write_run
 from transformers import HfArgumentParser
 
+from helpers import make_tiny_draft, make_tiny_target
+from transformers_confu import ConFuDraftModel
 from transformers_confu.training import ConFuTrainingArguments
 from transformers_confu.training.runs import read_runs
 from transformers_confu.training.train import DraftArguments, main, recipe_of
@@ -78,6 +81,18 @@ def test_the_curve_counts_the_time_of_all_sessions(saved_target, tmp_path, monke
     _, *rows = run_example("training_curves.py", monkeypatch, capsys, str(tmp_path / "draft"))
     assert [float(row[1]) for row in rows] == [2, 4, 6]
 
+    # A log of an older version has no times.
+    for entry in state["log_history"]:
+        for name in ("train_runtime", "num_input_tokens_seen"):
+            entry.pop(name, None)
+    path.write_text(json.dumps(state))
+    picture = tmp_path / "pictures" / "curves.png"
+    arguments = (str(tmp_path / "draft"), "--plot", str(picture))
+    header, *rows = run_example("training_curves.py", monkeypatch, capsys, *arguments)
+    assert header == ["step", "loss", "tau_greedy", "eval_loss", "eval_tau_greedy"]
+    assert [row[0] for row in rows] == ["2", "4", "6"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
 
 def test_coverage_is_that_of_held_out_answers_by_temperature(saved_target, tmp_path, monkeypatch, capsys):
     greedy, sampled = [1, 2, 3, 96], [1, 2, 40, 96]
@@ -94,13 +109,46 @@ def test_coverage_is_that_of_held_out_answers_by_temperature(saved_target, tmp_p
     assert rows == [["3", "75.00%", "50.00%"], ["4", "100.00%", "75.00%"]]
 
 
-def test_the_compared_joint_runs_differ_in_the_warm_up_alone():
+def runs_of(name: str) -> dict[str, tuple[DraftArguments, ConFuTrainingArguments]]:
+    """The runs of a file of `train_smollm2`, by their folders."""
     parser = HfArgumentParser((DraftArguments, ConFuTrainingArguments))
     names = {option.name for kind in (DraftArguments, ConFuTrainingArguments) for option in dataclasses.fields(kind)}
-    runs = read_runs([str(EXAMPLES / "train_smollm2" / "warm_up_compared.yaml")], names)
-    warm_up, *joint = (parser.parse_args_into_dataclasses(run, look_for_args_file=False) for run in runs)
-    assert [args.stage for _, args in (warm_up, *joint)] == ["warm_up", "joint", "joint"]
-    assert joint[0][0].draft == warm_up[1].output_dir
-    assert joint[1][0].draft == warm_up[0].draft == "runs/core"
-    recipes = [recipe_of(*run) for run in joint]
-    assert {name for name in recipes[0] if recipes[0][name] != recipes[1][name]} == {"draft"}
+    lines = read_runs([str(EXAMPLES / "train_smollm2" / name)], names)
+    runs = (parser.parse_args_into_dataclasses([*line, "--use_cpu=true"], look_for_args_file=False) for line in lines)
+    return {Path(training.output_dir).name: (draft, training) for draft, training in runs}
+
+
+def test_arms_differ_in_what_they_are_named_for_alone():
+    arms = {name: recipe_of(*run) for name, run in runs_of("arms.yaml").items()}
+    differences = {
+        ("b", "b_seed1"): {"seed"},
+        ("b", "c"): {"draft", "seed"},
+        ("c", "d"): {"draft", "replication", "anchors_per_sequence"},
+        ("c", "e"): {"replication", "anchors_per_sequence"},
+        ("c", "f"): {"draft"},
+        ("a", "a_seed1"): {"seed"},
+        ("a", "b"): {"stage", "max_steps"},
+    }
+    for (one, other), names in differences.items():
+        changed = {name for name in arms[one] if arms[one][name] != arms[other][name]}
+        assert changed == names, (one, other)
+
+
+def test_stages_follow_from_each_other():
+    runs = runs_of("stages.yaml")
+    assert [training.stage for _, training in runs.values()] == ["core", "core", "warm_up", "joint"]
+    drafts = [draft.draft for draft, _ in runs.values()]
+    assert drafts == [None, *[training.output_dir for _, training in runs.values()][:-1]]
+
+
+def test_a_core_and_a_channel_are_combined(tmp_path, monkeypatch, capsys):
+    target = make_tiny_target("llama")
+    core, channel = make_tiny_draft(target, seed=1), make_tiny_draft(target, seed=2)
+    core.save_pretrained(tmp_path / "core")
+    channel.save_pretrained(tmp_path / "channel")
+    folders = (str(tmp_path / name) for name in ("core", "channel", "both"))
+    run_example("train_smollm2/combine.py", monkeypatch, capsys, *folders)
+    both = ConFuDraftModel.from_pretrained(tmp_path / "both")
+    for name, parameter in both.named_parameters():
+        source = channel if name.startswith("future_channel.") else core
+        assert torch.equal(parameter, source.get_parameter(name)), name

@@ -4,7 +4,8 @@ A YAML file describes one run or several stages, see [`~runs.read_runs`]. A run 
 of the same options is skipped, an interrupted one continues from its last checkpoint.
 
 In several processes: `torchrun --nproc_per_node=2 -m transformers_confu.training.train run.yaml`. Tested with two
-processes on the CPU (gloo), with `shard_target` and with `feature_cache`; on GPUs it has not run yet.
+processes on the CPU (gloo), with `shard_target` and with `feature_cache`; on several GPUs it has not run yet, on
+one it has.
 """
 
 import json
