@@ -57,3 +57,9 @@ def tiny_llama():
 def tiny_qwen3():
     """Factory of tiny Qwen3 targets, see `make_tiny_target`."""
     return partial(make_tiny_target, "qwen3")
+
+
+@pytest.fixture
+def offline_hub(monkeypatch):
+    """No request to the Hub: where there is no network each would be tried again and again, for minutes."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

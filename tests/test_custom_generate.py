@@ -125,6 +125,7 @@ def test_what_changes_in_a_folder_is_loaded(target, plain, folder, loads, assist
     assert assistants[-1].generation_config.confu_tree_size == 2
 
 
+@pytest.mark.usefixtures("offline_hub")
 def test_a_revision_pins_the_draft(target, plain, folder, loads, assistants, tmp_path):
     other = save(make_tiny_draft(target, seed=2), tmp_path / "other")
     commits = fill_hub_cache(tmp_path / "hub", "org/draft", {"main": folder, "v2": other})
@@ -144,6 +145,7 @@ def test_an_assistant_model_goes_before_the_repositorys_draft(target, plain, fol
     assert loads == [] and assistants == [draft]
 
 
+@pytest.mark.usefixtures("offline_hub")
 def test_the_published_id_helps_where_no_name_is_given(target, plain, folder, loads, tmp_path):
     generate = target.load_custom_generate(folder, **TRUST)
     with pytest.raises(ValueError, match="Which draft to load is not known: call `target.generate"):

@@ -150,6 +150,7 @@ def test_without_trust_the_error_is_that_of_transformers(checkpoints, tmp_path, 
         auto_class.from_pretrained(folder, trust_remote_code=trust)
 
 
+@pytest.mark.usefixtures("offline_hub")
 def test_a_revision_pins_code_and_weights(checkpoints, target, plain, tmp_path):
     folders = {"main": checkpoints / "one" / "draft", "v2": checkpoints / "two" / "draft"}
     commits = fill_hub_cache(tmp_path, "org/draft", folders)
