@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from helpers import make_tiny_target
-from transformers_confu.training import regeneration
+from transformers_confu.training import continuous_batching, regeneration
 from transformers_confu.training.continuous_batching import Request, answer
 from transformers_confu.training.data import load_jsonl, prepare_dataset
 from transformers_confu.training.regeneration import regenerate, regenerate_turns
@@ -152,6 +152,27 @@ def test_an_answer_does_not_depend_on_those_beside_it(target, tokenizer, tmp_pat
     alone = rows_of(tmp_path / "1.jsonl")
     assert alone == rows_of(tmp_path / "3.jsonl") == rows_of(tmp_path / "50.jsonl")
     assert {row["temperature"] for row in alone} == {0.0, 0.8}
+
+
+def test_prompts_that_one_forward_cannot_hold_are_read_by_several(target, monkeypatch):
+    def answers() -> list[list[int]]:
+        requests = [Request([(3 * number + place) % 32 for place in range(6)], 0.8, number) for number in range(9)]
+        list(answer(target, requests, num_rows=9, capacity=18, max_new_tokens=12))
+        return [request.answer_ids for request in requests]
+
+    together = answers()
+    lengths_read = []
+    read_prompts = continuous_batching._read_prompts
+    monkeypatch.setattr(
+        continuous_batching,
+        "_read_prompts",
+        lambda *args: lengths_read.append(len(args[-1])) or read_prompts(*args),
+    )
+    for most, expected in ((13, [2, 2, 2, 2, 1]), (5, [1] * 9)):
+        monkeypatch.setattr(continuous_batching, "TOKENS_PER_READING", most)
+        lengths_read.clear()
+        assert answers() == together
+        assert lengths_read == expected
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "GPT-NeoX", "GPT-2"])
