@@ -21,7 +21,7 @@ from transformers_confu.target_runner import TargetRunner
 from transformers_confu.training import load_rows, prepare_dataset
 from transformers_confu.training.anchors import sample_anchors
 from transformers_confu.training.batching import ConFuDataCollator
-from transformers_confu.training.objective import gather_rows
+from transformers_confu.training.objective import contemplate_rows
 from transformers_confu.training.teaching import read_texts, teach
 from transformers_confu.training.texts import Texts
 from transformers_confu.training.unroll import unroll
@@ -64,13 +64,7 @@ with torch.no_grad():
             keep_cache=True,
         )
         teaching = teach(draft, runner.taps(outputs.hidden_states).float(), outputs.logits)
-        foreseen = runner.foresee(
-            outputs.cache,
-            gather_rows(teaching.taps, anchors.routed_by),
-            texts.position_ids.gather(1, anchors.positions) + 1,
-            texts.position_ids.gather(1, anchors.routed_by) + 1,
-            texts.sees(anchors.positions),
-        )[0].float()  # (R, V)
+        foreseen = runner.foresee(outputs.cache, *contemplate_rows(texts, teaching.taps, anchors))[0].float()  # (R, V)
         drafted_from = texts.draft_rows[0].nonzero().T  # (1, R)
         (hidden_states,) = unroll(
             draft,

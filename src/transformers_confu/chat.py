@@ -154,6 +154,5 @@ def main(argv: list[str] | None = None) -> None:
         sampling = {"do_sample": True, "temperature": arguments.temperature}
     target, tokenizer = load_target(arguments.target, arguments.dtype, device)
     draft = load_draft(arguments.draft, target.dtype).to(device)
-    converse(
-        Chat(target, tokenizer, draft, arguments.system), max_new_tokens=arguments.max_new_tokens, **sampling
-    )  # fmt: skip
+    chat = Chat(target, tokenizer, draft, arguments.system)
+    converse(chat, max_new_tokens=arguments.max_new_tokens, **sampling)

@@ -106,13 +106,17 @@ def contemplate(
 ) -> torch.Tensor:
     """Future predictions at the anchors `(B, K, F)`, behind texts that are cached."""
     with torch.autocast(device_type=taps.device.type, enabled=False):
-        return runner.contemplate(
-            cache,
-            gather_rows(taps, anchors.routed_by),
-            texts.position_ids.gather(1, anchors.positions) + 1,
-            texts.position_ids.gather(1, anchors.routed_by) + 1,
-            texts.sees(anchors.positions),
-        )
+        return runner.contemplate(cache, *contemplate_rows(texts, taps, anchors))
+
+
+def contemplate_rows(texts: Texts, taps: torch.Tensor, anchors: Anchors) -> tuple[torch.Tensor, ...]:
+    """What [`TargetRunner`] asks about the contemplate rows at anchors, behind a cache that holds the texts."""
+    return (
+        gather_rows(taps, anchors.routed_by),
+        texts.position_ids.gather(1, anchors.positions) + 1,
+        texts.position_ids.gather(1, anchors.routed_by) + 1,
+        texts.sees(anchors.positions),
+    )
 
 
 def compute_objective(

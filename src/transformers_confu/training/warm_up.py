@@ -11,7 +11,7 @@ from torch import nn
 from ..modeling_confu import ConFuDraftModel
 from ..target_runner import TargetRunner
 from .anchors import Anchors
-from .objective import Objective, expert_load, gather_rows
+from .objective import Objective, contemplate_rows, expert_load
 from .teaching import read_texts
 from .texts import Texts
 
@@ -33,15 +33,9 @@ def compute_foresight(draft: ConFuDraftModel, runner: TargetRunner, texts: Texts
         hidden_states=draft.config.target_hidden_state_indices,
         keep_cache=True,
     )
-    routed_by = gather_rows(runner.taps(outputs.hidden_states), anchors.routed_by)
+    routed_by, *rest = contemplate_rows(texts, runner.taps(outputs.hidden_states), anchors)
     with torch.autocast(device_type=draft.device.type, enabled=False):
-        logits = runner.foresee(
-            outputs.cache,
-            routed_by,
-            texts.position_ids.gather(1, anchors.positions) + 1,
-            texts.position_ids.gather(1, anchors.routed_by) + 1,
-            texts.sees(anchors.positions),
-        )  # (B, K, V)
+        logits = runner.foresee(outputs.cache, routed_by, *rest)  # (B, K, V)
     counts = anchors.exists
     last = texts.labels.shape[1] - 1
     expected = texts.labels.gather(1, (anchors.positions + 2).clamp(max=last))[counts].to(logits.device)
