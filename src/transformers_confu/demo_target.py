@@ -191,8 +191,7 @@ def _require_gguf() -> None:
         import gguf  # noqa: F401
     except ImportError as error:
         raise RuntimeError(
-            "Reading the wheel's weights needs the package `gguf`. Install it with "
-            "`pip install 'transformers-confu[demo]'`."
+            "Reading the wheel's weights needs the package `gguf`. Install it with `pip install 'gguf>=0.10.0'`."
         ) from error
 
 

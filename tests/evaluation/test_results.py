@@ -1,5 +1,6 @@
 """The page on several measurements, made by the commands as users run them."""
 
+import gzip
 import json
 import re
 from hashlib import sha256
@@ -140,3 +141,16 @@ def test_an_unfinished_measurement_is_read_as_it_is(measured):
     assert cli.main(["report", "cut.jsonl", "--output", "results.md"]) == 0
     assert Path("cut.jsonl").read_text() == cut
     assert [row[-1] for row in table(Path("results.md").read_text(), "Accepted length and speed")][0] == "4/4"
+
+
+def test_compressed_records_give_the_same_page(measured, capsys):
+    (records,) = measured("base")
+    Path("base.jsonl.gz").write_bytes(gzip.compress(Path(records).read_bytes()))
+    for folder, source in (("plain", records), ("compressed", "base.jsonl.gz")):
+        assert cli.main(["report", source, "--output", f"{folder}/results.md"]) == 0
+    assert Path("compressed/results.md").read_text() == Path("plain/results.md").read_text()
+
+    Path("base.jsonl.gz").write_bytes(gzip.compress(Path(records).read_bytes())[:-50])
+    assert cli.main(["report", "base.jsonl.gz", "--output", "torn.md"]) == 1
+    assert "base.jsonl.gz cannot be decompressed after line" in capsys.readouterr().err
+    assert not Path("torn.md").exists()

@@ -207,9 +207,6 @@ class Comparison:
             for run in range(len(self.runs))
         )
 
-    def tau_by_run(self, arm: ArmAnswers) -> Spread:
-        return Spread.of(arm.emitted[:, run].sum() / arm.rounds[:, run].sum() for run in range(len(self.runs)))
-
     def references(self, arm: ArmAnswers) -> list[ArmAnswers]:
         """What a drafted arm is set against: EAGLE-3 mode with the same tree, of every draft; each pair once."""
         alike = [

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field, fields
 
+from ..training.data import json_option
+
 
 BASELINES = ("plain", "prompt_lookup")
 
@@ -31,6 +33,10 @@ class EvaluationArguments:
             "help": "JSONL of `question_id`, `category`, `turns`, or of `prompt`; .txt of prompts; or a URL of either "
             "(https://, hf://). Spec-Bench as its authors publish it if not given."
         },
+    )
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Options of the target's chat template, as JSON: '{\"enable_thinking\": false}'."},
     )
     num_per_group: int | None = field(default=None, metadata={"help": "Questions of each group; all if not given."})
     max_turns: int | None = field(default=None, metadata={"help": "Turns of a conversation at most."})
@@ -72,6 +78,8 @@ class EvaluationArguments:
                 setattr(self, option.name, value)
             if isinstance(value, list) and len(set(map(str, value))) < len(value):
                 raise ValueError(f"`{option.name}` is {value}; leave out what comes twice.")
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = json_option("chat_template_kwargs", self.chat_template_kwargs)
         self.contemplations = [str(budget) for budget in self.contemplations]
         for name in ("dtypes", "temperatures", "max_new_tokens", "contemplations", "tree_sizes"):
             if getattr(self, name) == []:

@@ -66,9 +66,7 @@ def matplotlib_pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise RuntimeError(
-            "Plots need matplotlib. Install it with `pip install 'transformers-confu[eval]'`."
-        ) from error
+        raise RuntimeError("Plots need matplotlib. Install it with `pip install 'matplotlib>=3.9'`.") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot
 
@@ -105,8 +103,10 @@ def cost_plots(costs: list[dict[str, Any]], folder: Path) -> list[Plot]:
 
 
 def style_of(index: int) -> dict[str, Any]:
-    index %= len(COLOURS)
-    return {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": DASHES[index], "markersize": 6}
+    """Of the arm at a place; where colours come round again, they meet other markers and dashes."""
+    turn, colour = divmod(index, len(COLOURS))
+    shape = (colour + turn) % len(MARKERS)
+    return {"color": COLOURS[colour], "marker": MARKERS[shape], "linestyle": DASHES[shape], "markersize": 6}
 
 
 def survival(pyplot: Any, comparison: Comparison) -> tuple[Any, str, str] | None:
@@ -136,7 +136,8 @@ def survival(pyplot: Any, comparison: Comparison) -> tuple[Any, str, str] | None
 
 def speedup_by_group(pyplot: Any, comparison: Comparison) -> tuple[Any, str, str]:
     baselines = [arm for arm in comparison.arms.values() if arm.has_rounds and not arm.has_accepted]
-    arms = [*comparison.of_main_size(), *baselines][:MOST_BARS]
+    candidates = [*comparison.of_main_size(), *baselines]
+    arms = candidates[:MOST_BARS]
     members = [*comparison.groups.items(), ("all", None)]
     figure, axes = pyplot.subplots(figsize=(9, 3.8), layout="constrained")
     width = 0.84 / max(1, len(arms))
@@ -165,7 +166,7 @@ def speedup_by_group(pyplot: Any, comparison: Comparison) -> tuple[Any, str, str
         figure,
         "Speed-up by group of questions",
         "Total tokens over total time, against plain generate (the line at 1). Whiskers: 95 % intervals over "
-        "questions.",
+        "questions." + (f" The first {len(arms)} of {len(candidates)} arms." if len(arms) < len(candidates) else ""),
     )
 
 

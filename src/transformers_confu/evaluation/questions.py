@@ -43,22 +43,26 @@ class Question:
         return "mt_bench" if self.category in MT_BENCH_CATEGORIES else self.category
 
 
-def load_questions(path: str | Path) -> list[Question]:
+def load_questions(source: str | Path | None) -> list[Question]:
     r"""
     Read a file of questions.
 
     Args:
-        path (`str` or `Path`): A `.txt` file of one prompt a line, or a JSONL file (also `.gz`) whose rows hold
-            `question_id`, `category` and `turns`, as Spec-Bench's do, or `prompt` and optionally `id` and `category`.
+        source (`str` or `Path`, *optional*): A `.txt` file of one prompt a line, or a JSONL file (also `.gz`) whose
+            rows hold `question_id`, `category` and `turns`, as Spec-Bench's do, or `prompt` and optionally `id` and
+            `category`; or the URL of either, as [`fetch`] takes it.
 
     Raises:
         ValueError: a row that is neither, an empty turn, an id that comes twice, or no question at all.
     """
-    path = Path(path)
+    path = fetch(source)
     if not path.is_file():
         raise ValueError(f"There is no file {path}; give a JSONL file of questions or a text file of prompts.")
-    if path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
+    if str(source).endswith(".txt"):  # the copy of a URL has a name of its own
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is not UTF-8 ({error}); save it as such.") from error
         rows: list[dict[str, Any]] = [{"prompt": line} for line in lines if line.strip()]
     else:
         rows = load_jsonl(path)
@@ -125,24 +129,25 @@ def stratified(questions: Iterable[Question], num_per_group: int | None) -> list
     return [question for question in questions if question.id in chosen]
 
 
-def fetch(source: str | None) -> Path:
+def fetch(source: str | Path | None) -> Path:
     r"""
-    The path of a file of questions: `source` itself, or, for a URL, the copy that `datasets` downloads and keeps.
+    The path of a file of questions: `source` itself, or, for a URL, the copy that `datasets` downloads, decompresses
+    and keeps.
 
     Args:
-        source (`str`, *optional*): A path, an `https://` URL, or `hf://datasets/<repository>/<file>` on the Hub.
-            Without it, Spec-Bench as its authors publish it.
+        source (`str` or `Path`, *optional*): A path, an `https://` URL, or `hf://datasets/<repository>/<file>` on the
+            Hub. Without it, Spec-Bench as its authors publish it.
 
     Raises:
         ValueError: it cannot be fetched.
     """
-    source = SPEC_BENCH if source is None else source
+    source = SPEC_BENCH if source is None else str(source)
     if "://" not in source:
         return Path(source)
     from datasets import DownloadManager
 
     try:
-        return Path(DownloadManager(dataset_name="questions").download(source))
+        return Path(DownloadManager(dataset_name="questions").download_and_extract(source))
     except Exception as error:  # offline, a proxy, a mirror: each fails in a class of its own
         raise ValueError(
             f"The questions could not be fetched from {source} ({type(error).__name__}); download them and give the "

@@ -6,6 +6,7 @@ interrupted measurement never pairs answers that were made hours apart.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..training.data import parse_json_object
+from ..training.data import parse_json_object, read_lines
 from .arms import Arm, Setting
 
 
@@ -122,23 +123,24 @@ class RecordFile:
     The records on disk, to be read and, with `settings`, to be added to.
 
     Args:
-        path (`Path`): A `.jsonl` file; with `settings`, created if it is missing.
+        path (`Path`): A `.jsonl` file; with `settings`, created if it is missing, without, also a `.jsonl.gz`.
         settings (`dict`, *optional*): What is measured, under `machine` on what, and under `command` by what; a file
             of another measurement is refused. `None` takes the file as it is.
-        unit_size (`dict[Setting, int]`, *optional*): Arms of each setting, so that an incomplete unit at the end is
-            known as such and removed.
+        plan (`dict[Setting, list[Arm]]`, *optional*): The arms of each setting: a file with others is refused, and an
+            incomplete unit at the end is known as such and removed.
 
     Raises:
         ValueError: the file holds something else.
     """
 
     def __init__(
-        self, path: Path, settings: dict[str, Any] | None = None, unit_size: dict[Setting, int] | None = None
+        self, path: Path, settings: dict[str, Any] | None = None, plan: dict[Setting, list[Arm]] | None = None
     ):
         self.path = path
         self.settings: dict[str, Any] = {}
         self.answers: list[Answer] = []
         self.costs: list[dict[str, Any]] = []
+        self.left_out: dict[str, int] = {}  # id of a question that is too long -> its tokens
         if settings is None:
             self._read(None, {})
             return
@@ -148,35 +150,46 @@ class RecordFile:
         self.machine = settings["machine"]
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size:
-            self._read(settings, unit_size or {})
-        else:
+            self._read(settings, plan or {})
+        if not self.settings:
             self.settings = settings
             self.append([{"kind": "settings", **settings}])
 
-    def _read(self, wanted: dict[str, Any] | None, unit_size: dict[Setting, int]) -> None:
-        with open(self.path, "rb" if wanted is None else "r+b") as file:
-            lines = file.readlines()
-            whole = [line for line in lines if line.endswith(b"\n")]
-            rows = [parse_json_object(line, self.path, number) for number, line in enumerate(whole, start=1)]
-            self._read_settings(rows[0] if rows else {}, wanted)
-            for number, row in enumerate(rows[1:], start=2):
-                if row.get("kind") == "cost":
-                    self.costs.append(row)
-                    continue
-                try:
-                    answer = Answer.from_json(row)
-                except (KeyError, TypeError) as error:
-                    raise ValueError(f"{self.path}, line {number} is no record of a measurement ({error}).") from error
-                self.answers.append(answer)
-            # Only the unit that was being written when the measurement stopped can be incomplete: it is made anew.
-            last = [answer for answer in self.answers if answer.unit == self.answers[-1].unit]
-            keep = len(whole)
-            if rows and rows[-1].get("kind") == "answer" and len(last) < unit_size.get(last[0].setting, len(last)):
-                keep -= len(last)
-                del self.answers[-len(last) :]
-            if keep < len(lines) and wanted is not None:
-                file.truncate(sum(len(line) for line in lines[:keep]))
-                logger.warning("Removed %d incomplete lines from the end of %s.", len(lines) - keep, self.path)
+    def _read(self, wanted: dict[str, Any] | None, plan: dict[Setting, list[Arm]]) -> None:
+        lines = read_lines(self.path)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        rows = [parse_json_object(line, self.path, number) for number, line in enumerate(whole, start=1)]
+        if wanted is not None and [row.get("kind") for row in rows if row.get("kind") != "left_out"] == ["settings"]:
+            # Nothing was measured with these options, perhaps because they were wrong: they may be set right.
+            os.truncate(self.path, 0)
+            return
+        self._read_settings(rows[0] if rows else {}, wanted)
+        for number, row in enumerate(rows[1:], start=2):
+            if row.get("kind") == "cost":
+                self.costs.append(row)
+                continue
+            if row.get("kind") == "left_out":
+                self.left_out[row["question_id"]] = row["prompt_tokens"]
+                continue
+            try:
+                answer = Answer.from_json(row)
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{self.path}, line {number} is no record of a measurement ({error}).") from error
+            if answer.arm not in plan.get(answer.setting, [answer.arm]):
+                raise ValueError(
+                    f"{self.path} was measured with the arm {answer.arm}, which this measurement lacks: the draft's "
+                    "own generation_config.json has changed; choose another `output`."
+                )
+            self.answers.append(answer)
+        # Only the unit that was being written when the measurement stopped can be incomplete: it is made anew.
+        last = [answer for answer in self.answers if answer.unit == self.answers[-1].unit]
+        keep = len(whole)
+        if rows and rows[-1].get("kind") == "answer" and len(last) < len(plan.get(last[0].setting, last)):
+            keep -= len(last)
+            del self.answers[-len(last) :]
+        if keep < len(lines) and wanted is not None:
+            os.truncate(self.path, sum(len(line) for line in lines[:keep]))
+            logger.warning("Removed %d incomplete lines from the end of %s.", len(lines) - keep, self.path)
 
     def _read_settings(self, found: dict[str, Any], wanted: dict[str, Any] | None) -> None:
         if found.get("kind") != "settings":
@@ -212,10 +225,21 @@ class RecordFile:
         self.append([{"kind": "cost", **cost}])
         self.costs.append({"kind": "cost", **cost})
 
+    def leave_out(self, question_id: str, prompt_tokens: int) -> None:
+        """A question that does not fit into the target's context."""
+        if question_id not in self.left_out:
+            self.append([{"kind": "left_out", "question_id": question_id, "prompt_tokens": prompt_tokens}])
+            self.left_out[question_id] = prompt_tokens
+
     @property
     def units(self) -> set[tuple[Setting, int, str]]:
         return {answer.unit for answer in self.answers}
 
+    @property
+    def name(self) -> str:
+        """Of the JSONL file, compressed or not."""
+        return self.path.name.removesuffix(".gz")
+
     def sha256(self) -> str:
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """Of the JSONL file, compressed or not."""
+        return hashlib.sha256(b"".join(read_lines(self.path))).hexdigest()

@@ -19,14 +19,15 @@ COUNTING = [
     "decoded text, and nothing beyond EOS or the limit is counted.",
     "Time is that of the whole call of `generate`, prefill included. All arms run in one process with the same "
     "attention kernel and kind of cache, and take turns on every question in a new random order.",
-    "tau is tokens emitted in rounds / rounds, over all rounds of all texts. The token that prefill emits is in "
-    "neither.",
-    "Both speed-ups are given: total tokens over total time, and Spec-Bench's mean of the questions' ratios.",
+    "tau is tokens emitted in rounds / rounds, over all rounds of all texts. What the first forward, prefill, emits "
+    "is in neither.",
+    "Both speed-ups are given: total tokens over total time, and the mean over questions of the ratio to plain "
+    "generation. (Spec-Bench prints a third: the mean of the questions' rates over the mean of plain generation's.)",
     "Turns follow the target's own chat template and an arm's own earlier answers. Where texts depart (bf16), later "
     "turns have other prompts: a departure is looked for up to the first.",
     "Spec-Bench's own harness counts otherwise: engine tokens against re-tokenised text, EOS overshoot of some "
-    "methods, stale times after an error, one chat template for every model. Its numbers are not comparable with "
-    "these.",
+    "methods, a limit of length for one method and not for plain generation, rounds that are one short, stale times "
+    "after an error, one chat template for every model. Its numbers are not comparable with these.",
 ]
 
 STYLE = """
@@ -103,12 +104,25 @@ def about(file: RecordFile, command: str) -> list["str | Preformatted"]:
     """What was measured, on what and by which command."""
     settings = file.settings
     machine = ", ".join(f"{name} {value}" for name, value in settings["machine"].items())
-    drafts = ", ".join(f"{name} ({str(print_)[:12]})" for name, print_ in settings["drafts"].items()) or "none"
+    # A draft in a folder is known by a digest of its weights, one on the Hub by its id.
+    drafts = ", ".join(
+        f"{name} ({print_[:12] if re.fullmatch('[0-9a-f]{64}', print_) else print_})"
+        for name, print_ in settings["drafts"].items()
+    )
+    questions = (
+        f"Questions: {settings['questions']['number']} (SHA-256 of their content "
+        f"{settings['questions']['sha256'][:12]})"
+    )
+    if file.left_out:
+        questions += f", of which {', '.join(file.left_out)} did not fit into the target's context and were left out"
+    if skipped := sum(answer.skipped_turns for answer in file.answers):
+        questions += f"; {skipped} later turns did not fit either"
+    runs = len({answer.run for answer in file.answers})
     return [
-        f"Target: {settings['target']}. Drafts, with the start of their weights' SHA-256: {drafts}. Questions: "
-        f"{settings['questions']['number']} (SHA-256 of their content {settings['questions']['sha256'][:12]}).",
+        f"Target: {settings['target']}. Drafts, with the start of the SHA-256 of their weights' SHA-256: "
+        f"{drafts or 'none'}. {questions}. Runs: {runs}.",
         f"Machine: {machine}.",
-        f"Records: {file.path.name}, {len(file.answers):,} answers, SHA-256 {file.sha256()}.",
+        f"Records: {file.name}, {len(file.answers):,} answers, SHA-256 {file.sha256()}.",
         Preformatted(command),
     ]
 
@@ -119,7 +133,8 @@ def _slug(setting: Setting) -> str:
 
 def _save(table: Table, folder: Path, prefix: str) -> None:
     (folder / f"{prefix}{table.name}.csv").write_text(table.csv(), encoding="utf-8")
-    (folder / f"{prefix}{table.name}.md").write_text(table.markdown() + "\n", encoding="utf-8")
+    page = f"### {table.title}\n\n{table.markdown()}\n\n{table.note}\n"
+    (folder / f"{prefix}{table.name}.md").write_text(page, encoding="utf-8")
 
 
 def markdown(sections: Iterable[Section], folder: Path, head: str = "# ConFu evaluation") -> str:

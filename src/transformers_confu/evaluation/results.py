@@ -5,6 +5,7 @@ one table over all of them, groups of questions, pictures, costs, exactness, and
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from .aggregation import Comparison, settings_of
@@ -13,10 +14,12 @@ from .records import RecordFile
 from .report import COUNTING, Section, about, markdown
 from .tables import (
     curve_table,
+    depth_table,
     difference_table,
     exactness_sentence,
     exactness_table,
     extra_cost_table,
+    group_depth_table,
     group_difference_table,
     group_table,
     overview_table,
@@ -38,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         "folder of the page's name beside it. Measurements of the same questions share a table: name the one that the "
         "others vary first; it is also shown in detail.",
     )
-    parser.add_argument("records", nargs="+", type=Path, help="JSONL files that `confu evaluate` wrote")
+    parser.add_argument("records", nargs="+", type=Path, help="JSONL files that `confu evaluate` wrote (also .gz)")
     parser.add_argument("--output", required=True, type=Path, help="the page, a .md file; text above its mark is kept")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
     arguments = parser.parse_args(argv)
@@ -80,25 +83,32 @@ def sections_of(files: list[RecordFile], folder: Path, seed: int) -> list[Sectio
     timed: dict[tuple, list[tuple[Comparison, RecordFile]]] = {}
     exact: list[Comparison] = []
     for file in files:
+        alike = json.dumps([file.settings[name] for name in ("target", "drafts", "questions", "machine")])
         for setting in settings_of(file.answers):
             comparison = Comparison(setting, file.answers, seed)
             if setting.dtype in FULL_PRECISION:
                 exact.append(comparison)
             else:
-                key = (len(comparison.questions), setting.dtype, setting.max_new_tokens, *comparison.questions)
+                key = (setting.dtype, setting.max_new_tokens, alike, *comparison.questions)
                 timed.setdefault(key, []).append((comparison, file))
-    sections = []
-    for number, ((questions, dtype, limit, *_), members) in enumerate(timed.items()):
+    sections: list[Section] = []
+    for number, members in enumerate(timed.values()):
         comparisons = [comparison for comparison, _ in members]
-        section = Section(f"{questions} questions, {dtype}, up to {limit} tokens", [overview_table(comparisons)])
-        sections.append(section)
         first, first_file = members[0]
-        prefix = f"{questions}_questions_"
+        title = f"{len(first.questions)} questions, {first.setting.dtype}, up to {first.setting.max_new_tokens} tokens"
+        section = Section(title, [overview_table(comparisons)])
+        prefix = f"{len(first.questions)}_questions_"
+        if title in [other.title for other in sections]:  # of another target, draft or machine, which is named below
+            section.title += f" ({first_file.name})"
+        if sum(len(other[0][0].questions) == len(first.questions) for other in timed.values()) > 1:
+            prefix += f"{number}_"
+        sections.append(section)
         if number == 0:
-            section.parts += [difference_table(first)]
+            section.parts += [difference_table(first), depth_table(first)]
             for drawing in DRAWINGS:  # each from the first measurement that has what it shows
                 drawn = (plots_of(comparison, folder, prefix, [drawing]) for comparison in comparisons)
                 section.parts += next(filter(None, drawn), [])
+            section.parts += [group_depth_table(first)]
         else:
             section.parts += plots_of(first, folder, prefix, [speedup_by_group])
         section.parts += [
@@ -120,7 +130,7 @@ def sections_of(files: list[RecordFile], folder: Path, seed: int) -> list[Sectio
         ]
     measured = Section("How it was measured", [*COUNTING])
     for file in files:
-        measured.parts += [f"**{file.path.name}**", *about(file, file.settings.get("command") or "not recorded")]
+        measured.parts += [f"**{file.name}**", *about(file, file.settings.get("command") or "not recorded")]
     sections += [exactness, measured]
     for section in sections:
         section.parts = [part for part in section.parts if part is not None]

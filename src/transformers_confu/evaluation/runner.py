@@ -30,7 +30,7 @@ from .arguments import EvaluationArguments
 from .arms import Arm, Draft, Setting, comparisons, drafts_of, generate_kwargs
 from .costs import arm_cost, forward_curve
 from .machine import PeakMemory, best_device, describe_machine, synchronise
-from .questions import Question, fetch, load_questions, stratified
+from .questions import Question, load_questions, stratified
 from .records import Answer, Departure, RecordFile, Rounds, Turn
 
 
@@ -73,27 +73,29 @@ def measure(arguments: EvaluationArguments, command: str = "") -> RecordFile:
     Make all records of a measurement that its file does not hold yet. `command` goes into a new file.
 
     Raises:
-        ValueError: wrong options, questions or drafts, or a file of another measurement; before any model is loaded.
+        ValueError: wrong options or questions, or a file of another measurement, before any model is loaded; models
+            that do not fit each other, before any answer.
     """
     device = torch.device(arguments.device) if arguments.device else best_device()
-    questions = stratified(load_questions(fetch(arguments.questions)), arguments.num_per_group)
+    questions = stratified(load_questions(arguments.questions), arguments.num_per_group)
     drafts = drafts_of(arguments)
     plan = comparisons(arguments, {draft.name: _own_generation_config(draft) for draft in drafts})
     file = RecordFile(
         Path(arguments.output),
         _settings(arguments, questions, drafts, device) | {"command": command},
-        {setting: len(arms) for setting, arms in plan.items()},
+        plan,
     )
     for dtype in arguments.dtypes:
         of_dtype = {setting: arms for setting, arms in plan.items() if setting.dtype == dtype}
         missing_costs = _missing_costs(arguments, of_dtype, file)
         complete = file.units
-        all_units = {(s, r, q.id) for s in of_dtype for r in range(arguments.runs) for q in questions}
+        asked = [question for question in questions if question.id not in file.left_out]
+        all_units = {(s, r, q.id) for s in of_dtype for r in range(arguments.runs) for q in asked}
         if not missing_costs and all_units <= complete:
             continue
         file.check_same_machine()
         models = load_models(arguments, dtype, device)
-        fitting = fitting_questions(questions, models, max(setting.max_new_tokens for setting in of_dtype))
+        fitting = fitting_questions(questions, models, arguments, file)
         answer_questions(arguments, models, of_dtype, fitting, file)
         if missing_costs:
             measure_costs(arguments, models, of_dtype, fitting, file)
@@ -141,15 +143,19 @@ def _fingerprint(draft: Draft) -> str:
     return digest.hexdigest()
 
 
-def fitting_questions(questions: list[Question], models: Models, max_new_tokens: int) -> list[Question]:
-    """Those whose first turn and answer fit into the target's context; the others are named in a warning."""
+def fitting_questions(
+    questions: list[Question], models: Models, arguments: EvaluationArguments, file: RecordFile
+) -> list[Question]:
+    """Those whose first turn and longest answer fit into the target's context; `file` names the others."""
     context = _context_length(models.target)
+    max_new_tokens = max(arguments.max_new_tokens)
     fitting = []
     for question in questions:
-        length = len(encode_prompt(question.turns[0], models.tokenizer))
+        length = len(_encode(question.turns[0], models.tokenizer, arguments))
         if length + max_new_tokens <= context:
             fitting.append(question)
         else:
+            file.leave_out(question.id, length)
             logger.warning(
                 "Question %s is left out: %d tokens and an answer of up to %d exceed the target's context of %d.",
                 question.id, length, max_new_tokens, context,
@@ -157,6 +163,12 @@ def fitting_questions(questions: list[Question], models: Models, max_new_tokens:
     if not fitting:
         raise ValueError(f"No question fits into the target's context of {context} tokens.")
     return fitting
+
+
+def _encode(
+    prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, arguments: EvaluationArguments
+) -> list[int]:
+    return encode_prompt(prompt, tokenizer, chat_template_kwargs=arguments.chat_template_kwargs)
 
 
 def _context_length(target: PreTrainedModel) -> int:
@@ -187,14 +199,14 @@ def answer_questions(
                 for arm in plan[setting]
             }
             if setting not in warm:
-                _warm_up(models, questions[0], calls)
+                _warm_up(models, _encode(questions[0].turns[0], models.tokenizer, arguments), calls)
                 warm.add(setting)
             file.add(answer_question(models, question, run, setting, calls, arguments, progress.update))
 
 
-def _warm_up(models: Models, question: Question, calls: dict[Arm, dict[str, Any]]) -> None:
+def _warm_up(models: Models, prompt: list[int], calls: dict[Arm, dict[str, Any]]) -> None:
     """What is allocated or compiled on first use is not timed."""
-    ids = torch.tensor([encode_prompt(question.turns[0], models.tokenizer)], device=models.target.device)
+    ids = torch.tensor([prompt], device=models.target.device)
     for kwargs in calls.values():
         config = copy.deepcopy(kwargs["generation_config"])
         config.max_new_tokens = min(WARM_UP_TOKENS, config.max_new_tokens)
@@ -217,7 +229,7 @@ def answer_question(
     prompts: dict[Arm, list[list[int]]] = {}
     answers: dict[Arm, Answer] = {}
     for place, arm in enumerate(order):
-        conversation = converse(models, question.turns[: arguments.max_turns], calls[arm], arm.kind, unit)
+        conversation = converse(models, question.turns, calls[arm], arm.kind, unit, arguments)
         prompts[arm] = [prompt for prompt, _ in conversation]
         turns = [turn for _, turn in conversation]
         skipped = len(question.turns[: arguments.max_turns]) - len(turns)
@@ -234,15 +246,20 @@ def answer_question(
 
 
 def converse(
-    models: Models, turns: tuple[str, ...], kwargs: dict[str, Any], kind: str, seed: str
+    models: Models,
+    turns: tuple[str, ...],
+    kwargs: dict[str, Any],
+    kind: str,
+    seed: str,
+    arguments: EvaluationArguments,
 ) -> list[tuple[list[int], Turn]]:
     """Prompt ids and answer of each turn, in the target's chat template, with the arm's own answers in between."""
     target, tokenizer = models.target, models.tokenizer
     messages: list[dict[str, Any]] = []
     conversation: list[tuple[list[int], Turn]] = []
-    for text in turns:
+    for text in turns[: arguments.max_turns]:
         messages.append({"role": "user", "content": text})
-        prompt = encode_prompt(messages, tokenizer)
+        prompt = _encode(messages, tokenizer, arguments)
         if len(prompt) + kwargs["generation_config"].max_new_tokens > _context_length(target):
             break
         # All arms draw alike; each turn and run draws anew.
@@ -356,7 +373,7 @@ def measure_costs(
     """Time the target's forward over rows, and of each contemplating arm what contemplation adds to a round."""
     dtype = next(iter(plan)).dtype
     known = {cost["label"] for cost in file.costs if cost["dtype"] == dtype}
-    prompt = [token for question in questions for token in encode_prompt(question.turns[0], models.tokenizer)]
+    prompt = [token for question in questions for token in _encode(question.turns[0], models.tokenizer, arguments)]
     context = (prompt * (arguments.cost_context // len(prompt) + 1))[: arguments.cost_context]
     if CURVE not in known:
         any_draft = models.assistants[drafts_of(arguments)[0].name]

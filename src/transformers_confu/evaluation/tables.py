@@ -61,13 +61,16 @@ class Table:
 
     def csv(self) -> str:
         """Full precision; an interval or a spread takes three columns."""
-        wide = [
-            any(isinstance(row[index], Interval | Spread) for row in self.rows) for index in range(len(self.columns))
-        ]
+        bounds = []
+        for index in range(len(self.columns)):
+            kinds = {type(row[index]) for row in self.rows}
+            of_runs = ["lowest run", "highest run"] if Spread in kinds else []
+            bounds.append(["95 % low", "95 % high"] if Interval in kinds else of_runs)
+        wide = [bool(names) for names in bounds]
         header = [
             name
-            for column, is_wide in zip(self.columns, wide, strict=True)
-            for name in ([column, f"{column}, low", f"{column}, high"] if is_wide else [column])
+            for column, names in zip(self.columns, bounds, strict=True)
+            for name in (column, *(f"{column}, {bound}" for bound in names))
         ]
         lines = [header]
         for row in self.rows:
@@ -84,6 +87,10 @@ class Table:
 
 
 INTERVALS = "In round brackets the 95 % interval of a paired bootstrap over questions, stratified by group"
+SAMPLED = (
+    "When sampling, prompt lookup and assistant models draw along their own way: their texts follow the same law and "
+    "are others."
+)
 
 
 def speed_table(comparison: Comparison) -> Table:
@@ -104,15 +111,21 @@ def speed_table(comparison: Comparison) -> Table:
         "speed",
         "Speed and accepted length",
         f"tau: tokens emitted in rounds / rounds. Speed-up: against plain generate, total tokens over total time, and "
-        f"as the mean of the questions' ratios. {INTERVALS}; in square brackets the lowest and highest run around the "
-        f"median of {len(comparison.runs)}. Identical: texts equal to plain generate's.",
+        f"as the mean of the questions' ratios, all runs together. {INTERVALS}; in square brackets the lowest and "
+        f"highest run around the median of {len(comparison.runs)}. Identical: texts equal to plain generate's."
+        + _if_sampled([comparison]),
         ["arm", "tau", "tokens/s", "speed-up, total", "total by run", "speed-up, mean", "identical"],
         rows,
     )
 
 
+def _if_sampled(comparisons: Iterable[Comparison]) -> str:
+    return f" {SAMPLED}" if any(comparison.setting.temperature > 0 for comparison in comparisons) else ""
+
+
 def overview_table(comparisons: Iterable[Comparison]) -> Table:
     """Every arm of several comparisons once, by temperature and tree size: what changes with which factor."""
+    comparisons = list(comparisons)
     rows = []
     seen: set[tuple[Any, ...]] = set()
     for comparison in comparisons:
@@ -134,7 +147,7 @@ def overview_table(comparisons: Iterable[Comparison]) -> Table:
                     comparison.by_run(arm, "tokens_per_second").median,
                     1.0 if arm is comparison.plain else comparison.speedup_total(arm),
                     f"{by_run.low:.2f} to {by_run.high:.2f}" if by_run.low < by_run.high else None,
-                    comparison.speedup_mean(arm).value,
+                    1.0 if arm is comparison.plain else comparison.speedup_mean(arm),
                     f"{_identical(arm)}/{len(arm.all)}",
                 ]
             )
@@ -144,8 +157,9 @@ def overview_table(comparisons: Iterable[Comparison]) -> Table:
         "One factor at a time" if several else "Accepted length and speed",
         "T: temperature. N: nodes of the tree. C: contemplate rows. tau: tokens emitted in rounds / rounds; beside it "
         "its difference from EAGLE-3 mode of the same draft and tree. Speed-up: against plain generate in the same "
-        "measurement, total tokens over total time; its lowest and highest run, where there were several; the "
-        f"mean of the questions' ratios. {INTERVALS}. Equal: texts that are plain generate's.",
+        "measurement, total tokens over total time of all runs; its lowest and highest run, where there were several; "
+        "the mean of the questions' ratios. tokens/s: median of the runs. "
+        f"{INTERVALS}. Equal: texts that are plain generate's.{_if_sampled(comparisons)}",
         ["T", "N", "arm", "tau", "against EAGLE-3 mode", "tokens/s", "speed-up", "by run", "mean of ratios", "equal"],
         rows,
         texts=3,
@@ -164,6 +178,8 @@ def exactness_sentence(comparison: Comparison) -> str:
     gaps = [departure.gap for departure in departures if departure.gap is not None]
     if gaps:
         sentence += f"; at the first other token the target's logits of the two lie at most {max(gaps):.2g} apart"
+    if comparison.setting.temperature == 0 and len(gaps) < len(departures):
+        sentence += f"; {len(departures) - len(gaps)} end elsewhere"
     return sentence + "."
 
 
@@ -211,11 +227,13 @@ def depth_table(comparison: Comparison) -> Table | None:
         missing = depth - len(result["survival"])
         rows.append([arm.arm.label, "P(accepted >= l)", *result["survival"], *[0.0] * missing])
         rows.append([arm.arm.label, "given l - 1", *result["conditional"], *[None] * missing])
+        rows.append([arm.arm.label, f"of {result['rounds']:,} rounds", *result["accepted_by_depth"], *[0] * missing])
     return Table(
         "acceptance_by_depth",
         "Acceptance by draft step",
         "Over all rounds, the last of a text included, which its end may cut short. The second line of an arm is the "
-        "share of the rounds that accepted l - 1 tokens which also accepted the next.",
+        "share of the rounds that accepted l - 1 tokens which also accepted the next, the third the number of rounds "
+        "that accepted l.",
         ["arm", "", *(f"l = {level}" for level in range(1, depth + 1))],
         rows,
         digits=3,
@@ -320,9 +338,10 @@ def rows_table(comparison: Comparison) -> Table | None:
     return Table(
         "memory",
         "Rows per forward, and memory in MiB",
-        "Keys and values of the longest text: the target's, the draft's, and what a round adds to the target's until "
-        "it is compacted (tree nodes, contemplate rows, soft prompts). Peak: most memory in use during a call, all "
-        "weights included; on a CPU, of the process, which keeps what earlier calls freed.",
+        "Nodes (the root is one) and contemplate rows: means over the rounds. Keys and values of the longest text: "
+        "the target's, the draft's, and what a round adds to the target's until it is compacted (tree nodes, "
+        "contemplate rows, soft prompts). Peak: most memory in use during a call, all weights included; on a "
+        "CPU, of the process, which keeps what earlier calls freed.",
         ["arm", "nodes", "contemplate rows", "target KV", "draft KV", "transient KV", "peak"],
         rows,
     )
@@ -339,7 +358,10 @@ def exactness_table(comparison: Comparison) -> Table:
             continue
         departures = [answer.departure for answer in arm.all if answer.departure is not None]
         gaps = [departure.gap for departure in departures if departure.gap is not None]
-        beyond = sum(gap > TIE for gap in gaps) if comparison.setting.dtype in ("float32", "float64") else None
+        beyond = None
+        if comparison.setting.dtype in ("float32", "float64") and comparison.setting.temperature == 0:
+            # A text that ends where the other goes on has no gap, and no tie explains it.
+            beyond = sum(departure.gap is None or departure.gap > TIE for departure in departures)
         rows.append(
             [
                 arm.arm.label,
@@ -351,58 +373,60 @@ def exactness_table(comparison: Comparison) -> Table:
                 beyond,
             ]
         )
-    sampled = ""
-    if comparison.setting.temperature > 0:
-        sampled = (
-            "; not measured when sampling, where prompt lookup and assistant models draw along their own way: the "
-            "same law, other texts"
-        )
+    sampled = "; not measured when sampling" if comparison.setting.temperature > 0 else ""
     return Table(
         "exactness",
         "Texts against plain generate's",
         "An answer departs where its first token differs. Position: of that token in its turn, median. Gap: how far "
         "apart the target's logits of the two tokens are there, in one forward over the common "
-        f"text{sampled}. In fp32 a gap above 1e-4 is no tie of rounding.",
+        f"text{sampled}. In fp32 rounding explains a gap of up to 1e-4; a larger one would be an error."
+        + _if_sampled([comparison]),
         ["arm", "answers", "identical", "position", "gap, median", "gap, largest", "above 1e-4"],
         rows,
         digits=4,
     )
 
 
+PARTS_OF_CONTEMPLATION = {
+    "contemplate rows": ["rows"],
+    "soft-prompt slots": ["slots"],
+    "experts of [con]": ["contemplate_experts"],
+    "experts of [f]": ["future_experts"],
+    "projections of f": ["projections"],
+    "sum": ["rows", "slots", "contemplate_experts", "future_experts", "projections"],
+}
+
+
 def extra_cost_table(comparison: Comparison, costs: list[dict[str, Any]]) -> Table | None:
+    """What each part of contemplation adds to a round, and to each token of a round that emits 1 to `MAX_EMITTED`."""
     drafted = {arm.arm.label: arm for arm in comparison.drafted() if arm.parts()}
-    rows = []
+    rows: list[list[Any]] = []
     for cost in costs:
         if cost["dtype"] != comparison.setting.dtype or cost["label"] not in drafted:
             continue
         arm = drafted[cost["label"]]
-        without = [
-            other for other in comparison.references(arm) if other.arm.draft == arm.arm.draft and other.parts()
-        ]  # fmt: skip
-        parts = {name: 1000 * seconds for name, seconds in cost["per_round"].items()}
-        total = sum(parts.values())
-        rows.append(
-            [
-                cost["label"],
-                *(parts[name] for name in ("rows", "slots", "contemplate_experts", "future_experts", "projections")),
-                total,
-                1000 * (arm.round_seconds() - without[0].round_seconds()) if without else None,
-                *(total / emitted for emitted in range(1, MAX_EMITTED + 1)),
-            ]
-        )
+        per_round = {
+            part: 1000 * sum(cost["per_round"][name] for name in names)
+            for part, names in PARTS_OF_CONTEMPLATION.items()
+        }
+        for other in comparison.references(arm):
+            if other.arm.draft == arm.arm.draft and other.parts():
+                per_round["in the answers"] = 1000 * (arm.round_seconds() - other.round_seconds())
+        for part, milliseconds in per_round.items():
+            per_token = [milliseconds / emitted for emitted in range(1, MAX_EMITTED + 1)]
+            rows.append([arm.arm.label, part, milliseconds, *per_token])
     if not rows:
         return None
     return Table(
         "extra_cost",
         "What contemplation adds, milliseconds",
-        f"Per round: contemplate rows in the target's forward, soft-prompt slots in it, experts of [con] and of [f], "
-        f"projections of f, and their sum; beside it how much longer the rounds of the answers above were than in "
-        f"EAGLE-3 mode of the same draft. Then the sum per emitted token, for rounds that emit 1 to {MAX_EMITTED}. "
-        f"Forwards over a context of {costs[0]['context']} tokens, medians, whose differences carry the machine's "
-        "noise; experts and projections inside a real call.",
-        ["arm", "rows", "slots", "[con] experts", "[f] experts", "projections", "sum", "in the answers"]
-        + [f"/{emitted}" for emitted in range(1, MAX_EMITTED + 1)],
+        "Per round, and per token of a round that emits 1, 2, ... tokens (at most the tree's depth + 1). Rows and "
+        f"slots: forwards of the target over a context of {costs[0]['context']} tokens, medians, whose differences "
+        "carry the machine's noise. Experts and projections: inside a real call. In the answers: how much longer the "
+        "rounds above were than in EAGLE-3 mode of the same draft.",
+        ["arm", "", "a round", *(f"a token of {emitted}" for emitted in range(1, MAX_EMITTED + 1))],
         rows,
+        texts=2,
     )
 
 

@@ -7,6 +7,7 @@ assistant wrote that token and is -100 elsewhere (TRL's convention: labels are n
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,18 +147,21 @@ def load_jsonl(path: str | Path) -> list[dict[str, Any]]:
         ValueError: a line is not a JSON object (the message names file and line), or the file is cut short.
     """
     path = Path(path)
-    rows = []
-    number = 0
+    lines = read_lines(path)
+    return [parse_json_object(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """The lines of a file, decompressed if its name ends in `.gz`; ValueError if that one is damaged or cut short."""
+    lines = []
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    rows.append(parse_json_object(line, path, number))
-        except (EOFError, gzip.BadGzipFile) as error:
+            lines.extend(file)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(
-                f"{path} cannot be decompressed after line {number} ({error}): fetch or write the file again."
+                f"{path} cannot be decompressed after line {len(lines)} ({error}): fetch or write the file again."
             ) from error
-    return rows
+    return lines
 
 
 def parse_json_object(line: bytes, path: Path, number: int) -> dict[str, Any]:
@@ -169,6 +173,17 @@ def parse_json_object(line: bytes, path: Path, number: int) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{path}, line {number} holds a {type(row).__name__}: expected one JSON object per line.")
     return row
+
+
+def json_option(name: str, text: str) -> dict[str, Any]:
+    """The object that an option of a command holds as JSON; `name` goes into the ValueError of anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is {text!r}, expected a JSON object ({error}).") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {text!r}, expected a JSON object.")
+    return value
 
 
 def prepare_dataset(

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .data import encode_prompt, load_rows, parse_json_object
+from .data import encode_prompt, json_option, load_rows, parse_json_object
 from .regeneration import RegenerationReport
 from .turns import TEMPLATE_FIELDS, count_turns, is_over, next_prompt
 
@@ -432,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = HfArgumentParser(ServedRegenerationArguments).parse_args_into_dataclasses(args=argv)
     rows: Iterable[Mapping[str, Any]] = load_rows(arguments.prompts)
     if arguments.chat_template_kwargs:
-        options = _json_object("chat_template_kwargs", arguments.chat_template_kwargs)
+        options = json_option("chat_template_kwargs", arguments.chat_template_kwargs)
         rows = [{**row, "chat_template_kwargs": row.get("chat_template_kwargs") or options} for row in rows]
     report = regenerate_served(
         arguments.server,
@@ -448,16 +448,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         timeout=arguments.timeout,
         max_retries=arguments.max_retries,
         api_key=os.environ.get(arguments.api_key_variable),
-        extra_body=_json_object("extra_body", arguments.extra_body) if arguments.extra_body else None,
+        extra_body=json_option("extra_body", arguments.extra_body) if arguments.extra_body else None,
     )
     print(report)
-
-
-def _json_object(name: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{name} is {text!r}, expected a JSON object ({error}).") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is {text!r}, expected a JSON object.")
-    return value

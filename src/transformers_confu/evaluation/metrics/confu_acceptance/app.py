@@ -1,10 +1,11 @@
 import json
+from pathlib import Path
 
 import evaluate
 import gradio as gr
 
 
-metric = evaluate.load("transformers-confu/confu_acceptance")
+metric = evaluate.load(str(Path(__file__).with_name("confu_acceptance.py")))
 names = list(metric.features)
 
 

@@ -25,7 +25,7 @@ Returns:
     survival (list of float): The same as a share of all rounds, P(accepted >= d).
     conditional (list of float): Share of the rounds that accepted d - 1 tokens or more which accepted d or more.
 Examples:
-    >>> metric = evaluate.load("confu_acceptance")
+    >>> metric = evaluate.load("transformers-confu/confu_acceptance")
     >>> metric.compute(emitted=[[3, 1], [2, 2]], accepted=[[2, 0], [1, 2]])["tau"]
     2.0
 """

@@ -1,10 +1,11 @@
 import json
+from pathlib import Path
 
 import evaluate
 import gradio as gr
 
 
-metric = evaluate.load("transformers-confu/confu_speedup")
+metric = evaluate.load(str(Path(__file__).with_name("confu_speedup.py")))
 names = list(metric.features)
 
 

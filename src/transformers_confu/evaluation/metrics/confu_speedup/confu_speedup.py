@@ -8,8 +8,9 @@ import evaluate
 
 _DESCRIPTION = """
 Speed-up of a way of decoding over a baseline on the same questions, in two forms that need not agree: total tokens
-over total time, which weighs a question by its length, and the mean of the questions' own ratios, which is
-Spec-Bench's. Count generated tokens up to and including EOS on both sides, and time whole calls, prefill included.
+over total time, which weighs a question by its length, and the mean of the questions' own ratios. (Spec-Bench prints
+a third, a mean of rates over another.) Count generated tokens up to and including EOS on both sides, and time whole
+calls, prefill included.
 """
 
 _KWARGS_DESCRIPTION = """
@@ -21,7 +22,7 @@ Returns:
     speedup_mean (float): Mean over questions of the ratio of the two rates.
     tokens_per_second, baseline_tokens_per_second (float): Total tokens over total time.
 Examples:
-    >>> metric = evaluate.load("confu_speedup")
+    >>> metric = evaluate.load("transformers-confu/confu_speedup")
     >>> metric.compute(tokens=[10, 30], seconds=[1.0, 2.0], baseline_tokens=[10, 30], baseline_seconds=[2.0, 3.0])
     {'speedup_total': 1.67, 'speedup_mean': 1.75, 'tokens_per_second': 13.33, 'baseline_tokens_per_second': 8.0}
 """
