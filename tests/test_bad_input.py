@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from peft import PromptTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -191,6 +191,10 @@ CALLS = {
         lambda t, d: confu_generation_config(t, max_new_token=4),
         "`max_new_token`: no option of `generate`, no knob of ConFu.",
     ),
+    "option of the target that a configuration cannot unset": (
+        lambda t, d: confu_generation_config(t, bos_token_id=None, pad_token_id=None),
+        "`bos_token_id=None`: `generate` fills what is None in a `GenerationConfig` from the target's own; give it to",
+    ),
     "knob as a keyword": (
         lambda t, d: generate(t, d, confu_tree_size=16),
         "The following `model_kwargs` are not used by the model: ['confu_tree_size']",
@@ -296,6 +300,13 @@ def from_config(name: str, auto_class=AutoModelForCausalLM, **settings):
     return build
 
 
+def with_activated_lora():
+    target = make_tiny_target()
+    options = {"target_modules": ["q_proj"], "alora_invocation_tokens": [3, 14], "task_type": TaskType.CAUSAL_LM}
+    get_peft_model(target, LoraConfig(**options))  # in place
+    return target
+
+
 def sharded_by_tensor_parallelism():
     target = make_tiny_target()
     target._tp_size = 2
@@ -397,6 +408,18 @@ TARGETS = {
     "ids looked up in every layer": (
         changed(hidden_size_per_layer_input=8),
         "LlamaForCausalLM looks token ids up in every layer (`hidden_size_per_layer_input`)",
+    ),
+    "RoPE that is dynamic for full attention": (
+        changed(rope_parameters={"full_attention": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+        "LlamaForCausalLM uses RoPE type 'dynamic'",
+    ),
+    "embeddings of another size": (
+        from_config("OPT", **LLAMA_SIZES, ffn_dim=64, word_embed_proj_dim=16),
+        "OPTForCausalLM has embeddings of size 16 and hidden states of size 32",
+    ),
+    "activated LoRA": (
+        with_activated_lora,
+        "LlamaForCausalLM has an activated LoRA (`alora_invocation_tokens`), which peft applies to the last rows",
     ),
     "tensor parallelism": (
         sharded_by_tensor_parallelism,

@@ -296,6 +296,22 @@ def test_the_returned_cache_in_plain_generate(turns, ids):
     assert_continues(continued(text, second.cache, ids), draft, "restarted")
 
 
+@pytest.mark.parametrize("other_sizes", [False, True])
+def test_an_emptied_cache_holds_nothing_of_the_draft(other_sizes):
+    target, draft = tiny()
+    cache = decode(random_ids(6), draft).cache
+    cache.reset()
+    if other_sizes:
+        draft = make_tiny_draft(target, hidden_size=16, head_dim=4)
+    text = random_ids(8, seed=5)
+    output = decode(text, draft, cache=cache)
+    assert draft.last_statistics.draft_state == "new"
+    scratch = decode(text, draft)
+    assert output.proposed == scratch.proposed
+    assert torch.equal(output.sequences, scratch.sequences)
+    assert output.cache.confu_state.length == output.cache.get_seq_length()
+
+
 @pytest.mark.parametrize("chunk_size", [1, 2])
 def test_chunked_prefill_behind_a_cache(chunk_size):
     _, draft = tiny()

@@ -152,6 +152,8 @@ def test_a_config_that_contradicts_itself(target, folder):
     assert "`target_hidden_state_indices` is [4, 2, 1]; it must be a non-empty list of rising" in sentences(
         check_fit(target, None, folder)
     )
+    with pytest.raises(ValueError, match="draft: its config cannot be that of a draft. .* rising, distinct indices"):
+        load_draft(str(folder))
 
 
 def test_wrong_offsets(target, folder):

@@ -10,6 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DynamicCache,
     LogitsProcessor,
+    MaxLengthCriteria,
     PreTrainedTokenizerFast,
     StoppingCriteria,
     SynthIDTextWatermarkingConfig,
@@ -226,6 +227,20 @@ def test_a_criterion_that_reads_scores(oracle):
     assert torch.equal(plain.sequences, other.sequences)
     assert plain_criterion.calls == other_criterion.calls
     assert 5 < len(other_criterion.calls) < NEW_TOKENS
+
+
+@pytest.mark.parametrize("length", [PROMPT.shape[1] + 9, PROMPT.shape[1] + 40])
+def test_a_limit_of_the_callers_own_stands_in_for_that_of_the_config(length):
+    target, draft = tiny()
+    call = {"stopping_criteria": [MaxLengthCriteria(length)]}
+    plain = target.generate(PROMPT, **GREEDY, **call)
+    assert plain.shape[1] == length
+    options = {"max_length": length, "do_sample": False}
+    expected = assisted(target, draft, PROMPT, **options)
+    rounds = draft.last_statistics
+    assert torch.equal(assisted(target, draft, PROMPT, call=call, **GREEDY), plain)
+    assert torch.equal(expected, plain)
+    assert draft.last_statistics.tree_nodes == rounds.tree_nodes  # trees as deep as the text may still grow
 
 
 # --- what is called on the way

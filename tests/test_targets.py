@@ -92,7 +92,7 @@ ARCHITECTURES = {
     "DiffLlama": SIZES,
     "GptOss": {**SIZES, **FULL_ATTENTION, "num_local_experts": 4},
     # Mixtures of experts.
-    "Mixtral": {**SIZES, "num_local_experts": 4, "sliding_window": None},
+    "Mixtral": {**SIZES, "num_local_experts": 4, "sliding_window": None, "output_router_logits": True},
     "Qwen3Moe": {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 EAGER_ONLY = {"GPTJ", "GptOss", "Gemma2"}
@@ -366,6 +366,27 @@ def test_a_target_split_by_a_device_map():
     device_map |= {f"model.layers.{index}": "cpu" for index in range(5)}
     dispatch_model(target, device_map, force_hooks=True)
     assert_same_text(target, draft)
+
+
+@pytest.mark.parametrize("contemplation", [0, 5])
+def test_a_target_over_several_devices_is_named_no_rows(contemplation, monkeypatch):
+    """Its last states lie elsewhere than its inputs, and a tensor of row numbers would have to lie with them."""
+    target = make_target("Llama")
+    draft = make_tiny_draft(target)
+    monkeypatch.setattr(target, "hf_device_map", {"model": "cpu", "lm_head": "cuda:1"}, raising=False)
+    asked = []
+    target.register_forward_pre_hook(lambda module, args, kwargs: asked.append(kwargs), with_kwargs=True)
+    comparison = compare(
+        target,
+        draft,
+        PROMPT,
+        {"do_sample": False, "max_new_tokens": 24},
+        KNOBS | {"contemplation": contemplation},
+        record=False,
+        oracle=True,
+    )
+    assert comparison.first_difference() is None
+    assert asked and not any(isinstance(kwargs.get("logits_to_keep"), torch.Tensor) for kwargs in asked)
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])

@@ -162,6 +162,11 @@ class TargetRunner:
             {*config.target_hidden_state_indices, *config.future_hidden_state_indices, *also_recorded}
         )
         """Indices of the hidden states to record, for `output_hidden_states`."""
+        self.asked_of_all = {"return_dict": True}
+        """Options of every forward over rows that a mask of ours describes."""
+        if "output_router_logits" in inspect.signature(target.forward).parameters:
+            # The balancing loss of a mixture of experts, which a config may ask for, reads masks of another shape.
+            self.asked_of_all["output_router_logits"] = False
 
     def taps(self, hidden_states: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
         """Concatenated taps of recorded hidden states, `(B, rows, taps_size)`, on the draft's device and dtype."""
@@ -196,8 +201,10 @@ class TargetRunner:
         """
         # Their scores are not wanted, but a head is not asked for none. One index, and not the number 1, which makes a
         # slice: over several texts that is not contiguous, and the head's weight would be copied for each of them.
-        first = torch.zeros(1, dtype=torch.long, device=input_device(self.target))
-        outputs = self._contemplate(cache, routed_by, position_ids, root_positions, visible, logits_to_keep=first)
+        keep: int | torch.Tensor = 1
+        if can_name_logits(self.target):
+            keep = torch.zeros(1, dtype=torch.long, device=input_device(self.target))
+        outputs = self._contemplate(cache, routed_by, position_ids, root_positions, visible, logits_to_keep=keep)
         return self._select(outputs.hidden_states, self.config.future_hidden_state_indices)
 
     def foresee(
@@ -237,7 +244,7 @@ class TargetRunner:
             cache=self._with_slots(cache, root_positions, keep=False),
             use_cache=True,
             output_hidden_states=self.config.future_hidden_state_indices,
-            return_dict=True,
+            **self.asked_of_all,
             **({"logits_to_keep": logits_to_keep} if self.target._supports_logits_to_keep() else {}),
         )
 
@@ -288,11 +295,11 @@ class TargetRunner:
             cache=written,
             use_cache=True,
             output_hidden_states=self.recorded,
-            return_dict=True,
+            **self.asked_of_all,
             **({"output_attentions": True} if output_attentions else {}),
             **(
                 {"logits_to_keep": torch.arange(num_nodes, device=inputs_embeds.device)}
-                if self.target._supports_logits_to_keep()
+                if can_name_logits(self.target)
                 else {}
             ),
         )
@@ -351,6 +358,12 @@ def input_device(target: PreTrainedModel) -> torch.device:
     return torch.device("cpu") if target.device.type == "meta" else target.device
 
 
+def can_name_logits(target: PreTrainedModel) -> bool:
+    """Whether a tensor may say which rows' logits are wanted: not if a device map puts the last states elsewhere."""
+    is_split = len(set(getattr(target, "hf_device_map", {}).values())) > 1
+    return target._supports_logits_to_keep() and not is_split
+
+
 def additive_mask(sees: torch.BoolTensor, like: torch.Tensor) -> torch.Tensor:
     """`(B, queries, keys)` -> mask `(B, 1, queries, keys)`: 0 where a row sees, the lowest number elsewhere.
 
@@ -405,6 +418,7 @@ def check_target(target: PreTrainedModel, config: ConFuConfig) -> None:
             "needs a target that follows `position_ids`."
         )
     rope = getattr(target_config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # some have one entry for each type of layer
     if rope.get("rope_type", "default") not in STATIC_ROPE_TYPES:
         raise ValueError(
             f"{name} uses RoPE type '{rope['rope_type']}', whose frequencies change with the length of the forward, "
@@ -416,6 +430,12 @@ def check_target(target: PreTrainedModel, config: ConFuConfig) -> None:
         raise ValueError(
             f"{name} looks token ids up in every layer (`hidden_size_per_layer_input`), and a contemplate row has no "
             "id; use a target that reads its input embeddings only."
+        )
+    width = getattr(target.get_input_embeddings(), "embedding_dim", target_config.hidden_size)
+    if width != target_config.hidden_size:
+        raise ValueError(
+            f"{name} has embeddings of size {width} and hidden states of size {target_config.hidden_size}; ConFu "
+            "needs a target where both are the same."
         )
     parameters = inspect.signature(target.forward).parameters
     if missing := [p for p in ("inputs_embeds", "position_ids", "cache") if p not in parameters]:
@@ -432,6 +452,12 @@ def check_target(target: PreTrainedModel, config: ConFuConfig) -> None:
         raise ValueError(
             f"{name} has an active peft prompt-learning adapter, whose virtual tokens shift every position; LoRA and "
             "other adapters of weights work."
+        )
+    adapters = getattr(target, "peft_config", None) or {}
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters.values()):
+        raise ValueError(
+            f"{name} has an activated LoRA (`alora_invocation_tokens`), which peft applies to the last rows of a "
+            "forward, and those of a tree are not the text's last tokens; use a LoRA without it."
         )
     for field, ours in (
         ("vocab_size", config.vocab_size),

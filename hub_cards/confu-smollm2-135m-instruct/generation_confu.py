@@ -167,13 +167,19 @@ def confu_generation_config(target: PreTrainedModel, **kwargs: Any) -> Generatio
     option.
 
     Raises:
-        ValueError: an unknown knob or option, or a value out of range.
+        ValueError: an unknown knob or option, a value out of range, or a `None` that would not last.
     """
     check_knob_names(kwargs)
     unknown = [name for name in kwargs if name not in ConFuKnobs.names() and not hasattr(GenerationConfig(), name)]
     if unknown:
         raise ValueError(f"{', '.join(f'`{name}`' for name in unknown)}: no option of `generate`, no knob of ConFu.")
-    options = target.generation_config.to_dict() | kwargs
+    own = target.generation_config.to_dict()
+    if unset := [name for name, value in kwargs.items() if value is None and own.get(name) is not None]:
+        raise ValueError(
+            f"{', '.join(f'`{name}=None`' for name in unset)}: `generate` fills what is None in a `GenerationConfig` "
+            "from the target's own; give it to `generate` itself, beside `generation_config`."
+        )
+    options = own | kwargs
     # A configuration marked as derived from the model's would drop the knobs without a word.
     options["_from_model_config"] = False
     config = GenerationConfig(**options)
@@ -343,10 +349,10 @@ class _Decoding:
         """Run the prompt, emit the first token, contemplate behind the prompt; the first f `(B, future_size)`."""
         started = time.perf_counter()
         past_length = cache.get_seq_length()
+        if carried is not None and not carried.fits(self.draft.instance_id, cache):
+            carried = None
         if past_length > 0:
-            fits = carried is not None and carried.fits(self.draft.instance_id, cache)
-            self.statistics.draft_state = "carried" if fits else "restarted"
-            carried = carried if fits else None
+            self.statistics.draft_state = "restarted" if carried is None else "carried"
         prompt = self._new_inputs(past_length, model_kwargs)
         outputs, taps = self._forward_prompt(prompt, model_kwargs)
         if not past_length:
@@ -449,7 +455,8 @@ class _Decoding:
         """One round; the future prediction of the last accepted node, `(B, future_size)`."""
         started = time.perf_counter()
         # A round emits at most one token more than its tree is deep.
-        remaining = self.generation_config.max_length - self.input_ids.shape[1]
+        limit = self.stopping_criteria.max_length  # the caller's criterion may stand in for the config's
+        remaining = (self.generation_config.max_length if limit is None else limit) - self.input_ids.shape[1]
         tree = self.generator.propose(
             self.input_ids[:, -1], self.knobs.tree_size, max_depth=remaining - 1, future_states=future
         )

@@ -1,7 +1,8 @@
 """
 Publishing a draft: it is checked against its target, given a model card and pushed to the Hub: `confu publish --help`.
 
-Everything is built in a scratch folder. What fails, or is refused or interrupted, leaves nothing behind.
+Everything is built in a scratch folder. What fails, or is refused or interrupted, leaves nothing on this machine, and
+on the Hub at most a new repository without files.
 """
 
 import argparse
@@ -306,5 +307,5 @@ def main(argv: list[str] | None = None) -> None:
             commit_message=arguments.commit_message,
         )
     except OSError as error:  # all that the Hub refuses is one
-        raise OSError(f"Not published, and nothing was left behind: {error}") from error
+        raise OSError(f"Not published; a new repository may be there, without files: {error}") from error
     print(place)

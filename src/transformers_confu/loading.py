@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -53,10 +54,12 @@ def load_draft(name: str, dtype: torch.dtype | None = None) -> ConFuDraftModel:
         dtype: `None` is that of its config.
 
     Raises:
-        ValueError: there is nothing of that name, or no draft, or one with damaged weights.
+        ValueError: there is nothing of that name, or no draft, or one with damaged weights or an impossible config.
     """
     try:
         return ConFuDraftModel.from_pretrained(name, dtype=dtype)
+    except StrictDataclassError as error:
+        raise ValueError(f"{name}: its config cannot be that of a draft. {error.__cause__ or error}") from error
     except (OSError, ValueError, SafetensorError) as error:
         is_folder = Path(name).is_dir()
         what = "holds no draft that can be read" if is_folder else "is no folder and cannot be had from the Hub"

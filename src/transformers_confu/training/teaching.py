@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
 from ..modeling_confu import ConFuDraftModel
-from ..target_runner import TargetRunner, additive_mask
+from ..target_runner import TargetRunner, additive_mask, can_name_logits
 from .chunked_loss import rows_per_chunk
 from .texts import Texts
 
@@ -63,9 +63,7 @@ def read_texts(
     else:
         # Padding is on the right, where no real row sees it, and causal masking alone is cheaper.
         attention_mask = None if bool(texts.attention_mask.all()) else texts.attention_mask
-    # A target that is split over devices has its final hidden states on another one than where it takes the mask.
-    is_split = len(set(getattr(target, "hf_device_map", {}).values())) > 1
-    keeps_logits = target._supports_logits_to_keep() and not is_split
+    keeps_logits = can_name_logits(target)
     with torch.autocast(device_type=target.device.type, enabled=False):
         outputs = target(
             input_ids=texts.input_ids,
@@ -74,6 +72,7 @@ def read_texts(
             cache=DynamicCache(config=target.config) if keep_cache else None,
             use_cache=keep_cache,
             output_hidden_states=sorted(hidden_states),
+            **runner.asked_of_all,
             **({"logits_to_keep": keep_logits} if keeps_logits else {}),
         )
     if not keeps_logits:
