@@ -14,9 +14,11 @@ from transformers_confu.evaluation.records import Answer, Departure, Rounds, Tur
 from transformers_confu.evaluation.tables import (
     depth_table,
     difference_table,
+    exactness_sentence,
     exactness_table,
     extra_cost_table,
     group_difference_table,
+    overview_table,
     rows_table,
     speed_table,
     tables_of,
@@ -104,6 +106,7 @@ def test_depths_count_rounds(small):
     # Of 8 rounds a run, 5 accepted one or more and 1 accepted two.
     assert rows[0][2:] == [5 / 8, 1 / 8]
     assert rows[1][2:] == [5 / 8, 1 / 5]
+    assert rows[2][1:] == ["of 24 rounds", 15, 3]
     assert [row for row in depth_table(small).rows if row[0] == "EAGLE-3 mode, N = 8"][0][2:] == [0.0, 0.0]
 
 
@@ -145,6 +148,17 @@ def test_departures_are_counted(small):
     answers = [answer(PLAIN, 1, tokens=2, setting=fp32)]
     answers.append(answer(CONFU, 1, accepted=[0], setting=fp32, departure=Departure(0, 1, 0.25)))
     assert row_of(exactness_table(Comparison(fp32, answers)), "ConFu, C = 4, N = 8")["above 1e-4"] == 1
+    answers[-1].departure = Departure(0, 1, None)  # ends where the other goes on, which no rounding explains
+    assert row_of(exactness_table(Comparison(fp32, answers)), "ConFu, C = 4, N = 8")["above 1e-4"] == 1
+    assert exactness_sentence(Comparison(fp32, answers)).endswith("token for token; 1 end elsewhere.")
+    sampled = Setting("float32", 1.0, 16)
+    for one in answers:
+        one.setting = sampled
+    comparison = Comparison(sampled, answers)
+    texts = exactness_table(comparison)
+    assert row_of(texts, "ConFu, C = 4, N = 8")["above 1e-4"] is None  # there is no gap to tell it by
+    for table in (texts, speed_table(comparison), overview_table([comparison])):
+        assert "When sampling, prompt lookup and assistant models draw along their own way" in table.note
 
 
 def test_extra_cost_is_shared_by_the_tokens_of_a_round(small):
@@ -156,10 +170,12 @@ def test_extra_cost_is_shared_by_the_tokens_of_a_round(small):
         "projections": 0.002,
     }
     cost = {"kind": "cost", "dtype": "bfloat16", "label": "ConFu, C = 4, N = 8", "context": 9, "per_round": per_round}
-    row = row_of(extra_cost_table(small, [cost]), "ConFu, C = 4, N = 8")
-    assert row["sum"] == pytest.approx(8)
-    assert [row[f"/{emitted}"] for emitted in (1, 2, 8)] == pytest.approx([8, 4, 1])
-    assert row["in the answers"] == pytest.approx(1000 * (0.1 - 0.1))
+    rows = {part: figures for _, part, *figures in extra_cost_table(small, [cost]).rows}
+    assert rows["contemplate rows"] == pytest.approx([4, *(4 / emitted for emitted in range(1, 9))])
+    assert [rows[part][0] for part in ("soft-prompt slots", "experts of [con]", "experts of [f]")] == [1, 0.5, 0.5]
+    assert rows["projections of f"][:3] == pytest.approx([2, 2, 1])
+    assert rows["sum"] == pytest.approx([8, *(8 / emitted for emitted in range(1, 9))])
+    assert rows["in the answers"][0] == pytest.approx(1000 * (0.1 - 0.1))
     assert extra_cost_table(small, [cost | {"dtype": "float32"}]) is None
 
 
@@ -245,4 +261,5 @@ def test_tables_are_markdown_and_csv_of_the_same_figures(small):
         assert len(rows) == 1 + len(table.rows) and {len(row) for row in rows} == {len(rows[0])}
     rows = list(csv.DictReader(io.StringIO(speed_table(small).csv())))
     assert float(rows[2]["speed-up, total"]) == pytest.approx(12 / 14)
-    assert float(rows[2]["total by run, low"]) == 0.5
+    assert float(rows[2]["total by run, lowest run"]) == 0.5
+    assert float(rows[2]["tau, 95 % low"]) <= 14 / 8 <= float(rows[2]["tau, 95 % high"])

@@ -59,6 +59,8 @@ def test_a_metric_can_be_a_space_and_its_examples_hold(name):
     assert front["sdk"] == "gradio" and (folder / front["app_file"]).is_file() and "evaluate" in front["tags"]
     assert "evaluate" in (folder / "requirements.txt").read_text()
     metric = evaluate.load(str(folder))
+    assert f'with_name("{name}.py")' in (folder / front["app_file"]).read_text()
+    assert evaluate.load(str(folder / f"{name}.py")).features == metric.features
     assert metric.name == name and metric.description and metric.inputs_description
     call = re.search(r"metric\.compute\((.*?)\)\n", card, re.DOTALL).group(1)
     assert call in metric.inputs_description

@@ -78,10 +78,22 @@ def test_every_group_gives_as_many_and_its_categories_take_turns():
 def test_urls_are_downloaded_and_a_failure_says_what_to_do(tmp_path):
     path = write(tmp_path, [ONE])
     assert fetch(str(path)) == path
-    with mock.patch("datasets.DownloadManager.download", return_value=str(path)) as download:
+    way = "datasets.DownloadManager.download_and_extract"
+    with mock.patch(way, return_value=str(path)) as download:
         assert fetch(None) == path
         assert fetch("hf://datasets/org/name/questions.jsonl") == path
     assert [call.args[0] for call in download.call_args_list] == [SPEC_BENCH, "hf://datasets/org/name/questions.jsonl"]
-    with mock.patch("datasets.DownloadManager.download", side_effect=ConnectionError("offline")):
+    copy = write(tmp_path, ["first", "second"], "0123abcd")  # is named by a hash
+    with mock.patch(way, return_value=str(copy)):
+        assert [question.turns for question in load_questions("https://host/prompts.txt")] == [("first",), ("second",)]
+        with pytest.raises(ValueError, match="line 1 is not JSON"):
+            load_questions("https://host/prompts.jsonl")
+    with mock.patch(way, side_effect=ConnectionError("offline")):
         with pytest.raises(ValueError, match=r"could not be fetched from https.* \(ConnectionError\); download"):
             fetch(None)
+
+
+def test_prompts_in_another_encoding(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("Grüße".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"prompts.txt is not UTF-8 \(.*\); save it as such."):
+        load_questions(tmp_path / "prompts.txt")

@@ -70,7 +70,15 @@ def test_the_page_shows_every_arm_once_and_how_it_was_measured(measured, capsys)
         for rounds in turn["rounds"]["emitted"]
     ]
     assert rows[3][3].startswith(f"{sum(emitted) / len(emitted):.2f} (")
-    assert rows[3][4].startswith("0.00 (") or re.match(r"-?0\.\d\d \(", rows[3][4])
+    own = [
+        rounds
+        for answer in answers("base.jsonl", "EAGLE-3 mode, N = 8")
+        for turn in answer["turns"]
+        for rounds in turn["rounds"]["emitted"]
+    ]
+    assert float(rows[3][4].split(" (")[0]) == pytest.approx(
+        sum(emitted) / len(emitted) - sum(own) / len(own), abs=0.0051
+    )
     speeds = []
     for run in (0, 1):
         rates = []
@@ -78,8 +86,16 @@ def test_the_page_shows_every_arm_once_and_how_it_was_measured(measured, capsys)
             turns = [turn for answer in answers("base.jsonl", label, (run,)) for turn in answer["turns"]]
             rates.append(sum(len(turn["token_ids"]) for turn in turns) / sum(turn["seconds"] for turn in turns))
         speeds.append(rates[0] / rates[1])
-    assert rows[3][7] in (f"{min(speeds):.2f} to {max(speeds):.2f}", "")
+    assert rows[3][7] == f"{min(speeds):.2f} to {max(speeds):.2f}"
     assert rows[5][7] == ""  # one run
+    depths = table(page, "Acceptance by draft step")
+    assert [row[1] for row in depths[:3]] == ["P(accepted >= l)", "given l - 1", f"of {len(own):,} rounds"]
+    accepted = [
+        turn["rounds"]["accepted"]
+        for answer in answers("base.jsonl", "EAGLE-3 mode, N = 8")
+        for turn in answer["turns"]
+    ]
+    assert int(depths[2][2]) == sum(count > 0 for counts in accepted for count in counts)
     assert rows[0][-1] == "8/8" and rows[5][-1].endswith("/4")
 
     # In fp64 all is as plain generate's.

@@ -1,6 +1,7 @@
 """What a measurement counts, against plain `generate`, recounts from the ids alone and closed forms."""
 
 import json
+import shutil
 from collections import Counter
 from unittest import mock
 
@@ -15,7 +16,8 @@ from transformers_confu.evaluation import runner
 from transformers_confu.evaluation.aggregation import Comparison
 from transformers_confu.evaluation.arguments import EvaluationArguments
 from transformers_confu.evaluation.arms import Setting
-from transformers_confu.evaluation.records import Answer
+from transformers_confu.evaluation.records import Answer, RecordFile
+from transformers_confu.evaluation.report import about
 from transformers_confu.evaluation.runner import measure
 
 
@@ -318,6 +320,42 @@ def test_another_machine_may_report_but_not_measure_on(options):
             measure(EvaluationArguments(**options | {"runs": 2}))
 
 
+def test_options_may_be_set_right_while_nothing_is_measured(options, tmp_path):
+    with pytest.raises(ValueError, match="dtype is 'float46'"):
+        measure(EvaluationArguments(**options | {"dtypes": ["float46"]}))
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 1
+    measure(EvaluationArguments(**options | {"runs": 1}))
+    assert {row["setting"]["dtype"] for row in rows_of(options)} == {"float64"}
+
+
+def test_a_draft_whose_own_knobs_have_changed_is_another_arm(options, tiny_folders, tmp_path):
+    draft = shutil.copytree(tiny_folders["draft"], tmp_path / "draft")
+    options |= {"drafts": [str(draft)], "tree_sizes": None, "contemplations": ["default"], "runs": 1, "depth": 2}
+    knobs = json.loads((draft / "generation_config.json").read_text()) | {"confu_tree_size": 4}
+    (draft / "generation_config.json").write_text(json.dumps(knobs))
+    measure(EvaluationArguments(**options))
+    before = (tmp_path / "records.jsonl").read_bytes()
+    (draft / "generation_config.json").write_text(json.dumps(knobs | {"confu_tree_size": 5}))
+    with pytest.raises(
+        ValueError, match="tree_size=4, .*which this measurement lacks: the draft's own generation_con"
+    ):
+        measure(EvaluationArguments(**options))
+    assert (tmp_path / "records.jsonl").read_bytes() == before
+
+
+def test_options_of_the_chat_template(options, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if polite %}c{% endif %}" + tokenizer.chat_template
+    make_tiny_target().save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    options |= {"target": str(tmp_path / "target"), "runs": 1, "max_turns": 1}
+    measure(EvaluationArguments(**options | {"chat_template_kwargs": '{"polite": true}'}))
+    lengths = {row["question_id"]: row["turns"][0]["prompt_tokens"] for row in rows_of(options)}
+    assert lengths == {str(q["question_id"]): len(tokenizer(f"ca{q['turns'][0]}b")["input_ids"]) for q in QUESTIONS}
+    with pytest.raises(ValueError, match='was measured with chat_template_kwargs = {"polite": true}'):
+        measure(EvaluationArguments(**options))
+
+
 @pytest.mark.parametrize("content", ["[]\n", "not json\n", '{"kind": "answer"}\n', '{"a": 1}\n{"b": 2}'])
 def test_a_foreign_file_is_refused_and_kept(options, content, tmp_path):
     path = tmp_path / "records.jsonl"
@@ -381,6 +419,13 @@ def test_a_prompt_that_is_too_long_is_named_and_the_others_are_measured(options,
     assert message[0] % message[1:] == (
         "Question 7 is left out: 602 tokens and an answer of up to 12 exceed the target's context of 512."
     )
+    assert rows_of(options, "left_out") == [{"kind": "left_out", "question_id": "7", "prompt_tokens": 602}]
+    before = (tmp_path / "records.jsonl").read_bytes()
+    with mock.patch.object(runner, "load_models", side_effect=AssertionError("nothing is left to measure")):
+        file = measure(EvaluationArguments(**options | {"questions": str(questions), "runs": 1}))
+    assert (tmp_path / "records.jsonl").read_bytes() == before
+    assert "Questions: 5 (SHA-256 of their content" in about(file, "")[0]
+    assert "), of which 7 did not fit into the target's context and were left out. Runs: 1." in about(file, "")[0]
 
 
 def test_a_later_turn_that_is_too_long_is_counted_as_skipped(options, tmp_path):
@@ -390,6 +435,7 @@ def test_a_later_turn_that_is_too_long_is_counted_as_skipped(options, tmp_path):
         measure(EvaluationArguments(**options | {"questions": str(questions), "runs": 1}))
     assert warning.called
     assert {(len(row["turns"]), row["skipped_turns"]) for row in rows_of(options)} == {(1, 2)}
+    assert "; 10 later turns did not fit either. Runs: 1." in about(RecordFile(tmp_path / "records.jsonl"), "")[0]
 
 
 def test_no_question_fits(options, tmp_path):
