@@ -91,11 +91,13 @@ def test_the_page_shows_every_arm_once_and_how_it_was_measured(measured, capsys)
     depths = table(page, "Acceptance by draft step")
     assert [row[1] for row in depths[:3]] == ["P(accepted >= l)", "given l - 1", f"of {len(own):,} rounds"]
     accepted = [
-        turn["rounds"]["accepted"]
+        count
         for answer in answers("base.jsonl", "EAGLE-3 mode, N = 8")
         for turn in answer["turns"]
+        for count in turn["rounds"]["accepted"]
     ]
-    assert int(depths[2][2]) == sum(count > 0 for counts in accepted for count in counts)
+    reached = [sum(count >= level for count in accepted) for level in range(1, max(accepted) + 1)]
+    assert [int(cell) for cell in depths[2][2:]][: len(reached)] == reached
     assert rows[0][-1] == "8/8" and rows[5][-1].endswith("/4")
 
     # In fp64 all is as plain generate's.
