@@ -59,7 +59,11 @@ class ConFuTrainingArguments(TrainingArguments):
         metadata={"help": "Between target and draft: kl is the paper's; see `losses.py`.", "choices": list(LOSSES)},
     )
     ttt_steps: int = field(
-        default=6, metadata={"help": "Steps that the draft is run on its own output; at least the depth in decoding."}
+        default=6,
+        metadata={
+            "help": "Steps that the draft is run on its own output. `confu train` makes them its `confu_depth`, the "
+            "depth in decoding; only the warm-up leaves that as it is."
+        },
     )
     ttt_decay: float = field(
         default=0.8, metadata={"help": "Weight of TTT step s in the loss is this to the power s."}
