@@ -94,9 +94,12 @@ def mixed_batch() -> Batch:
     )
 
 
-def objective_of(target, draft, batch: Batch, anchors: Anchors | None, steps: int = STEPS) -> Objective:
+def objective_of(
+    target, draft, batch: Batch, anchors: Anchors | None, steps: int = STEPS, weight_without_future: float = 1.0
+) -> Objective:
     runner = TargetRunner(target, draft.config, draft.future_channel)
-    return compute_live(draft, runner, Texts.of(vars(batch)), anchors, Recipe(steps, DECAY))
+    recipe = Recipe(steps, DECAY, weight_without_future=weight_without_future)
+    return compute_live(draft, runner, Texts.of(vars(batch)), anchors, recipe)
 
 
 def anchors_of(batch: Batch, replication: int = 3, max_lag: int = 4, seed: int = 0) -> Anchors:
@@ -164,7 +167,14 @@ def naive_rows(labels: torch.LongTensor) -> list[int]:
     return [i for i in range(len(labels) - 2) if labels[i + 1] != -100 and labels[i + 2] != -100]
 
 
-def naive_objective(target, draft: ConFuDraftModel, text: Batch, anchors: Anchors | None, steps: int = STEPS) -> dict:
+def naive_objective(
+    target,
+    draft: ConFuDraftModel,
+    text: Batch,
+    anchors: Anchors | None,
+    steps: int = STEPS,
+    weight_without_future: float = 1.0,
+) -> dict:
     """The objective of one unpadded text, whose anchors are row 0 of `anchors`."""
     (input_ids, labels), length = (text.input_ids, text.labels[0]), text.input_ids.shape[1]
     routed_by = None
@@ -184,6 +194,7 @@ def naive_objective(target, draft: ConFuDraftModel, text: Batch, anchors: Anchor
             result["rows_with_future"] += 1
             future_state = seen.futures[anchors.positions[0, index]]
             future = draft.future(future_state[None, None], features[:, -1:])
+        weight = weight_without_future if anchors is not None and future is None else 1.0  # EAGLE-3 mode has none
         cache = DynamicCache(config=draft.config)
         next_embeds, positions = embeds[:, 1 : row + 2], torch.arange(row + 1)[None]
         right_so_far = True
@@ -200,7 +211,7 @@ def naive_objective(target, draft: ConFuDraftModel, text: Batch, anchors: Anchor
             p = p / p.sum()
             log_q = output.logits[0, 0].log_softmax(dim=-1)
             divergence = sum(p[k] * (p[k].log() - log_q[k]) for k in range(len(draft_tokens)))
-            result["loss_sum"] = result["loss_sum"] + DECAY**step * divergence
+            result["loss_sum"] = result["loss_sum"] + weight * DECAY**step * divergence
             is_right = draft_tokens[int(log_q.argmax())] == int(target_logits.argmax())
             right_so_far &= is_right
             result["counted"][step] += 1
@@ -255,15 +266,21 @@ def test_with_every_row_an_anchor_the_loss_is_the_naive_one(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", ["anchors", "eagle3"])
+@pytest.mark.parametrize("mode, weight", [("anchors", 1.0), ("anchors", 0.3), ("eagle3", 0.3)])
 @pytest.mark.parametrize("name", ["llama", "own width and embeddings"])
-def test_a_padded_batch_is_the_sum_of_its_texts(name, mode):
+def test_a_padded_batch_is_the_sum_of_its_texts(name, mode, weight):
     target, draft = make_pair(name)
     batch = mixed_batch()
     anchors = anchors_of(batch) if mode == "anchors" else None
     expected = total(
         [
-            naive_objective(target, draft, batch.text(number), anchors and row_of(anchors, number))
+            naive_objective(
+                target,
+                draft,
+                batch.text(number),
+                anchors and row_of(anchors, number),
+                weight_without_future=weight,
+            )
             for number in range(len(batch))
         ]
     )
@@ -272,7 +289,7 @@ def test_a_padded_batch_is_the_sum_of_its_texts(name, mode):
     assert expected["correct"][2] > expected["correct_so_far"][2] > 0
     if anchors is not None:
         assert 0 < expected["rows_with_future"] < expected["rows"]
-    assert_same(objective_of(target, draft, batch, anchors), expected)
+    assert_same(objective_of(target, draft, batch, anchors, weight_without_future=weight), expected)
 
 
 @torch.no_grad()

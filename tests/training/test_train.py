@@ -11,9 +11,10 @@ from transformers import TrainerCallback
 
 from helpers import make_tiny_target
 from transformers_confu import ConFuDraftModel
+from transformers_confu.generation_confu import ConFuKnobs
 from transformers_confu.training import ConFuTrainer
 from transformers_confu.training.runs import read_runs
-from transformers_confu.training.train import main
+from transformers_confu.training.train import load_target_once, main
 
 
 def test_the_command_trains_a_new_draft_and_continues_it(saved_target, tmp_path, capsys):
@@ -78,6 +79,24 @@ def test_evaluation_decodes_held_out_prompts(saved_target, tmp_path):
     assert metrics[0]["eval_decoding_mismatches"] == 0 and metrics[0]["eval_decoding_tau"] >= 1
 
 
+def test_a_last_evaluation_that_fails_does_not_cost_the_training(saved_target, tmp_path, monkeypatch):
+    def fail(self):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(ConFuTrainer, "evaluate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main([write_run(tmp_path, saved_target, max_steps=1)])
+    assert ConFuDraftModel.from_pretrained(tmp_path / "draft").generation_config.confu_depth == 2
+
+
+def test_a_target_to_be_sharded_is_not_one_that_stays_whole(saved_target):
+    named = (str(saved_target), "float32", torch.device("cpu"), "null")
+    whole = load_target_once(*named)
+    assert load_target_once(*named) is whole
+    sharded = load_target_once(*named, sharded=True)  # in place, once a trainer has it
+    assert sharded[0] is not whole[0] and load_target_once(*named)[0] is not sharded[0]
+
+
 # Stages
 
 
@@ -89,13 +108,21 @@ STAGES = [
 
 
 def test_three_stages_follow_from_each_other(saved_target, tmp_path, capsys):
-    run = write_run(tmp_path, saved_target, stages=STAGES, output_dir=str(tmp_path / "runs"))
+    stages = [*STAGES[:2], STAGES[2] | {"ttt_steps": 3}]
+    run = write_run(tmp_path, saved_target, stages=stages, output_dir=str(tmp_path / "runs"))
     main([run])
     core, warm_up, joint = (weights_of(tmp_path / "runs" / name) for name in ("core", "warm_up", "joint"))
     for name in core:
         is_of_warm_up = name.startswith(("future_channel.soft_prompts", "future_channel.contemplate_token."))
         assert torch.equal(core[name], warm_up[name]) != is_of_warm_up, name
         assert torch.equal(warm_up[name], joint[name]) == (name in ("d2t", "t2d")), name
+    # Each decodes by what it was trained for: no future of an untrained channel, no deeper than its steps.
+    drafts = [ConFuDraftModel.from_pretrained(tmp_path / "runs" / name) for name in ("core", "warm_up", "joint")]
+    assert [ConFuKnobs.of(draft.generation_config) for draft in drafts] == [
+        {"confu_contemplation": 0, "confu_depth": 2},
+        {"confu_depth": 2},
+        {"confu_depth": 3},
+    ]
 
     capsys.readouterr()
     before = (tmp_path / "runs" / "joint" / "model.safetensors").stat().st_mtime_ns
@@ -146,6 +173,42 @@ def test_a_run_of_other_options_is_not_overwritten(saved_target, tmp_path):
         f"{tmp_path / 'draft'} holds a finished run with other options (learning_rate was 0.0003, is 1e-05): use "
         "another `output_dir`, or delete this one to train anew."
     )
+    with pytest.raises(ValueError, match="load_best_model_at_end was False, is True"):
+        main([run, "--load_best_model_at_end=true"])
+
+
+def test_a_later_stage_is_refused_before_the_first_has_run(saved_target, tmp_path):
+    run = write_run(tmp_path, saved_target, stages=STAGES, output_dir=str(tmp_path / "runs"))
+    (tmp_path / "runs" / "joint").mkdir(parents=True)
+    (tmp_path / "runs" / "joint" / "_run.json").write_text(json.dumps({"finished": True, "recipe": {"seed": 1}}))
+    with pytest.raises(ValueError, match=r"joint holds a finished run with other options .*seed was 1, is 42"):
+        main([run])
+    assert not (tmp_path / "runs" / "core" / "_run.json").exists()
+
+
+def test_an_interrupted_run_goes_on_with_its_own_batches_alone(saved_target, tmp_path):
+    run = write_run(tmp_path, saved_target, max_steps=1, eval_rows=0)
+    main([run])
+    record, data = tmp_path / "draft" / "_run.json", tmp_path / "data.jsonl"
+    interrupted = json.loads(record.read_text()) | {"finished": False}
+    record.write_text(json.dumps(interrupted))
+    rows = data.read_text()
+    data.write_text("".join(rows.splitlines(keepends=True)[:-1]))
+    with pytest.raises(ValueError) as error:
+        main([run])
+    assert str(error.value).startswith(
+        f"{tmp_path / 'draft'} holds an interrupted run, which would go on with other batches (data was "
+        f"'{interrupted['conditions']['data']}', is '"
+    )
+    data.write_text(rows)
+    record.write_text(json.dumps(interrupted | {"conditions": interrupted["conditions"] | {"processes": 2}}))
+    with pytest.raises(ValueError, match=r"\(processes was 2, is 1\): continue it as it was begun, use another"):
+        main([run])
+    # A record of an older version says nothing of it.
+    del interrupted["conditions"]
+    record.write_text(json.dumps(interrupted))
+    main([run])
+    assert json.loads(record.read_text())["finished"]
 
 
 def test_an_option_that_a_record_does_not_know_was_off(saved_target, tmp_path, capsys):
@@ -173,7 +236,10 @@ def test_options_that_were_refused_leave_no_run_behind(saved_target, tmp_path):
 # Reading
 
 
-NAMES = {"target", "draft", "output_dir", "stage", "max_steps", "learning_rate", "data", "knobs"}
+NAMES = {
+    *("target", "draft", "output_dir", "stage", "max_steps", "learning_rate", "data", "knobs"),
+    "resume_from_checkpoint",
+}
 
 
 def read(folder: Path, text: str, *options: str) -> list[list[str]]:
@@ -216,6 +282,28 @@ def test_stages_share_what_they_do_not_override(tmp_path):
     assert joint == core | {"output_dir": "runs/joint", "learning_rate": "2", "draft": "runs/core", "stage": "joint"}
     assert last == core | {"output_dir": "last", "draft": "runs/core", "stage": "joint"}
     assert "--output_dir=other/core" in read(tmp_path, text, "--output_dir", "other")[0]
+
+
+def test_a_draft_of_the_command_line_is_that_of_the_first_stage(tmp_path):
+    for own in ("", ", draft: own"):
+        text = f"output_dir: runs\ndraft: first\nstages: [{{stage: core{own}}}, {{stage: warm_up}}, {{stage: joint}}]"
+        runs = read(tmp_path, text, "--draft", "other", "--max_steps=5")
+        drafts = [[option for option in run if option.startswith("--draft")] for run in runs]
+        assert drafts == [["--draft=other"], ["--draft=runs/core"], ["--draft=runs/warm_up"]]
+        assert all(run[-1] == "--max_steps=5" for run in runs)
+
+
+def test_a_checkpoint_is_of_one_stage(tmp_path):
+    text = "output_dir: runs\nstages: [{stage: core, resume_from_checkpoint: own}, {stage: joint}]"
+    assert ["--resume_from_checkpoint=own" in run for run in read(tmp_path, text)] == [True, False]
+    message = "`resume_from_checkpoint=c` would hold for every stage of .*run.yaml; leave it out, as each continues"
+    for common, options in (
+        ("resume_from_checkpoint: c", []),
+        ("", ["--resume_from_checkpoint=c"]),
+        ("", ["--resume-from-checkpoint", "c"]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path, f"{text}\n{common}", *options)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from helpers import make_tiny_target
 from transformers_confu import ConFuConfig, ConFuDraftModel
@@ -41,8 +41,8 @@ def rows(target) -> Dataset:
 
 
 def make_trainer(target: PreTrainedModel, folder: Path, draft: ConFuDraftModel | None = None, **settings):
-    datasets = {name: settings.pop(name) for name in ("train_dataset", "eval_dataset") if name in settings}
-    callbacks = settings.pop("callbacks", None)
+    names = ("train_dataset", "eval_dataset", "processing_class", "callbacks", "compute_metrics")
+    of_trainer = {name: settings.pop(name) for name in names if name in settings}
     arguments = {
         "output_dir": str(folder),
         "report_to": "none",
@@ -60,8 +60,7 @@ def make_trainer(target: PreTrainedModel, folder: Path, draft: ConFuDraftModel |
         model=draft or make_draft(target),
         target_model=target,
         args=ConFuTrainingArguments(**(arguments | settings)),
-        callbacks=callbacks,
-        **datasets,
+        **of_trainer,
     )
 
 
@@ -371,6 +370,18 @@ def test_a_checkpoint_is_the_draft_alone(target, rows, tmp_path):
     assert torch.equal(target.generate(ids, do_sample=False, max_new_tokens=12, assistant_model=loaded), plain)
 
 
+def test_special_tokens_stay_the_target_s(target, rows, tmp_path, saved_target):
+    tokenizer = AutoTokenizer.from_pretrained(saved_target, pad_token="<end>")
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (96, 96)
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(target, tmp_path, train_dataset=rows, processing_class=tokenizer, **settings)
+    trainer.train()
+    saved = ConFuDraftModel.from_pretrained(tmp_path / "checkpoint-1")
+    for config in (trainer.model.config, trainer.model.generation_config, saved.config, saved.generation_config):
+        assert config.pad_token_id is None and config.eos_token_id is None
+    assert saved.config.bos_token_id == target.config.bos_token_id
+
+
 class Interruption(TrainerCallback):
     """Stops a run the hard way, right after a step."""
 
@@ -462,6 +473,17 @@ def test_epochs_differ_in_order(target, rows, tmp_path):
     assert orders[0] != orders[1]
 
 
+def test_loaders_are_as_asked_for(target, rows, tmp_path):
+    options = {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 3, "dataloader_persistent_workers": True}
+    trainer = make_trainer(target, tmp_path, train_dataset=rows, eval_dataset=rows, **options)
+    for pinned in (False, True):
+        trainer.args.dataloader_pin_memory = pinned
+        training, evaluation = trainer.get_train_dataloader(), trainer.get_eval_dataloader()
+        assert (training.num_workers, training.prefetch_factor, training.pin_memory) == (1, 3, pinned)
+        assert (evaluation.num_workers, evaluation.prefetch_factor, evaluation.pin_memory) == (1, 3, pinned)
+        assert training.persistent_workers and not evaluation.persistent_workers
+
+
 # Evaluating
 
 
@@ -542,6 +564,21 @@ def test_missing_datasets_are_refused(target, tmp_path):
         trainer.evaluate()
 
 
+def test_a_dataset_that_makes_no_batches_is_refused_before_the_training(target, rows, tmp_path, monkeypatch):
+    message = "`eval_dataset` makes no batches. A row of 30 tokens does not fit a packed sequence of 20: raise"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(target, tmp_path, train_dataset=rows.select([0]), eval_dataset=rows, packed_length=20)
+    monkeypatch.setattr(ConFuTrainingArguments, "world_size", 3)
+    message = r"`eval_dataset\['few'\]` makes no batches. 2 rows in 1 batches cannot be shared evenly by 3 processes"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(target, tmp_path, train_dataset=rows, eval_dataset={"all": rows, "few": rows.select([0, 1])})
+
+
+def test_what_measures_logits_is_refused(target, rows, tmp_path):
+    with pytest.raises(ValueError, match="`compute_metrics` has no effect here: losses are named by `loss`"):
+        make_trainer(target, tmp_path, eval_dataset=rows, compute_metrics=lambda prediction: {})
+
+
 def test_a_dataset_without_kept_features_is_refused(target, rows, tmp_path):
     trainer = make_trainer(target, tmp_path, eval_dataset=rows, stage="core", feature_cache=str(tmp_path / "kept"))
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate(trainer.eval_dataset)["eval_loss"]
@@ -576,6 +613,16 @@ def test_a_dataset_without_kept_features_is_refused(target, rows, tmp_path):
         ({"packed_length": 0}, "`packed_length` is 0; it must be at least 1."),
         ({"gradient_checkpointing": True}, "`activation_checkpointing` (`gradient_checkpointing`) is not supported"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` has no effect here"),
+        (
+            {"data_seed": 3},
+            "`data_seed` has no effect here: the order of the rows follows from `seed`; leave it at None.",
+        ),
+        ({"train_sampling_strategy": "sequential"}, "`train_sampling_strategy` has no effect here: rows of similar"),
+        (
+            {"dataloader_drop_last": True},
+            "`dataloader_drop_last` has no effect here: every row is trained on; leave it",
+        ),
+        ({"average_tokens_across_devices": False}, "`average_tokens_across_devices` has no effect here: the loss is"),
         ({"auto_find_batch_size": True}, "`auto_find_batch_size` has no effect here: lower `tokens_per_batch`"),
         ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "`hub_strategy='checkpoint'` would publish optimiser"),
         ({"remove_unused_columns": True}, "`remove_unused_columns` must be False: `input_ids` and `labels` feed"),

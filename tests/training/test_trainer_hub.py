@@ -5,6 +5,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from commands import write_run
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import _http
@@ -14,6 +15,7 @@ from helpers import make_tiny_draft, make_tiny_target
 from hub_stand_in import HubServer
 from transformers_confu.model_card import CardFacts
 from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
+from transformers_confu.training.train import main
 
 
 @pytest.fixture
@@ -84,6 +86,14 @@ def test_the_end_of_training_is_a_release(hub, tmp_path):
     fetched = AutoModel.from_pretrained(tmp_path / "fetched", trust_remote_code=True)
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(fetched.state_dict()[name], value), name
+
+
+def test_the_command_releases_a_draft_whose_card_tells_of_the_last_evaluation(hub, saved_target, tmp_path):
+    options = {"hub_model_id": "org/draft", "hub_base_model": "org/target", "hub_token": "hf_good"}
+    main([write_run(tmp_path, saved_target, max_steps=1, push_to_hub=True, **options)])
+    assert hub.messages.count("End of training") == 1
+    card = ModelCard(hub.branches["org/draft", "main"]["README.md"].decode())
+    assert "Teacher-forced on held-out rows at step 1: `tau_greedy`" in card.text
 
 
 def test_the_card_is_completed_by_hand(tmp_path, caplog):

@@ -59,7 +59,11 @@ class ConFuTrainingArguments(TrainingArguments):
         metadata={"help": "Between target and draft: kl is the paper's; see `losses.py`.", "choices": list(LOSSES)},
     )
     ttt_steps: int = field(
-        default=6, metadata={"help": "Steps that the draft is run on its own output; at least the depth in decoding."}
+        default=6,
+        metadata={
+            "help": "Steps that the draft is run on its own output. `confu train` makes them its `confu_depth`, the "
+            "depth in decoding; only the warm-up leaves that as it is."
+        },
     )
     ttt_decay: float = field(
         default=0.8, metadata={"help": "Weight of TTT step s in the loss is this to the power s."}
@@ -224,6 +228,14 @@ class ConFuTrainingArguments(TrainingArguments):
                 f"`{'fsdp' if self.fsdp else 'deepspeed'}` is not supported: the draft is small, and the target, "
                 "which is not, would not be sharded by it. Start several processes (DDP) and set `shard_target=True`."
             )
+        for name, why in (
+            ("data_seed", "the order of the rows follows from `seed`"),
+            ("train_sampling_strategy", "rows of similar length share a batch, or those that `packed_length` packs"),
+            ("dataloader_drop_last", "every row is trained on"),
+            ("average_tokens_across_devices", "the loss is always divided by the rows of all processes"),
+        ):
+            if getattr(self, name) != (default := type(self).__dataclass_fields__[name].default):
+                raise ValueError(f"`{name}` has no effect here: {why}; leave it at {default!r}.")
         if self.auto_find_batch_size:
             raise ValueError("`auto_find_batch_size` has no effect here: lower `tokens_per_batch` instead.")
         if self.label_smoothing_factor:

@@ -53,8 +53,6 @@ class DatasetReport:
         answers_truncated: kept rows that lost at least one assistant token to `max_length`.
         tokens: tokens of the kept rows.
         assistant_tokens: tokens of the kept rows whose label is not -100.
-        vocabulary_coverage: share (0..1) of the assistant tokens that the draft vocabulary holds. Left None by
-            `prepare_dataset`; whoever builds the vocabulary fills it in.
     """
 
     rows_in: int = 0
@@ -65,7 +63,6 @@ class DatasetReport:
     answers_truncated: int = 0
     tokens: int = 0
     assistant_tokens: int = 0
-    vocabulary_coverage: float | None = None
 
     def __str__(self) -> str:
         rows = self.rows_in + self.rows_split_off - self.rows_merged
@@ -77,8 +74,6 @@ class DatasetReport:
             lines.append(f"  earlier turns that are part of the row of the next: {self.rows_merged:,}")
         lines.append(f"tokens: {self.tokens:,}, of which the assistant wrote {self.assistant_tokens:,}")
         lines.append(f"answers cut at the maximum length: {self.answers_truncated:,}")
-        if self.vocabulary_coverage is not None:
-            lines.append(f"assistant tokens within the draft vocabulary: {self.vocabulary_coverage:.2%}")
         return "\n".join(lines)
 
 

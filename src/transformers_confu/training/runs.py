@@ -24,7 +24,8 @@ def read_runs(argv: list[str], names: Collection[str]) -> list[list[str]]:
     The command line is options alone, or a YAML file and options that override it. The file maps option names to
     values. With an entry `stages`, a list of such mappings, it describes one run for each, which the other entries are
     common to. Unless it says otherwise, a stage writes to the folder of its name in `output_dir`, and starts from the
-    draft of the stage before it.
+    draft of the stage before it; the first one from the common `draft`. On the command line too `output_dir` is the
+    common one, and `draft` that of the first stage, whatever the file says.
 
     Values reach the parser of the command line as text, so that a number means the same in both places (to YAML,
     `1e-4` is a string).
@@ -52,18 +53,27 @@ def read_runs(argv: list[str], names: Collection[str]) -> list[list[str]]:
     if not isinstance(stages, list) or not all(isinstance(stage, dict) and "stage" in stage for stage in stages):
         raise ValueError(f"`stages` of {path} must be a list of mappings, each with at least a `stage`.")
 
-    # An `output_dir` of the command line is the common one.
+    # Behind the options of every stage these would hold for all of them.
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--output_dir", "--output-dir", default=settings.get("output_dir"))
+    for name in ("output_dir", "resume_from_checkpoint"):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", default=settings.get(name))
+    parser.add_argument("--draft")
     common, overrides = parser.parse_known_args(overrides)
+    if common.resume_from_checkpoint is not None:
+        raise ValueError(
+            f"`resume_from_checkpoint={common.resume_from_checkpoint}` would hold for every stage of {path}; leave it "
+            "out, as each continues from its own last checkpoint by itself, or write it into one stage of the file."
+        )
     if common.output_dir is None:
         raise ValueError(f"{path} has stages and no `output_dir`; name the folder that theirs shall lie in.")
     runs: list[list[str]] = []
     folders: list[str] = []
     draft = settings.get("draft")
-    for stage in stages:
+    for number, stage in enumerate(stages):
         default = {"output_dir": str(Path(common.output_dir) / str(stage["stage"])), "draft": draft}
         run = settings | default | stage
+        if number == 0 and common.draft is not None:
+            run["draft"] = common.draft
         _check_names(run, names, path)
         if run["output_dir"] in folders:
             raise ValueError(f"Two stages of {path} write to {run['output_dir']}; give one another `output_dir`.")
@@ -98,6 +108,15 @@ def _off(value: Any) -> Any:
     return None if value is False else value
 
 
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs, for an error; empty if nothing does."""
+    return "; ".join(
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted({*before, *now})
+        if _off(before.get(name)) != _off(now.get(name))
+    )
+
+
 class RunFolder:
     r"""
     The output folder of a run, and how far the run has come.
@@ -113,19 +132,34 @@ class RunFolder:
     def __init__(self, path: str | Path, recipe: dict[str, Any]):
         self.path = Path(path)
         self.recipe = json.loads(json.dumps(recipe))
+        self.conditions: dict[str, Any] = {}
         record = json.loads(text) if (text := self._read()) else {"recipe": self.recipe, "finished": False}
         self.finished: bool = record["finished"]
-        changed = [
-            f"{name} was {record['recipe'].get(name)!r}, is {self.recipe.get(name)!r}"
-            for name in sorted({*record["recipe"], *self.recipe})
-            if _off(record["recipe"].get(name)) != _off(self.recipe.get(name))
-        ]
-        if changed:
+        if changed := _changes(record["recipe"], self.recipe):
             state = "a finished" if self.finished else "an interrupted"
             raise ValueError(
-                f"{self.path} holds {state} run with other options ({'; '.join(changed)}): use another `output_dir`, "
-                "or delete this one to train anew."
+                f"{self.path} holds {state} run with other options ({changed}): use another `output_dir`, or delete "
+                "this one to train anew."
             )
+
+    def continue_under(self, conditions: dict[str, Any]) -> None:
+        """
+        Take note of what the batches of an unfinished run depend on besides its recipe, and is known only now.
+
+        Args:
+            conditions: By name; JSON values.
+
+        Raises:
+            ValueError: the run was begun under others.
+        """
+        begun_under = json.loads(text).get("conditions") if (text := self._read()) else None
+        # A record of an older version has none.
+        if begun_under is not None and (changed := _changes(begun_under, conditions)):
+            raise ValueError(
+                f"{self.path} holds an interrupted run, which would go on with other batches ({changed}): continue it "
+                "as it was begun, use another `output_dir`, or delete this one to train anew."
+            )
+        self.conditions = conditions
 
     def _read(self) -> str | None:
         record = self.path / _RECORD
@@ -134,7 +168,8 @@ class RunFolder:
     def write(self, finished: bool) -> None:
         """Record that the run is under way, or finished."""
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / _RECORD).write_text(json.dumps({"finished": finished, "recipe": self.recipe}, indent=2))
+        record = {"finished": finished, "recipe": self.recipe, "conditions": self.conditions}
+        (self.path / _RECORD).write_text(json.dumps(record, indent=2))
 
     def last_checkpoint(self) -> str | None:
         """Folder of the newest checkpoint of a recorded run that was written to its end, if there is one."""

@@ -11,7 +11,6 @@ one it has.
 import json
 import sys
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -27,6 +26,7 @@ from ..modeling_confu import ConFuDraftModel
 from .arguments import ConFuTrainingArguments
 from .data import IGNORE_INDEX, DatasetReport, load_rows, prepare_dataset
 from .decoding import DecodingEvaluation
+from .features import fingerprint_of_dataset
 from .initialisation import is_channel_untrained, start_future_channel, warm_start
 from .runs import RunFolder, read_runs
 from .targets import load_frozen_target
@@ -43,7 +43,11 @@ class DraftArguments:
         metadata={"help": "Rows that `prepare_dataset` reads: JSONL files, folders, Hub datasets (`id:split`)."}
     )
     draft: str | None = field(
-        default=None, metadata={"help": "Draft to continue from; a new one, started from the target, if not given."}
+        default=None,
+        metadata={
+            "help": "Draft to continue from, for the first of several stages; a new one, started from the target, if "
+            "not given."
+        },
     )
     draft_vocab_size: int = field(default=8192, metadata={"help": "Target tokens that a new draft can predict."})
     num_soft_prompts: int = field(default=16, metadata={"help": "Soft prompts of a new draft; 0 for none."})
@@ -72,18 +76,21 @@ class DraftArguments:
     decoding_tokens: int = field(default=64, metadata={"help": "Longest answer of such a decoding, in tokens."})
     decoding_knobs: dict | str | None = field(
         default=None,
-        metadata={"help": "Its `confu_*` knobs, as JSON; by default the draft's own, without future in stage core."},
+        metadata={
+            "help": "Its `confu_*` knobs, as JSON; by default the draft's own, of which `confu_depth` is `ttt_steps`, "
+            "and without future in stage core."
+        },
     )
 
 
 # What else of `TrainingArguments` the outcome of a run depends on, besides what ConFu adds.
 _OPTIMISATION = (
     *("num_train_epochs", "max_steps", "gradient_accumulation_steps", "seed", "bf16", "fp16", "optim", "optim_args"),
-    *("weight_decay", "adam_beta1", "adam_epsilon", "lr_scheduler_kwargs"),
+    *("weight_decay", "adam_beta1", "adam_epsilon", "lr_scheduler_kwargs", "load_best_model_at_end"),
 )
 _NOT_IN_RECIPE = {
     *("logging_steps", "remove_unused_columns", "ddp_broadcast_buffers", "target_device_map", "shard_target"),
-    *("metric_for_best_model", "hub_base_model", "include_num_input_tokens_seen"),
+    *("hub_base_model", "include_num_input_tokens_seen"),
     *("decoding_prompts", "decoding_tokens", "decoding_knobs"),
 }
 
@@ -93,17 +100,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser((DraftArguments, ConFuTrainingArguments), allow_abbrev=False)
     names = {option.name for kind in (DraftArguments, ConFuTrainingArguments) for option in fields(kind)}
     argv = sys.argv[1:] if argv is None else argv
-    # All of them are parsed first: a mistake in the last stage shows before the first one has run.
+    # All are parsed, and their folders looked into, first: a mistake in the last stage shows before the first has run.
     runs = [
         parser.parse_args_into_dataclasses(options, look_for_args_file=False) for options in read_runs(argv, names)
     ]
-    for arguments, training_arguments in runs:
-        run(arguments, training_arguments)
+    folders = [RunFolder(training.output_dir, recipe_of(arguments, training)) for arguments, training in runs]
+    for folder, (arguments, training_arguments) in zip(folders, runs, strict=True):
+        run(folder, arguments, training_arguments)
 
 
-def run(arguments: DraftArguments, training_arguments: ConFuTrainingArguments) -> None:
+def run(folder: RunFolder, arguments: DraftArguments, training_arguments: ConFuTrainingArguments) -> None:
     """One run, from its last checkpoint if it was interrupted; nothing if it is finished."""
-    folder = RunFolder(training_arguments.output_dir, recipe_of(arguments, training_arguments))
     if folder.finished:
         say(f"Stage {training_arguments.stage}: finished, in {folder.path}")
         return
@@ -111,7 +118,6 @@ def run(arguments: DraftArguments, training_arguments: ConFuTrainingArguments) -
     beginning = f"continues from {checkpoint}" if checkpoint else "starts"
     say(f"Stage {training_arguments.stage}: {beginning}, to {folder.path}")
 
-    set_seed(training_arguments.seed)
     if arguments.target == "demo" and training_arguments.hub_base_model is None:
         training_arguments.hub_base_model = HUB_ID
     target, tokenizer = load_target_once(
@@ -119,18 +125,14 @@ def run(arguments: DraftArguments, training_arguments: ConFuTrainingArguments) -
         training_arguments.target_dtype,
         training_arguments.device,
         json.dumps(training_arguments.target_device_map),
+        training_arguments.shard_target,
     )
     train_dataset, eval_dataset = prepare(arguments, target, tokenizer)
-    if arguments.draft is not None:
-        draft = load_draft(arguments.draft, torch.float32)
-        if training_arguments.stage != "core" and is_channel_untrained(draft):  # a converted draft
-            size = draft.config.num_soft_prompts
-            start_future_channel(draft, target, instruction_ids(tokenizer, arguments.instruction, size))
-            del draft.generation_config.confu_contemplation
-    else:
-        draft = new_draft(target, tokenizer, train_dataset, arguments)
+    folder.continue_under({"data": fingerprint_of_dataset(train_dataset), "processes": training_arguments.world_size})
+    # Only now: a new draft is the same, whether the target was loaded just before or is that of an earlier stage.
+    set_seed(training_arguments.seed)
     trainer = ConFuTrainer(
-        model=draft,
+        model=draft_to_train(arguments, training_arguments, target, tokenizer, train_dataset),
         target_model=target,
         processing_class=tokenizer,
         args=training_arguments,
@@ -142,12 +144,11 @@ def run(arguments: DraftArguments, training_arguments: ConFuTrainingArguments) -
     # Only now: options that were refused so far may be set right in the same folder.
     write_record(folder, finished=False)
     trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(_internal_call=True)  # an evaluation that fails does not cost the training
     if eval_dataset is not None:
         say(trainer.evaluate())
-    if training_arguments.stage != "warm_up" and not hasattr(draft.generation_config, "confu_depth"):
-        # Steps beyond those it was trained for get worse.
-        draft.generation_config.confu_depth = training_arguments.ttt_steps
-    trainer.save_model()
+    if training_arguments.push_to_hub:
+        trainer.push_to_hub()  # its card tells of the evaluation
     write_record(folder, finished=True)
 
 
@@ -171,13 +172,26 @@ def say(message: object) -> None:
         print(message, flush=True)
 
 
-@cache
+_loaded_target: dict[tuple[Any, ...], tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
+
+
 def load_target_once(
-    name: str, dtype: str, device: torch.device, device_map: str
+    name: str, dtype: str, device: torch.device, device_map: str, sharded: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The target, shared by the stages of a command, and its tokenizer; `device_map` as JSON, to be a key."""
-    tokenizer = AutoTokenizer.from_pretrained(demo_target_path() if name == "demo" else name)
-    return load_frozen_target(name, dtype, device, json.loads(device_map)), tokenizer
+    """
+    The target and its tokenizer, shared by stages that follow each other and use it alike.
+
+    Args:
+        name, dtype, device: As of `load_frozen_target`.
+        device_map: As JSON, to be a key.
+        sharded: Whether it will be sharded, which happens in place: a whole one is then another.
+    """
+    key = (name, dtype, device, device_map, sharded)
+    if key not in _loaded_target:
+        _loaded_target.clear()  # there may be no room for two
+        tokenizer = AutoTokenizer.from_pretrained(demo_target_path() if name == "demo" else name)
+        _loaded_target[key] = load_frozen_target(name, dtype, device, json.loads(device_map)), tokenizer
+    return _loaded_target[key]
 
 
 def prepare(
@@ -186,8 +200,14 @@ def prepare(
     """Rows to train on, and rows held out, spread evenly over the data."""
     rows = chain.from_iterable(map(load_rows, arguments.data))
     report = DatasetReport()
-    vocab_size = target.config.get_text_config(decoder=True).vocab_size
-    dataset = prepare_dataset(rows, tokenizer, arguments.max_length, vocab_size=vocab_size, report=report)
+    dataset = prepare_dataset(
+        rows,
+        tokenizer,
+        arguments.max_length,
+        eos_token_ids=end_tokens(target) or None,
+        vocab_size=target.config.get_text_config(decoder=True).vocab_size,
+        report=report,
+    )
     say(report)
     step = max(1, len(dataset) // max(1, arguments.eval_rows))
     held_out = range(0, len(dataset), step)[: arguments.eval_rows]
@@ -199,15 +219,39 @@ def prepare(
     return dataset.select(train_rows), dataset.select(held_out) if len(held_out) else None
 
 
+def draft_to_train(
+    arguments: DraftArguments,
+    training_arguments: ConFuTrainingArguments,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+) -> ConFuDraftModel:
+    """The given draft or a new one, with the knobs of decoding that the stage leaves it with."""
+    stage = training_arguments.stage
+    if arguments.draft is None:
+        draft = new_draft(target, tokenizer, dataset, arguments)
+        if stage == "core":  # its channel stays untrained, as that of a converted draft is
+            draft.generation_config.confu_contemplation = 0
+    else:
+        draft = load_draft(arguments.draft, torch.float32)
+        if stage != "core" and is_channel_untrained(draft):  # of a converted draft, or one that stage core made
+            size = draft.config.num_soft_prompts
+            start_future_channel(draft, target, instruction_ids(tokenizer, arguments.instruction, size))
+            del draft.generation_config.confu_contemplation
+    if stage != "warm_up":
+        # Steps beyond those it is trained for get worse.
+        draft.generation_config.confu_depth = training_arguments.ttt_steps
+    return draft
+
+
 def new_draft(
     target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, arguments: DraftArguments
 ) -> ConFuDraftModel:
     """A draft warm-started from the target, with a vocabulary by frequency in the answers."""
-    eos = target.generation_config.eos_token_id
     vocabulary = build_draft_vocabulary(
         count_assistant_tokens(dataset, target.config.get_text_config(decoder=True).vocab_size),
         arguments.draft_vocab_size,
-        always_include=[eos] if isinstance(eos, int) else eos or (),
+        always_include=end_tokens(target),
     )
     say(f"Draft vocabulary: {arguments.draft_vocab_size} tokens, {vocabulary.coverage:.1%} of the answers' tokens")
     experts = arguments.num_experts
@@ -223,6 +267,12 @@ def new_draft(
     )
     ids = instruction_ids(tokenizer, arguments.instruction, arguments.num_soft_prompts)
     return warm_start(target, vocabulary.token_ids, config, soft_prompt_ids=ids)
+
+
+def end_tokens(target: PreTrainedModel) -> list[int]:
+    """Ids that end an answer of the target."""
+    eos = target.generation_config.eos_token_id
+    return [eos] if isinstance(eos, int) else list(eos or ())
 
 
 def instruction_ids(
@@ -243,7 +293,6 @@ def decoding_evaluation(trainer: ConFuTrainer, arguments: DraftArguments) -> Dec
     prompts = [row["input_ids"][: _prompt_length(row["labels"])] for row in rows]
     knobs = arguments.decoding_knobs
     knobs = json.loads(knobs) if isinstance(knobs, str) else dict(knobs or {})
-    knobs.setdefault("confu_depth", trainer.args.ttt_steps)
     if trainer.args.stage == "core":
         knobs.setdefault("confu_contemplation", 0)
     return DecodingEvaluation(trainer, prompts, arguments.decoding_tokens, **knobs)

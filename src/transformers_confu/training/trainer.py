@@ -1,5 +1,6 @@
 """`ConFuTrainer`: fine-tune a ConFu draft for a target, on Transformers' `Trainer`."""
 
+import copy
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -10,14 +11,15 @@ from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..configuration_confu import SPECIAL_TOKENS
 from ..modeling_confu import ConFuDraftModel
 from ..target_runner import TargetRunner, check_target
 from .anchors import Anchors, draft_rows, sample_anchors
 from .arguments import PARAMETER_GROUPS, ConFuTrainingArguments, parameter_group
-from .batching import ConFuDataCollator, LengthGroupedTokenBatchSampler, PackedTokenBatchSampler
+from .batching import ConFuDataCollator, LengthGroupedTokenBatchSampler, PackedTokenBatchSampler, TokenBatchSampler
 from .checks import check_dataset, check_tokenizer
 from .data import sequence_lengths
 from .features import CachedFeatures, FixedAnchors
@@ -68,6 +70,36 @@ class ObjectiveModule(nn.Module):
         return compute_live(self.draft, runner, texts, batch.get("anchors"), recipe)
 
 
+class KeepSpecialTokens(TrainerCallback):
+    """Undoes what Trainer does at the start: a draft's special tokens are its target's, not its tokenizer's."""
+
+    def __init__(self, draft: ConFuDraftModel):
+        self.kept = [
+            (config, {name: copy.copy(getattr(config, name, None)) for name in SPECIAL_TOKENS})
+            for config in (draft.config, draft.generation_config)
+        ]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for config, tokens in self.kept:
+            for name, value in tokens.items():
+                setattr(config, name, copy.copy(value))
+
+
+def token_batches(dataset: Any, args: ConFuTrainingArguments, shuffle: bool) -> TokenBatchSampler:
+    """This process's batches of a dataset; ValueError where it cannot be dealt out as `args` say."""
+    settings: dict[str, Any] = {
+        "lengths": sequence_lengths(dataset),
+        "tokens_per_batch": args.tokens_per_batch,
+        "seed": args.seed,
+        "shuffle": shuffle,
+        "num_processes": args.world_size,
+        "process_index": args.process_index,
+    }
+    if args.packed_length is None:
+        return LengthGroupedTokenBatchSampler(**settings)
+    return PackedTokenBatchSampler(packed_length=args.packed_length, **settings)
+
+
 class ConFuTrainer(PublishingTrainer):
     r"""
     Trains a draft against its frozen target.
@@ -98,7 +130,8 @@ class ConFuTrainer(PublishingTrainer):
         args ([`ConFuTrainingArguments`]).
         processing_class ([`PreTrainedTokenizerBase`], *optional*): The target's tokenizer; saved with the draft.
         train_dataset, eval_dataset: From [`prepare_dataset`].
-        kwargs: Whatever `Trainer` takes.
+        kwargs: Whatever `Trainer` takes, except what it does with logits or for another loss, which has no place here:
+            `compute_metrics`, `preprocess_logits_for_metrics`, `compute_loss_func`.
     """
 
     train_dataset: Any
@@ -118,6 +151,12 @@ class ConFuTrainer(PublishingTrainer):
             raise ValueError(
                 f"The draft is in {model.dtype}; train it in float32 (`model.float()`) and set `bf16=True` for speed."
             )
+        for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` has no effect here: losses are named by `loss`, and there are no logits to measure; "
+                    "leave it out, and measure in a callback's `on_evaluate`."
+                )
         if isinstance(target_model, str):
             target_model = load_frozen_target(target_model, args.target_dtype, args.device, args.target_device_map)
         self.target_model = freeze(target_model)
@@ -125,15 +164,23 @@ class ConFuTrainer(PublishingTrainer):
         if processing_class is not None:
             check_tokenizer(processing_class, self.target_model)
         steps = 1 if args.stage == "warm_up" else args.ttt_steps
+
+        def checked(dataset: Dataset, name: str) -> Dataset:
+            dataset = check_dataset(dataset, self.target_model, name, steps)
+            try:
+                token_batches(dataset, args, shuffle=False)
+            except ValueError as error:
+                raise ValueError(f"`{name}` makes no batches. {error}") from error
+            return dataset
+
         if train_dataset is not None:
-            train_dataset = check_dataset(train_dataset, self.target_model, "train_dataset", steps)
+            train_dataset = checked(train_dataset, "train_dataset")
         if isinstance(eval_dataset, dict):
             eval_dataset = {
-                name: check_dataset(dataset, self.target_model, f"eval_dataset[{name!r}]", steps)
-                for name, dataset in eval_dataset.items()
+                name: checked(dataset, f"eval_dataset[{name!r}]") for name, dataset in eval_dataset.items()
             }
         elif eval_dataset is not None:
-            eval_dataset = check_dataset(eval_dataset, self.target_model, "eval_dataset", steps)
+            eval_dataset = checked(eval_dataset, "eval_dataset")
         if args.shard_target:
             if args.world_size == 1:
                 raise ValueError("`shard_target` needs several processes; start them with `torchrun` or `accelerate`.")
@@ -155,6 +202,7 @@ class ConFuTrainer(PublishingTrainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        self.add_callback(KeepSpecialTokens(model))
         # The loss below is already divided by the number of rows of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -211,23 +259,16 @@ class ConFuTrainer(PublishingTrainer):
         return self._token_batches(dataset, shuffle=False)
 
     def _token_batches(self, dataset: Any, shuffle: bool) -> DataLoader:
-        settings: dict[str, Any] = {
-            "lengths": sequence_lengths(dataset),
-            "tokens_per_batch": self.args.tokens_per_batch,
-            "seed": self.args.seed,
-            "shuffle": shuffle,
-            "num_processes": self.args.world_size,
-            "process_index": self.args.process_index,
-        }
-        if self.args.packed_length is None:
-            sampler = LengthGroupedTokenBatchSampler(**settings)
-        else:
-            sampler = PackedTokenBatchSampler(packed_length=self.args.packed_length, **settings)
+        args = self.args
         loader = DataLoader(
             dataset,
-            batch_sampler=sampler,
+            batch_sampler=token_batches(dataset, args, shuffle),
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            # Every evaluation makes a loader of its own.
+            persistent_workers=args.dataloader_persistent_workers and shuffle,
+            prefetch_factor=args.dataloader_prefetch_factor,
         )
         # The sampler already deals batches out to the processes.
         return prepare_data_loader(
