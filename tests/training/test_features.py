@@ -15,9 +15,8 @@ from transformers_confu.training.features import (
     FixedAnchors,
     RowStore,
     draft_head,
-    fingerprint_of_module,
-    fingerprint_of_target,
 )
+from transformers_confu.training.fingerprints import fingerprint_of_module, fingerprint_of_target
 from transformers_confu.training.objective import Objective, Recipe, compute_live
 from transformers_confu.training.texts import Texts
 

@@ -8,7 +8,6 @@ Where soft prompts and `[con]` are frozen, the future predictions at a row's anc
 no forward of the target at all. The anchors of a row are in that case the same in every epoch.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..modeling_confu import ConFuDraftModel
 from ..target_runner import TargetRunner
 from .anchors import Anchors, draft_rows, place_anchors, sample_anchors
+from .fingerprints import fingerprint_of_dataset, fingerprint_of_module, fingerprint_of_target
 from .objective import Objective, Recipe, compute_objective, contemplate
 from .teaching import read_texts, summarize, teach_within
 from .texts import Texts
@@ -330,42 +329,3 @@ def draft_head(target: nn.Module, draft_token_ids: torch.LongTensor) -> nn.Linea
     ours.weight.copy_(weight.T)
     ours.bias.copy_(bias)
     return ours.requires_grad_(False)
-
-
-def fingerprint_of_dataset(dataset: Dataset) -> str:
-    """Hash of all ids and labels of a dataset, in order."""
-    digest = hashlib.sha256()
-    for batch in dataset.select_columns(["input_ids", "labels"]).with_format("numpy").iter(batch_size=1000):
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            digest.update(np.asarray([len(ids)]).tobytes() + ids.tobytes() + labels.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def fingerprint_of_target(target: PreTrainedModel) -> str:
-    """Hash of a target's configuration, wherever it was loaded from, and of its tensors."""
-    config = target.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
-    content = json.dumps(config, sort_keys=True, default=str) + fingerprint_of_module(target)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def fingerprint_of_module(module: nn.Module, prefixes: Sequence[str] = ("",)) -> str:
-    """
-    Hash of the parameters and of the buffers that a checkpoint holds (weights, where they are quantised), by name.
-
-    Of a large tensor every n-th value counts, about 4,096 in all. That finds what training or quantising changed, and
-    may miss a change of single values.
-    """
-    # Other buffers follow from the configuration, and differ by rounding from device to device.
-    kept = module.state_dict().keys()
-    buffers = {name: buffer for name, buffer in module.named_buffers() if name in kept}
-    tensors: dict[str, torch.Tensor] = {**dict(module.named_parameters()), **buffers}
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        if name.startswith(tuple(prefixes)):
-            flat = tensor.detach().flatten()
-            # An odd step: one that divides the length of the rows would look at the same column of each.
-            sample = flat[:: max(1, len(flat) // 4096) | 1]
-            digest.update(name.encode() + sample.cpu().double().numpy().tobytes())
-    return digest.hexdigest()[:16]
