@@ -11,6 +11,8 @@ numbers of TTT steps, `tau_greedy` is across runs that were evaluated on the sam
 
 import argparse
 import json
+from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 
 
@@ -23,6 +25,17 @@ def read_log(folder: Path) -> list[dict[str, float]]:
     if not states:
         raise ValueError(f"{folder} holds no checkpoint; name the `output_dir` of a run.")
     return json.loads(states[-1].read_text())["log_history"]
+
+
+def short_names(folders: Iterable[Path]) -> dict[Path, str]:
+    """The shortest end of each path in which no other one ends: `core` and `plain/core`, say."""
+    folders = set(folders)
+
+    def is_unique(folder: Path, length: int) -> bool:
+        return all(other.parts[-length:] != folder.parts[-length:] for other in folders - {folder})
+
+    lengths = {folder: next(length for length in count(1) if is_unique(folder, length)) for folder in folders}
+    return {folder: str(Path(*folder.parts[-length:])) for folder, length in lengths.items()}
 
 
 def curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -71,7 +84,8 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of `confu train`")
     parser.add_argument("--plot", type=Path, help="picture of tau_greedy by step, such as curves.png")
     arguments = parser.parse_args()
-    logs = {folder.name: read_log(folder) for folder in arguments.runs}
+    names = short_names(arguments.runs)
+    logs = {names[folder]: read_log(folder) for folder in arguments.runs}
     for name, log in logs.items():
         rows = curve(log)
         columns = [column for column in ("step", "hours", "million tokens", *COLUMNS) if column in rows[-1]]

@@ -42,8 +42,10 @@ target, tokenizer = load_target(arguments.tiny)
 draft = (
     load_draft(target, arguments.tiny) if arguments.draft is None else ConFuDraftModel.from_pretrained(arguments.draft)
 )
-draft = draft.float()
-seer = draft if arguments.contemplation is None else ConFuDraftModel.from_pretrained(arguments.contemplation).float()
+draft = draft.float().to(target.device)
+seer = draft
+if arguments.contemplation is not None:
+    seer = ConFuDraftModel.from_pretrained(arguments.contemplation).float().to(target.device)
 runner = TargetRunner(target, seer.config, seer.future_channel)
 rows = list(load_rows(arguments.data))
 rows = list(islice(rows, 0, None, max(1, len(rows) // arguments.rows)))

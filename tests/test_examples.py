@@ -78,6 +78,14 @@ def test_what_f_adds_is_counted(run_example, tmp_path):
     assert "positions: 38, of 2 rows" in printed
     assert re.search(r"contemplate row right where the draft is wrong: \d+\.\d%", printed)
 
+    # Drafts may also be named; these are the same.
+    from _targets import load_draft, load_target
+
+    draft = str(tmp_path / "draft")
+    load_draft(load_target(tiny=True)[0], tiny=True).save_pretrained(draft)
+    arguments = (draft, "--contemplation", draft, "--data", str(tmp_path / "rows.jsonl"), "--rows", "2")
+    assert run_example("what_f_adds", *arguments) == printed
+
 
 def test_every_example_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py") if not path.stem.startswith("_")}

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from transformers_confu import ConFuDraftModel, cli
 from transformers_confu.training import train
@@ -119,7 +119,7 @@ def test_all_stages_train_a_draft_for_the_architecture(name, tmp_path):
         [
             str(RECIPES / name / "train.yaml"),
             *("--target", str(tmp_path / "target"), "--data", str(tmp_path / "answers.jsonl")),
-            *("--output_dir", str(tmp_path / "runs"), "--use_cpu", "true", "--report_to", "none"),
+            *("--output_dir", str(tmp_path / "runs"), "--use_cpu", "true"),
             *("--max_steps", "2", "--tokens_per_batch", "120", "--draft_vocab_size", "48", "--eval_rows", "2"),
             *("--dataloader_num_workers", "0"),
         ]
@@ -134,7 +134,7 @@ def test_all_stages_train_a_draft_for_the_architecture(name, tmp_path):
         assert not torch.equal(draft.get_parameter(part), core.get_parameter(part))
     # Decoding with it is exact, on the target as it was written.
     target = AutoModelForCausalLM.from_pretrained(tmp_path / "target", dtype=torch.float64)
-    assert type(target.config) is type(CONFIGS[name]) and type(AutoConfig.from_pretrained(tmp_path / "target"))
+    assert type(target.config) is type(CONFIGS[name])
     ids = torch.tensor([[0, 5, 6, 7]])
     plain = target.generate(ids, do_sample=False, max_new_tokens=12)
     assert torch.equal(target.generate(ids, assistant_model=draft.double(), do_sample=False, max_new_tokens=12), plain)
@@ -176,6 +176,27 @@ def test_the_launch_file_goes_from_prompts_to_a_measured_draft(name, tmp_path):
     for done in ("prompts.jsonl", "answers.complete"):
         (tmp_path / name / done).touch()
     assert [command[0] for command in dry_run(name, tmp_path)] == ["accelerate", "confu"]
+
+
+def test_answers_and_measurement_see_the_same_options_of_the_chat_template(name, tmp_path):
+    def given(**environment: str) -> list[dict | None]:
+        """To `serve-regenerate` and to `evaluate`, the two commands that render prompts."""
+        option = "--chat_template_kwargs"
+        rendering = [
+            command
+            for command in dry_run(name, tmp_path, **environment)
+            if command[:2] in (["confu", "evaluate"], ["confu", "data"]) and command[2] != "prompts"
+        ]
+        assert len(rendering) == 2
+        return [json.loads(command[command.index(option) + 1]) if option in command else None for command in rendering]
+
+    needed = {
+        "qwen3-4b": {"enable_thinking": False},
+        "llama-3.2-3b-instruct": {"date_string": "26 Jul 2024"},
+    }
+    assert given() == [needed.get(name)] * 2
+    if name not in needed:
+        assert given(CHAT_TEMPLATE_KWARGS='{"mood": "good"}') == [{"mood": "good"}] * 2
 
 
 def test_the_commands_of_the_launch_file_take_their_options(name, tmp_path, capsys):

@@ -8,6 +8,8 @@
 #   GPUS      number of GPUs                          (default: all that nvidia-smi lists)
 #   SOURCES   of the prompts                          (default: paper, which is ShareGPT and UltraChat-200K)
 #   SERVER    URL of a server that serves the target  (default: this script starts `vllm serve` and stops it again)
+#   CHAT_TEMPLATE_KWARGS  options of the target's chat template, as JSON, for the answers and the measurement; set by
+#             the recipes of targets that need some         (default: none)
 #   REPOSITORY  Hub repository to publish to, as org/name  (default: nothing is published)
 #   CARD      facts of its model card, such as ../../hub_cards/*/card.yaml with your figures  (default: WORK/card.yaml)
 #   DRY_RUN   if set, the commands are printed and not run
@@ -45,7 +47,8 @@ if [ ! -e "$work/answers.complete" ]; then
   fi
   run confu data serve-regenerate --server "${SERVER:-http://localhost:8000/v1}" --tokenizer "$target" \
     --prompts "$work/prompts.jsonl" --output "$work/answers.jsonl" --concurrency 512 \
-    --max_prompt_length 1536 --max_new_tokens 1024 "$@"
+    --max_prompt_length 1536 --max_new_tokens 1024 \
+    ${CHAT_TEMPLATE_KWARGS:+--chat_template_kwargs "$CHAT_TEMPLATE_KWARGS"} "$@"
   if [ -n "${server:-}" ]; then
     kill "$server" 2>/dev/null || true
     wait "$server" 2>/dev/null || true
@@ -58,7 +61,8 @@ run accelerate launch --num_processes "$gpus" --num_machines 1 --mixed_precision
   "$yaml" --data "$work/answers.jsonl" --output_dir "$work/runs"
 
 run confu evaluate --target "$target" --drafts "confu=$work/runs/joint" --eagle3_drafts "core=$work/runs/core" \
-  --tree_sizes 30 60 --temperatures 0 0.7 1 --output "$work/results.jsonl" --report "$work/report"
+  --tree_sizes 30 60 --temperatures 0 0.7 1 --runs 1 --output "$work/results.jsonl" --report "$work/report" \
+  ${CHAT_TEMPLATE_KWARGS:+--chat_template_kwargs "$CHAT_TEMPLATE_KWARGS"}
 
 if [ -n "${REPOSITORY:-}" ]; then
   run confu publish "$work/runs/joint" "$target" "$REPOSITORY" --card "${CARD:-$work/card.yaml}"

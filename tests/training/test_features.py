@@ -1,5 +1,7 @@
 """Kept features against the target itself, in fp64, where a difference is a fault."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -7,7 +9,14 @@ from datasets import Dataset
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu.target_runner import TargetRunner
 from transformers_confu.training.batching import ConFuDataCollator
-from transformers_confu.training.features import CachedFeatures, FixedAnchors, RowStore, draft_head
+from transformers_confu.training.features import (
+    CachedFeatures,
+    Field,
+    FixedAnchors,
+    RowStore,
+    draft_head,
+)
+from transformers_confu.training.fingerprints import fingerprint_of_module, fingerprint_of_target
 from transformers_confu.training.objective import Objective, Recipe, compute_live
 from transformers_confu.training.texts import Texts
 
@@ -119,19 +128,81 @@ def test_a_folder_of_other_data_target_or_channel_is_refused(pair, tmp_path):
     with pytest.raises(ValueError, match="features made with another rotate_soft_prompts"):
         runner_of_it = TargetRunner(target, rotated.config, rotated.future_channel)
         CachedFeatures(rotated, runner_of_it, make_dataset(), tmp_path, anchors)
+    for name, value in (("rms_norm_eps", 1e-3), ("num_contemplate_experts_per_token", 1)):
+        changed = make_tiny_draft(target, draft_vocab_size=31, **{name: value})
+        with pytest.raises(ValueError, match=f"features made with another {name}"):
+            runner_of_it = TargetRunner(target, changed.config, changed.future_channel)
+            CachedFeatures(changed, runner_of_it, make_dataset(), tmp_path, anchors)
     changed = make_tiny_target("qwen3")
     with torch.no_grad():
         changed.lm_head.weight.mul_(1.5)
-    with pytest.raises(ValueError, match="features made with another target"):
-        CachedFeatures(draft, TargetRunner(changed, draft.config, draft.future_channel), make_dataset(), tmp_path)
+    others = [changed, make_tiny_target("qwen3", rms_norm_eps=1e-3)]
+    others.append(make_tiny_target("qwen3", rope_parameters={"rope_type": "default", "rope_theta": 500.0}))
+    for changed in others:
+        with pytest.raises(ValueError, match="features made with another target"):
+            CachedFeatures(draft, TargetRunner(changed, draft.config, draft.future_channel), make_dataset(), tmp_path)
+
+
+def test_the_fingerprint_of_a_target_is_of_what_its_checkpoint_holds():
+    target, again = make_tiny_target("qwen3"), make_tiny_target("qwen3")
+    again.config._name_or_path = "elsewhere"
+    plain = fingerprint_of_target(target)
+    assert fingerprint_of_target(again) == plain
+    # As quantised weights are kept; what a forward makes for itself is no part of a checkpoint.
+    again.lm_head.register_buffer("cache", torch.zeros(3), persistent=False)
+    assert fingerprint_of_target(again) == plain
+    for packed in (0, 2**30, 2**30 + 1):
+        again.lm_head.register_buffer("packed", torch.full((3,), packed, dtype=torch.int32))
+        seen = fingerprint_of_target(again)
+        assert seen != plain
+        plain = seen
+
+
+def test_the_fingerprint_looks_at_all_columns_of_a_large_weight():
+    module = torch.nn.Linear(256, 4096)  # a sample of every 256th value would be its first column
+    before = fingerprint_of_module(module)
+    with torch.no_grad():
+        module.weight[:, 1:].mul_(2)
+    assert fingerprint_of_module(module) != before
+
+
+def free_space(monkeypatch, size: int) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=size))
 
 
 def test_too_small_a_disk_is_refused_before_any_work(tmp_path, monkeypatch):
-    from transformers_confu.training import features
-
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    free_space(monkeypatch, 10)
     with pytest.raises(ValueError, match=r"take 0\.0 GB, and .* has 0\.0 GB left"):
-        RowStore(tmp_path, {}, {"a": features.Field([3], (2,), torch.float32)})
+        RowStore(tmp_path, {}, {"a": Field([3], (2,), torch.float32)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_disk_must_hold_what_all_files_still_take(tmp_path, monkeypatch):
+    size, fields = 2**20, {"a": Field([1] * 4, (2**16,), torch.float32)}
+    free_space(monkeypatch, 7 * size // 4)
+    first = RowStore(tmp_path / "first", {}, fields)
+    assert first.unwritten == size
+    with pytest.raises(ValueError, match="not yet written take"):
+        RowStore(tmp_path / "second", {}, fields, promised=first.unwritten)
+    for row in range(2):
+        first.write(row, {"a": torch.rand(1, 2**16)})
+    assert size // 4 < first.unwritten < 3 * size // 4
+    RowStore(tmp_path / "second", {}, fields, promised=first.unwritten)
+    # Where it goes on, what is written already takes no room.
+    free_space(monkeypatch, 3 * size // 4)
+    RowStore(tmp_path / "first", {}, fields)
+    free_space(monkeypatch, size // 4)
+    with pytest.raises(ValueError, match="not yet written take"):
+        RowStore(tmp_path / "first", {}, fields)
+
+
+def test_target_and_future_predictions_share_the_disk(pair, tmp_path, monkeypatch):
+    target, draft, runner = pair
+    anchors = FixedAnchors(replication=2, max_lag=3, limit=None, seed=5)
+    whole = CachedFeatures(draft, runner, make_dataset(), tmp_path / "whole", anchors)
+    free_space(monkeypatch, whole.store.unwritten + whole.futures.unwritten - 1)
+    with pytest.raises(ValueError, match="not yet written take"):
+        CachedFeatures(draft, runner, make_dataset(), tmp_path / "other", anchors)
 
 
 def test_scores_that_are_capped_behind_the_head_are_refused(tmp_path):

@@ -1,9 +1,11 @@
 """Batched answers against one-by-one `generate`, and interrupted runs against whole ones."""
 
+import copy
 import json
 import subprocess
 import sys
 from itertools import islice
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from helpers import make_tiny_target
 from transformers_confu.training import continuous_batching, regeneration
 from transformers_confu.training.continuous_batching import Request, answer
 from transformers_confu.training.data import load_jsonl, prepare_dataset
+from transformers_confu.training.fingerprints import fingerprint_of_target
 from transformers_confu.training.regeneration import regenerate, regenerate_turns
 
 
@@ -98,6 +101,7 @@ def test_greedy_rows_equal_single_row_generate(target, tokenizer, tmp_path):
             "answer_ids": expected[len(ids) :].tolist(),
             "temperature": 0.0,
             "finished": int(expected[-1]) in (1, 7),
+            "made_with": {"target": fingerprint_of_target(target), "seed": 5},
         }
     finished = [row["finished"] for row in rows.values()]
     assert any(finished) and not all(finished)
@@ -259,6 +263,8 @@ def test_sampling_follows_the_seed_and_leaves_the_random_state(target, tokenizer
         rows[name] = rows_of(tmp_path / f"{name}.jsonl")
     assert torch.equal(torch.random.get_rng_state(), state)
     assert rows["a"] == rows["b"]
+    for row in rows["a"] + rows["c"]:
+        assert row.pop("made_with")["seed"] in (5, 6)
     for row, other in zip(rows["a"], rows["c"], strict=True):
         assert (row["id"], row["temperature"]) == (other["id"], other["temperature"])
         if row["temperature"] == 0:
@@ -298,6 +304,31 @@ def test_answers_of_another_run_are_refused(target, tokenizer, tmp_path):
         with pytest.raises(ValueError, match=message):
             regenerate(target, tokenizer, prompts, path, **SETTINGS)
         assert path.read_bytes() == content
+
+
+def test_answers_of_another_seed_or_target_are_refused(target, tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    prompts = make_prompts()
+    regenerate(target, tokenizer, prompts, path, **SETTINGS)
+    written = path.read_bytes()
+    part = b"".join(written.splitlines(keepends=True)[:3])
+    path.write_bytes(part)
+    with pytest.raises(ValueError, match=r"line 1 was made with other settings \(seed was 5, is 6\): repeat the"):
+        regenerate(target, tokenizer, prompts, path, **{**SETTINGS, "seed": 6})
+    other = copy.deepcopy(target)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.5)
+    with pytest.raises(ValueError, match=r"line 1 was made with other settings \(target was '\w+', is '\w+'\)"):
+        regenerate(other, tokenizer, prompts, path, **SETTINGS)
+    assert path.read_bytes() == part
+
+    # An older version did not write what it was made with.
+    rows = [{name: value for name, value in row.items() if name != "made_with"} for row in load_jsonl(path)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with mock.patch.object(regeneration.logger, "warning") as warning:
+        regenerate(target, tokenizer, prompts, path, **SETTINGS)
+    assert warning.call_args.args[1:] == (path, 3)
+    assert len(load_jsonl(path)) == 20
 
 
 @pytest.mark.parametrize(

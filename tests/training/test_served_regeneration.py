@@ -5,6 +5,7 @@ import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest import mock
 
 import pytest
 import torch
@@ -155,6 +156,7 @@ def test_greedy_answers_are_those_of_regenerate(target, tokenizer, tmp_path, for
     regenerate(target, tokenizer, prompts, tmp_path / "local.jsonl", batch_size=4, temperatures=(0.0,), **SETTINGS)
     expected = {row["id"]: row for row in load_jsonl(tmp_path / "local.jsonl")}
     for row in expected.values():
+        row["made_with"] = {"model": "tiny", "seed": 0}
         if row["finished"]:
             row["answer_ids"][-1] = 1
             row["answer"] = tokenizer.decode(row["answer_ids"], skip_special_tokens=True)
@@ -326,6 +328,36 @@ def test_an_interrupted_run_is_resumed(target, tokenizer, tmp_path):
             regenerate_served(url, tokenizer, rows, tmp_path / "whole.jsonl", **SETTINGS | changed)
     with pytest.raises(ValueError, match=r"line \d+ is no answer .* this call would write"):
         regenerate_served(url, tokenizer, rows[5:], tmp_path / "whole.jsonl", **SETTINGS)
+
+
+def test_answers_of_another_model_seed_or_body_are_refused(target, tokenizer, tmp_path):
+    path, complete = tmp_path / "a.jsonl", answer_with(target, tokenizer)
+    with serve(StandIn(complete)) as url:
+        regenerate_served(url, tokenizer, make_prompts(), path, extra_body={"top_p": 0.5}, **SETTINGS)
+    part = b"".join(path.read_bytes().splitlines(keepends=True)[:3])
+    path.write_bytes(part)
+    given = {"extra_body": {"top_p": 0.5}}
+    with serve(StandIn(complete, ("other",))) as url:
+        for settings, message in (
+            (
+                {"seed": 1} | given,
+                r"line 1 was made with other settings \(seed was 0, is 1\): repeat the earlier",
+            ),
+            ({}, r"other settings \(extra_body was \{'top_p': 0.5\}, is None\)"),
+            ({"model": "other"} | given, r"other settings \(model was 'tiny', is 'other'\)"),
+            (given, r"a\.jsonl holds answers of tiny, and http.* serves other: serve the earlier model"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                regenerate_served(url, tokenizer, make_prompts(), path, **settings, **SETTINGS)
+    assert path.read_bytes() == part
+
+    # An older version did not write what it was made with.
+    rows = [{name: value for name, value in row.items() if name != "made_with"} for row in load_jsonl(path)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serve(StandIn(complete)) as url, mock.patch.object(regeneration.logger, "warning") as warning:
+        regenerate_served(url, tokenizer, make_prompts(), path, **SETTINGS)
+    assert warning.call_args.args[1:] == (path, 3)
+    assert [row.get("made_with") for row in load_jsonl(path)] == [None] * 3 + [{"model": "tiny", "seed": 0}] * 5
 
 
 def test_busy_failing_and_vanishing_servers_are_asked_again(target, tokenizer, tmp_path):

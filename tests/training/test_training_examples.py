@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -81,6 +82,15 @@ def test_the_curve_counts_the_time_of_all_sessions(saved_target, tmp_path, monke
     _, *rows = run_example("training_curves.py", monkeypatch, capsys, str(tmp_path / "draft"))
     assert [float(row[1]) for row in rows] == [2, 4, 6]
 
+    # Runs in folders of one name are told apart.
+    again = tmp_path / "plain" / "draft"
+    shutil.copytree(tmp_path / "draft", again)
+    one, *rows = run_example("training_curves.py", monkeypatch, capsys, str(tmp_path / "draft"), str(again))
+    assert rows.count(one) == 1 and len(rows) == 7
+    short_names = runpy.run_path(str(EXAMPLES / "training_curves.py"))["short_names"]
+    folders = [Path(name) for name in ("runs/core", "runs/plain/core", "runs/a", "core")]
+    assert list(map(short_names(folders).get, folders)) == ["runs/core", "plain/core", "a", "core"]
+
     # A log of an older version has no times.
     for entry in state["log_history"]:
         for name in ("train_runtime", "num_input_tokens_seen"):
@@ -139,6 +149,16 @@ def test_stages_follow_from_each_other():
     assert [training.stage for _, training in runs.values()] == ["core", "core", "warm_up", "joint"]
     drafts = [draft.draft for draft, _ in runs.values()]
     assert drafts == [None, *[training.output_dir for _, training in runs.values()][:-1]]
+
+
+def test_the_warm_up_without_mixtures_is_that_of_the_stages_but_for_them():
+    stages, plain = (runs_of(name)["warm_up"] for name in ("stages.yaml", "warm_up_plain.yaml"))
+    assert plain[1].output_dir == "runs/plain/warm_up"
+    one, other = recipe_of(*stages), recipe_of(*plain)
+    assert {name for name in one if one[name] != other[name]} == {"num_experts", "draft"}
+    assert (other["num_experts"], other["draft"]) == (1, None)
+    for name in ("save_steps", "eval_steps", "logging_steps", "report_to"):
+        assert getattr(stages[1], name) == getattr(plain[1], name)
 
 
 def test_a_core_and_a_channel_are_combined(tmp_path, monkeypatch, capsys):

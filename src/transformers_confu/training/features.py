@@ -8,7 +8,6 @@ Where soft prompts and `[con]` are frozen, the future predictions at a row's anc
 no forward of the target at all. The anchors of a row are in that case the same in every epoch.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from torch import nn
 from ..modeling_confu import ConFuDraftModel
 from ..target_runner import TargetRunner
 from .anchors import Anchors, draft_rows, place_anchors, sample_anchors
+from .fingerprints import fingerprint_of_dataset, fingerprint_of_module, fingerprint_of_target
 from .objective import Objective, Recipe, compute_objective, contemplate
 from .teaching import read_texts, summarize, teach_within
 from .texts import Texts
@@ -38,6 +38,11 @@ class Field:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def size(self) -> int:
+        """In bytes, of all rows."""
+        return sum(self.counts) * prod(self.shape) * self.dtype.itemsize
+
 
 class RowStore:
     r"""
@@ -47,12 +52,13 @@ class RowStore:
         folder: Of the files; made where there is none.
         recipe: What the tensors depend on; JSON values.
         fields: By name.
+        promised: Bytes that other stores will still take on the same disk, see `unwritten`.
 
     Raises:
         ValueError: the folder holds tensors of another recipe, or the disk has no room.
     """
 
-    def __init__(self, folder: str | Path, recipe: dict[str, Any], fields: dict[str, Field]):
+    def __init__(self, folder: str | Path, recipe: dict[str, Any], fields: dict[str, Field], promised: int = 0):
         self.folder, self.fields = Path(folder), fields
         record = self.folder / "recipe.json"
         recipe = json.loads(json.dumps(recipe))
@@ -63,14 +69,15 @@ class RowStore:
                     f"{self.folder} holds features made with another {' and '.join(changed)}; name another folder, or "
                     "delete this one to make them anew."
                 )
-        else:
-            size = sum(sum(f.counts) * prod(f.shape) * f.dtype.itemsize for f in fields.values())
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if size > (free := shutil.disk_usage(self.folder).free):
-                raise ValueError(
-                    f"The features take {size / 1e9:.1f} GB, and {self.folder} has {free / 1e9:.1f} GB left; name a "
-                    "folder on a larger disk, or train without them."
-                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Before any work, and also where it goes on: a write into a mapped file ends the process if the disk is full.
+        needed, free = self.unwritten + promised, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ValueError(
+                f"The features not yet written take {needed / 1e9:.1f} GB, and {self.folder} has {free / 1e9:.1f} GB "
+                "left; name a folder on a larger disk, or train without them."
+            )
+        if not record.exists():
             record.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
         self.offsets = {name: np.concatenate([[0], np.cumsum(field.counts)]) for name, field in fields.items()}
         num_rows = len(next(iter(self.offsets.values()))) - 1
@@ -86,6 +93,15 @@ class RowStore:
             return torch.empty((0, *shape), dtype=dtype)
         # A new file is all zeros, and takes room on the disk only where something is written.
         return torch.from_file(str(self.folder / f"{name}.bin"), shared=True, size=size, dtype=dtype).view(-1, *shape)
+
+    @property
+    def unwritten(self) -> int:
+        """Bytes that the files will still take on the disk: a new one is empty, however long it is."""
+        left = 0
+        for name, field in self.fields.items():
+            file = self.folder / f"{name}.bin"
+            left += max(0, field.size - (file.stat().st_blocks * 512 if file.exists() else 0))
+        return left
 
     def missing(self, rows: Sequence[int]) -> list[int]:
         """Those of `rows` that are not written yet."""
@@ -136,10 +152,11 @@ class CachedFeatures:
         labels = [torch.as_tensor(row) for row in dataset.with_format("numpy")["labels"]]
         teachers = [int(draft_rows(row[None]).sum()) for row in labels]  # a teaching position behind each
         folder = Path(folder)
-        recipe = {"dataset": fingerprint_of_dataset(dataset), "target": fingerprint_of_module(target)}
+        recipe = {"dataset": fingerprint_of_dataset(dataset), "target": fingerprint_of_target(target)}
+        recipe |= {"taps": config.target_hidden_state_indices, "dtype": str(dtype)}
         self.store = RowStore(
             folder / "target",
-            recipe | {"taps": config.target_hidden_state_indices, "dtype": str(dtype)},
+            recipe,
             {
                 "taps": Field([len(row) for row in labels], (config.taps_size,), dtype),
                 "final_states": Field(teachers, (config.target_hidden_size,), dtype),
@@ -153,12 +170,13 @@ class CachedFeatures:
             channel: dict[str, Any] = {
                 "channel": fingerprint_of_module(draft.future_channel, anchors.reads),
                 "anchors": vars(anchors),
-                **({"rotate_soft_prompts": True} if config.rotate_soft_prompts else {}),
+                **{name: getattr(config, name) for name in anchors.reads_of_config},
             }
             self.futures = RowStore(
                 folder / "futures",
-                recipe | channel | {"states": config.future_hidden_state_indices, "dtype": str(dtype)},
+                recipe | channel,
                 {"futures": Field(counts, (config.future_size,), dtype)},
+                promised=self.store.unwritten,
             )
         self.head = draft_head(target, draft.draft_token_ids).to(draft.device)
 
@@ -279,6 +297,14 @@ class FixedAnchors:
     reads = ("soft_prompts", "contemplate_token")
     """Parameters of the future channel that future predictions depend on."""
 
+    reads_of_config = (
+        "rotate_soft_prompts",
+        "num_contemplate_experts_per_token",
+        "rms_norm_eps",
+        "future_hidden_state_indices",
+    )
+    """What they depend on in the draft's configuration, beside the taps."""
+
     def of(self, row: int, labels: torch.LongTensor) -> Anchors:
         """Anchors of a row, its labels `(T,)`, as a batch of one."""
         with torch.random.fork_rng(devices=[]):  # anchors are drawn on the CPU
@@ -303,23 +329,3 @@ def draft_head(target: nn.Module, draft_token_ids: torch.LongTensor) -> nn.Linea
     ours.weight.copy_(weight.T)
     ours.bias.copy_(bias)
     return ours.requires_grad_(False)
-
-
-def fingerprint_of_dataset(dataset: Dataset) -> str:
-    """Hash of all ids and labels of a dataset, in order."""
-    digest = hashlib.sha256()
-    for batch in dataset.select_columns(["input_ids", "labels"]).with_format("numpy").iter(batch_size=1000):
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            digest.update(np.asarray([len(ids)]).tobytes() + ids.tobytes() + labels.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def fingerprint_of_module(module: nn.Module, prefixes: Sequence[str] = ("",)) -> str:
-    """Hash of a sample of each parameter, and of all of small ones, by name."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        if name.startswith(tuple(prefixes)):
-            flat = parameter.detach().flatten()
-            sample = flat[:: max(1, len(flat) // 4096)]
-            digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -29,6 +29,7 @@ from ..loading import load_target
 from ..target_runner import check_target
 from .continuous_batching import Request, answer, end_token_ids
 from .data import Messages, encode_prompt, load_jsonl, load_rows, parse_json_object
+from .fingerprints import fingerprint_of_target
 from .turns import TEMPLATE_FIELDS, count_turns, is_over, next_prompt
 
 
@@ -101,12 +102,14 @@ def regenerate(
 
     Prompts are sorted by length, longest first (memory runs out at once or not at all), and take the temperatures in
     turn. All other settings are those of the target's `generation_config`. A row is
-    `{id, prompt, answer, answer_ids, temperature, finished}`: `answer_ids` includes the token that ended the answer,
-    `finished` is False if the answer was cut at `max_new_tokens`. `prepare_dataset` takes these rows as they are.
+    `{id, prompt, answer, answer_ids, temperature, finished, made_with}`: `answer_ids` includes the token that ended
+    the answer, `finished` is False if the answer was cut at `max_new_tokens`, `made_with` holds the seed and a hash of
+    the target. `prepare_dataset` takes these rows as they are.
 
-    An interrupted call is resumed by the same call: a torn last line is removed, answered prompts are skipped. Each
-    answer is drawn from a seed of its own, so it is the same whatever is answered beside it, but for the rounding of
-    kernels. The order of the rows is that in which answers ended. The global random state is not touched.
+    An interrupted call is resumed by the same call: a torn last line is removed, answered prompts are skipped. Rows of
+    an older version, without `made_with`, are taken for this call's, with a warning. Each answer is drawn from a seed
+    of its own, so it is the same whatever is answered beside it, but for the rounding of kernels. The order of the
+    rows is that in which answers ended. The global random state is not touched.
 
     Args:
         target: the model in evaluation mode, with full attention; see `check_target`.
@@ -122,7 +125,7 @@ def regenerate(
 
     Raises:
         ValueError: a setting or a prompt is invalid, the target cannot be run in rows of different lengths, or the
-            output holds answers of other prompts or settings.
+            output holds answers of another target, of other prompts, or of another seed, temperature or length.
     """
     output_path = Path(output_path)
     _check_settings(target, output_path, max_new_tokens, batch_size, max_prompt_length, temperatures)
@@ -130,7 +133,8 @@ def regenerate(
     fitting = [prompt for prompt in encoded if len(prompt.input_ids) <= max_prompt_length]
     planned = _plan(fitting, temperatures, seed)
 
-    answered = _resume(output_path, planned, max_new_tokens) if output_path.exists() else set()
+    made_with = {"target": fingerprint_of_target(target), "seed": seed}
+    answered = _resume(output_path, planned, max_new_tokens, made_with) if output_path.exists() else set()
     missing = [request for request in planned if request.prompt.id not in answered]
 
     report = RegenerationReport(prompts=len(encoded), too_long=len(encoded) - len(fitting), resumed=len(answered))
@@ -152,6 +156,7 @@ def regenerate(
                 "answer_ids": request.answer_ids,
                 "temperature": request.temperature,
                 "finished": finished,
+                "made_with": made_with,
             } | request.prompt.template
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
@@ -266,13 +271,14 @@ def _plan(prompts: list[_Prompt], temperatures: Sequence[float], seed: int) -> l
     return planned
 
 
-def _resume(path: Path, requests: list[_Planned], max_new_tokens: int) -> set[str | int]:
+def _resume(path: Path, requests: list[_Planned], max_new_tokens: int, made_with: Mapping[str, Any]) -> set[str | int]:
     """Ids answered in `path`. A last line without its line break, left by a stopped writer, is cut off."""
     planned: dict[Any, tuple[Any, ...]] = {
         request.prompt.id: (request.prompt.prompt, request.temperature, request.prompt.template)
         for request in requests
     }
     answered: set[str | int] = set()
+    unmarked = 0
     with open(path, "r+b") as file:
         lines = file.readlines()
         whole = [line for line in lines if line.endswith(b"\n")]
@@ -287,12 +293,46 @@ def _resume(path: Path, requests: list[_Planned], max_new_tokens: int) -> set[st
                     f"{path}, line {number} is no answer (id {row.get('id')!r}) that this call would write: repeat "
                     f"the earlier call with its prompts and settings, or choose another output."
                 )
+            unmarked += not check_made_with(row, made_with, path, number)
             answered.add(row["id"])
         # Only now is it sure that the file is an output of this call and nobody else's.
         if len(whole) < len(lines):
             file.truncate(sum(len(line) for line in whole))
             logger.warning("Removed a torn last line of %d bytes from %s.", len(lines[-1]), path)
+    warn_of_unmarked(path, unmarked)
     return answered
+
+
+def check_made_with(answer: Mapping[str, Any], made_with: Mapping[str, Any], path: Path, number: int) -> bool:
+    """Refuses an answer that another call made; `path` and `number` (its line) go into the ValueError.
+
+    Returns:
+        False for an answer of an older version, which does not say what it was made with.
+    """
+    found = answer.get("made_with")
+    if found is None:
+        return False
+    changed = [
+        f"{name} was {found.get(name)!r}, is {made_with.get(name)!r}"
+        for name in sorted({*found, *made_with})
+        if found.get(name) != made_with.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{path}, line {number} was made with other settings ({'; '.join(changed)}): repeat the earlier call with "
+            f"its target and settings, or choose another output."
+        )
+    return True
+
+
+def warn_of_unmarked(path: Path, unmarked: int) -> None:
+    if unmarked:
+        logger.warning(
+            "%s holds %d answers of an older version, which do not say what they were made with: they are taken to be "
+            "of the same target and seed.",
+            path,
+            unmarked,
+        )
 
 
 @dataclass

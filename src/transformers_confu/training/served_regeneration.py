@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBas
 from transformers.utils import logging
 
 from .data import encode_prompt, json_option, load_rows, parse_json_object
-from .regeneration import RegenerationReport
+from .regeneration import RegenerationReport, check_made_with, warn_of_unmarked
 from .turns import TEMPLATE_FIELDS, count_turns, is_over, next_prompt
 
 
@@ -90,9 +90,10 @@ def regenerate_served(
 ) -> ServedRegenerationReport:
     """Lets a served target answer prompts and appends the answers to a JSONL file as they arrive.
 
-    A row is `{id, prompt, answer, answer_ids, temperature, finished}` as `regenerate` writes it; `tools` and
-    `chat_template_kwargs` of its prompt are handed on, and `retokenized` is there if the ids were made from text.
-    `prepare_dataset` takes these rows as they are. Rows with `turns` are answered turn by turn, see `next_prompt`.
+    A row is `{id, prompt, answer, answer_ids, temperature, finished, made_with}` as `regenerate` writes it, but that
+    `made_with` holds the model's name on the server, the seed and `extra_body`; `tools` and `chat_template_kwargs` of
+    its prompt are handed on, and `retokenized` is there if the ids were made from text. `prepare_dataset` takes these
+    rows as they are. Rows with `turns` are answered turn by turn, see `next_prompt`.
 
     Prompts take the temperatures in turn, each with a seed of its own; other settings are the server's defaults unless
     `extra_body` says otherwise. The same call resumes an interrupted one: a torn last line is removed, answered turns
@@ -117,7 +118,7 @@ def regenerate_served(
 
     Raises:
         ValueError: a setting or a row is invalid, the server refuses the requests, or the output holds answers of
-            other rows or settings.
+            another model, of other rows, or of another seed, temperature, length or `extra_body`.
         ConnectionError: the server stayed out of reach; what it answered is in the file.
     """
     output_path = Path(output_path)
@@ -134,8 +135,11 @@ def regenerate_served(
         raise ValueError(f"temperatures is {temperatures}, expected one or more, none negative.")
     conversations = _conversations(rows, temperatures)
     report = ServedRegenerationReport(prompts=sum(conversation.turns for conversation in conversations))
+    made_with: dict[str, Any] = {"model": model, "seed": seed}
+    if extra_body:
+        made_with["extra_body"] = json.loads(json.dumps(dict(extra_body)))  # as it comes back from a file
     if output_path.exists():
-        report.resumed = _resume(output_path, conversations, max_new_tokens)
+        report.resumed = _resume(output_path, conversations, max_new_tokens, made_with)
     output_path.parent.mkdir(parents=True, exist_ok=True)
     with open(output_path, "a", encoding="utf-8") as file:
         run = _Run(
@@ -146,6 +150,7 @@ def regenerate_served(
             max_new_tokens=max_new_tokens,
             max_prompt_length=max_prompt_length,
             model=model,
+            made_with=made_with,
             seed=seed,
             max_retries=max_retries,
             extra_body=dict(extra_body or {}),
@@ -194,8 +199,12 @@ def _conversations(rows: Iterable[Mapping[str, Any]], temperatures: Sequence[flo
     return conversations
 
 
-def _resume(path: Path, conversations: list[_Conversation], max_new_tokens: int) -> int:
-    """Advances the conversations by the answers in `path`; a torn last line is cut off. Returns their number."""
+def _resume(path: Path, conversations: list[_Conversation], max_new_tokens: int, made_with: dict[str, Any]) -> int:
+    """Advances the conversations by the answers in `path`; a torn last line is cut off. Returns their number.
+
+    A model that `made_with` does not name is from here on that of the answers.
+    """
+    unmarked = 0
     waiting = {prompt["id"]: conversation for conversation in conversations if (prompt := conversation.next_prompt())}
     with open(path, "r+b") as file:
         lines = file.readlines()
@@ -217,6 +226,8 @@ def _resume(path: Path, conversations: list[_Conversation], max_new_tokens: int)
                     f"{path}, line {number} is no answer (id {answer.get('id')!r}) that this call would write: repeat "
                     f"the earlier call with its prompts and settings, or choose another output."
                 )
+            made_with["model"] = made_with["model"] or (answer.get("made_with") or {}).get("model")
+            unmarked += not check_made_with(answer, made_with, path, number)
             conversation.add(answer)
             if following := conversation.next_prompt():
                 waiting[following["id"]] = conversation
@@ -224,6 +235,7 @@ def _resume(path: Path, conversations: list[_Conversation], max_new_tokens: int)
         if len(whole) < len(lines):
             file.truncate(sum(len(line) for line in whole))
             logger.warning("Removed a torn last line of %d bytes from %s.", len(lines[-1]), path)
+    warn_of_unmarked(path, unmarked)
     return len(whole)
 
 
@@ -240,6 +252,7 @@ class _Run:
     max_new_tokens: int
     max_prompt_length: int
     model: str | None
+    made_with: dict[str, Any]
     seed: int
     max_retries: int
     extra_body: dict[str, Any]
@@ -257,6 +270,12 @@ class _Run:
             connector=aiohttp.TCPConnector(limit=concurrency),
         ) as self.session:
             self.model = self.model or await self._only_model()
+            if self.made_with["model"] not in (None, self.model):
+                raise ValueError(
+                    f"{self.file.name} holds answers of {self.made_with['model']}, and {self.server} serves "
+                    f"{self.model}: serve the earlier model, or choose another output."
+                )
+            self.made_with["model"] = self.model
             waiting = iter(pending)
             with tqdm(
                 total=self.report.prompts, initial=self.report.resumed, unit="answer", desc="Regenerating"
@@ -335,6 +354,7 @@ class _Run:
             "answer_ids": answer_ids,
             "temperature": temperature,
             "finished": finish_reason == "stop",
+            "made_with": self.made_with,
         }
         row |= {name: prompt[name] for name in TEMPLATE_FIELDS if name in prompt}
         return row | {"retokenized": True} if is_retokenized else row
