@@ -168,7 +168,8 @@ def fitting_questions(
 def _encode(
     prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, arguments: EvaluationArguments
 ) -> list[int]:
-    return encode_prompt(prompt, tokenizer, chat_template_kwargs=arguments.chat_template_kwargs)
+    options: Any = arguments.chat_template_kwargs  # no text any more, since the arguments have read it
+    return encode_prompt(prompt, tokenizer, chat_template_kwargs=options)
 
 
 def _context_length(target: PreTrainedModel) -> int:

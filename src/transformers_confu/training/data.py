@@ -148,7 +148,7 @@ def load_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 def read_lines(path: Path) -> list[bytes]:
     """The lines of a file, decompressed if its name ends in `.gz`; ValueError if that one is damaged or cut short."""
-    lines = []
+    lines: list[bytes] = []
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         try:
             lines.extend(file)

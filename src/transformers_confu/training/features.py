@@ -152,7 +152,7 @@ class CachedFeatures:
         labels = [torch.as_tensor(row) for row in dataset.with_format("numpy")["labels"]]
         teachers = [int(draft_rows(row[None]).sum()) for row in labels]  # a teaching position behind each
         folder = Path(folder)
-        recipe = {"dataset": fingerprint_of_dataset(dataset), "target": fingerprint_of_target(target)}
+        recipe: dict[str, Any] = {"dataset": fingerprint_of_dataset(dataset), "target": fingerprint_of_target(target)}
         recipe |= {"taps": config.target_hidden_state_indices, "dtype": str(dtype)}
         self.store = RowStore(
             folder / "target",
