@@ -324,7 +324,7 @@ def test_the_command_warns_once_of_what_does_not_fit(command, server, nothing_le
 def test_the_command_fails_in_one_sentence(command, server, nothing_left, capsys, tmp_path):
     server.refuse["repos/create"] = 403
     assert command("--token", "hf_good") == 1
-    assert "Not published; a new repository may be there, without files: " in capsys.readouterr().err
+    assert "Not published: " in capsys.readouterr().err
     assert command() == 1
     assert "hf auth login" in capsys.readouterr().err
     weights = tmp_path / "draft" / "model.safetensors"

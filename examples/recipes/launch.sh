@@ -8,6 +8,7 @@
 #   GPUS      number of GPUs                          (default: all that nvidia-smi lists)
 #   SOURCES   of the prompts                          (default: paper, which is ShareGPT and UltraChat-200K)
 #   SERVER    URL of a server that serves the target  (default: this script starts `vllm serve` and stops it again)
+#   CORE      draft that the result is compared with  (default: WORK/runs/core)
 #   CHAT_TEMPLATE_KWARGS  options of the target's chat template, as JSON, for the answers and the measurement; set by
 #             the recipes of targets that need some         (default: none)
 #   REPOSITORY  Hub repository to publish to, as org/name  (default: nothing is published)
@@ -60,7 +61,7 @@ fi
 run accelerate launch --num_processes "$gpus" --num_machines 1 --mixed_precision no --dynamo_backend no --module transformers_confu.training.train \
   "$yaml" --data "$work/answers.jsonl" --output_dir "$work/runs"
 
-run confu evaluate --target "$target" --drafts "confu=$work/runs/joint" --eagle3_drafts "core=$work/runs/core" \
+run confu evaluate --target "$target" --drafts "confu=$work/runs/joint" --eagle3_drafts "core=${CORE:-$work/runs/core}" \
   --tree_sizes 30 60 --temperatures 0 0.7 1 --runs 1 --output "$work/results.jsonl" --report "$work/report" \
   ${CHAT_TEMPLATE_KWARGS:+--chat_template_kwargs "$CHAT_TEMPLATE_KWARGS"}
 

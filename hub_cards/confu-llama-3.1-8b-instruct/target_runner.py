@@ -162,11 +162,8 @@ class TargetRunner:
             {*config.target_hidden_state_indices, *config.future_hidden_state_indices, *also_recorded}
         )
         """Indices of the hidden states to record, for `output_hidden_states`."""
-        self.asked_of_all = {"return_dict": True}
+        self.asked_of_all = {"return_dict": True} | without_router_loss(target)
         """Options of every forward over rows that a mask of ours describes."""
-        if "output_router_logits" in inspect.signature(target.forward).parameters:
-            # The balancing loss of a mixture of experts, which a config may ask for, reads masks of another shape.
-            self.asked_of_all["output_router_logits"] = False
 
     def taps(self, hidden_states: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
         """Concatenated taps of recorded hidden states, `(B, rows, taps_size)`, on the draft's device and dtype."""
@@ -356,6 +353,12 @@ def cache_bytes(cache: DynamicCache) -> int:
 def input_device(target: PreTrainedModel) -> torch.device:
     """Where to put inputs. An offloaded target has its weights on `meta`, and moves inputs from wherever they are."""
     return torch.device("cpu") if target.device.type == "meta" else target.device
+
+
+def without_router_loss(target: PreTrainedModel) -> dict[str, bool]:
+    """Options of a forward under a 4D mask, which the balancing loss of a mixture of experts cannot read."""
+    takes_it = "output_router_logits" in inspect.signature(target.forward).parameters
+    return {"output_router_logits": False} if takes_it else {}
 
 
 def can_name_logits(target: PreTrainedModel) -> bool:

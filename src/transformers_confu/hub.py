@@ -197,6 +197,7 @@ def publish(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        # If it is refused, the repository stays: it may have been there before.
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -307,5 +308,5 @@ def main(argv: list[str] | None = None) -> None:
             commit_message=arguments.commit_message,
         )
     except OSError as error:  # all that the Hub refuses is one
-        raise OSError(f"Not published; a new repository may be there, without files: {error}") from error
+        raise OSError(f"Not published: {error}") from error
     print(place)

@@ -337,9 +337,23 @@ def test_a_draft_whose_own_knobs_have_changed_is_another_arm(options, tiny_folde
     before = (tmp_path / "records.jsonl").read_bytes()
     (draft / "generation_config.json").write_text(json.dumps(knobs | {"confu_tree_size": 5}))
     with pytest.raises(
-        ValueError, match="tree_size=4, .*which this measurement lacks: the draft's own generation_con"
+        ValueError, match="arms ConFu, C = N, N = 4, .*, this measurement has .* N = 5, .*: a draft's own"
     ):
         measure(EvaluationArguments(**options))
+    # One arm more, beside all that were there.
+    (draft / "generation_config.json").write_text(json.dumps(knobs))
+    with_both = options | {"contemplations": ["default", "full"], "output": str(tmp_path / "both.jsonl")}
+    measure(EvaluationArguments(**with_both))
+    (draft / "generation_config.json").write_text(json.dumps(knobs | {"confu_contemplation": 2}))
+    for name in ("records.jsonl", "both.jsonl"):
+        kept = (tmp_path / name).read_bytes()
+        for settings in (options, with_both):
+            if settings["output"] == str(tmp_path / name):
+                with pytest.raises(
+                    ValueError, match="this measurement has ConFu, C = 2, N = 4, .*: a draft's own gener"
+                ):
+                    measure(EvaluationArguments(**settings))
+        assert (tmp_path / name).read_bytes() == kept
     assert (tmp_path / "records.jsonl").read_bytes() == before
 
 
@@ -425,7 +439,7 @@ def test_a_prompt_that_is_too_long_is_named_and_the_others_are_measured(options,
         file = measure(EvaluationArguments(**options | {"questions": str(questions), "runs": 1}))
     assert (tmp_path / "records.jsonl").read_bytes() == before
     assert "Questions: 5 (SHA-256 of their content" in about(file, "")[0]
-    assert "), of which 7 did not fit into the target's context and were left out. Runs: 1." in about(file, "")[0]
+    assert "; left out, as they exceed the target's context: 7 (ids). Runs: 1." in about(file, "")[0]
 
 
 def test_a_later_turn_that_is_too_long_is_counted_as_skipped(options, tmp_path):
@@ -435,7 +449,7 @@ def test_a_later_turn_that_is_too_long_is_counted_as_skipped(options, tmp_path):
         measure(EvaluationArguments(**options | {"questions": str(questions), "runs": 1}))
     assert warning.called
     assert {(len(row["turns"]), row["skipped_turns"]) for row in rows_of(options)} == {(1, 2)}
-    assert "; 10 later turns did not fit either. Runs: 1." in about(RecordFile(tmp_path / "records.jsonl"), "")[0]
+    assert "; of 1 a later turn exceeded it. Runs: 1." in about(RecordFile(tmp_path / "records.jsonl"), "")[0]
 
 
 def test_no_question_fits(options, tmp_path):

@@ -1,6 +1,7 @@
 """The training command: one run or stages, from files and options; skipped, continued or refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -187,7 +188,7 @@ def test_a_later_stage_is_refused_before_the_first_has_run(saved_target, tmp_pat
 
 
 def test_an_interrupted_run_goes_on_with_its_own_batches_alone(saved_target, tmp_path):
-    run = write_run(tmp_path, saved_target, max_steps=1, eval_rows=0)
+    run = write_run(tmp_path, saved_target, max_steps=1, eval_rows=0, save_strategy="steps", save_steps=1)
     main([run])
     record, data = tmp_path / "draft" / "_run.json", tmp_path / "data.jsonl"
     interrupted = json.loads(record.read_text()) | {"finished": False}
@@ -204,6 +205,12 @@ def test_an_interrupted_run_goes_on_with_its_own_batches_alone(saved_target, tmp
     record.write_text(json.dumps(interrupted | {"conditions": interrupted["conditions"] | {"processes": 2}}))
     with pytest.raises(ValueError, match=r"\(processes was 2, is 1\): continue it as it was begun, use another"):
         main([run])
+    # What had not come to a checkpoint yet starts anew.
+    checkpoint = (tmp_path / "draft" / "checkpoint-1").rename(tmp_path / "checkpoint")
+    main([run])
+    assert json.loads(record.read_text())["conditions"]["processes"] == 1
+    shutil.rmtree(tmp_path / "draft" / "checkpoint-1")
+    checkpoint.rename(tmp_path / "draft" / "checkpoint-1")
     # A record of an older version says nothing of it.
     del interrupted["conditions"]
     record.write_text(json.dumps(interrupted))

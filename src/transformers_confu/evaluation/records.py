@@ -156,7 +156,7 @@ class RecordFile:
             self.append([{"kind": "settings", **settings}])
 
     def _read(self, wanted: dict[str, Any] | None, plan: dict[Setting, list[Arm]]) -> None:
-        lines = read_lines(self.path)
+        lines = list(read_lines(self.path))
         whole = [line for line in lines if line.endswith(b"\n")]
         rows = [parse_json_object(line, self.path, number) for number, line in enumerate(whole, start=1)]
         if wanted is not None and [row.get("kind") for row in rows if row.get("kind") != "left_out"] == ["settings"]:
@@ -175,12 +175,8 @@ class RecordFile:
                 answer = Answer.from_json(row)
             except (KeyError, TypeError) as error:
                 raise ValueError(f"{self.path}, line {number} is no record of a measurement ({error}).") from error
-            if answer.arm not in plan.get(answer.setting, [answer.arm]):
-                raise ValueError(
-                    f"{self.path} was measured with the arm {answer.arm}, which this measurement lacks: the draft's "
-                    "own generation_config.json has changed; choose another `output`."
-                )
             self.answers.append(answer)
+        self._check_arms(plan, is_cut=bool(rows) and rows[-1].get("kind") == "answer")
         # Only the unit that was being written when the measurement stopped can be incomplete: it is made anew.
         last = [answer for answer in self.answers if answer.unit == self.answers[-1].unit]
         keep = len(whole)
@@ -190,6 +186,20 @@ class RecordFile:
         if keep < len(lines) and wanted is not None:
             os.truncate(self.path, sum(len(line) for line in lines[:keep]))
             logger.warning("Removed %d incomplete lines from the end of %s.", len(lines) - keep, self.path)
+
+    def _check_arms(self, plan: dict[Setting, list[Arm]], is_cut: bool) -> None:
+        """Arms also depend on a draft's own knobs; only the last unit may lack some, if the file `is_cut` in it."""
+        arms_of: dict[tuple[Setting, int, str], set[Arm]] = {}
+        for answer in self.answers:
+            arms_of.setdefault(answer.unit, set()).add(answer.arm)
+        for number, ((setting, *_), found) in enumerate(arms_of.items(), start=1):
+            wanted = set(plan.get(setting, found))
+            if found != wanted and not (is_cut and number == len(arms_of) and found < wanted):
+                raise ValueError(
+                    f"{self.path} was measured with the arms {', '.join(sorted(arm.label for arm in found))}, this "
+                    f"measurement has {', '.join(sorted(arm.label for arm in wanted))}: a draft's own "
+                    "generation_config.json has changed; choose another `output`."
+                )
 
     def _read_settings(self, found: dict[str, Any], wanted: dict[str, Any] | None) -> None:
         if found.get("kind") != "settings":

@@ -114,13 +114,13 @@ def about(file: RecordFile, command: str) -> list["str | Preformatted"]:
         f"{settings['questions']['sha256'][:12]})"
     )
     if file.left_out:
-        questions += f", of which {', '.join(file.left_out)} did not fit into the target's context and were left out"
-    if skipped := sum(answer.skipped_turns for answer in file.answers):
-        questions += f"; {skipped} later turns did not fit either"
+        questions += f"; left out, as they exceed the target's context: {', '.join(file.left_out)} (ids)"
+    if cut := {answer.question_id for answer in file.answers if answer.skipped_turns}:
+        questions += f"; of {len(cut)} a later turn exceeded it"
     runs = len({answer.run for answer in file.answers})
     return [
-        f"Target: {settings['target']}. Drafts, with the start of the SHA-256 of their weights' SHA-256: "
-        f"{drafts or 'none'}. {questions}. Runs: {runs}.",
+        f"Target: {settings['target']}. Drafts, with the start of a digest of their weights: {drafts or 'none'}. "
+        f"{questions}. Runs: {runs}.",
         f"Machine: {machine}.",
         f"Records: {file.name}, {len(file.answers):,} answers, SHA-256 {file.sha256()}.",
         Preformatted(command),

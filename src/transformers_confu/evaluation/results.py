@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="confu report",
         description="Write one Markdown page on several measurements of `confu evaluate`, with its pictures in a "
-        "folder of the page's name beside it. Measurements of the same questions share a table: name the one that the "
-        "others vary first; it is also shown in detail.",
+        "folder of the page's name beside it. Measurements of the same questions, target, drafts and machine share a "
+        "table: name the one that the others vary first; it is also shown in detail.",
     )
     parser.add_argument("records", nargs="+", type=Path, help="JSONL files that `confu evaluate` wrote (also .gz)")
     parser.add_argument("--output", required=True, type=Path, help="the page, a .md file; text above its mark is kept")
@@ -55,7 +55,8 @@ def write_results(files: list[RecordFile], output: Path, seed: int = 0) -> None:
     Write the page, and its pictures as `<page without .md>/*.png`.
 
     Args:
-        files (`list[RecordFile]`): The measurements; of those on the same questions the first is shown in detail.
+        files (`list[RecordFile]`): The measurements; of those on the same questions, target, drafts and machine the
+            first is shown in detail.
         output (`Path`): The page. What an earlier page holds above [`MARK`] is kept.
         seed (`int`): Of the bootstrap.
 

@@ -379,8 +379,8 @@ def exactness_table(comparison: Comparison) -> Table:
         "Texts against plain generate's",
         "An answer departs where its first token differs. Position: of that token in its turn, median. Gap: how far "
         "apart the target's logits of the two tokens are there, in one forward over the common "
-        f"text{sampled}. In fp32 rounding explains a gap of up to 1e-4; a larger one would be an error."
-        + _if_sampled([comparison]),
+        f"text{sampled}. In fp32 rounding explains a gap of up to 1e-4; a larger one would be an error, and so "
+        "would a text that ends where the other goes on, which counts among them." + _if_sampled([comparison]),
         ["arm", "answers", "identical", "position", "gap, median", "gap, largest", "above 1e-4"],
         rows,
         digits=4,

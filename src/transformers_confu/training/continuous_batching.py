@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-from ..target_runner import additive_mask
+from ..target_runner import additive_mask, without_router_loss
 
 
 # What changes scores without looking at the tokens before them, which rows of different lengths do not line up.
@@ -160,6 +160,7 @@ def answer(
     cache = RowCache(num_layers, num_rows, capacity, device)
     rows: list[Request | None] = [None] * num_rows
     newest = torch.zeros(num_rows, 1, dtype=torch.long, device=device)
+    quiet = without_router_loss(target)
 
     def take(places: list[int], logits: torch.Tensor) -> list[Request]:
         """Adds a token to the answers of these rows, frees the rows whose answer has ended and returns those."""
@@ -202,6 +203,7 @@ def answer(
             position_ids=cache.lengths[:, None],
             cache=cache,
             use_cache=True,
+            **quiet,
         ).logits[:, -1]
         cache.lengths[active] += 1
         yield from take(active, logits[active])

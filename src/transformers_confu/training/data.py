@@ -146,17 +146,17 @@ def load_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return [parse_json_object(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
-def read_lines(path: Path) -> list[bytes]:
+def read_lines(path: Path) -> Iterator[bytes]:
     """The lines of a file, decompressed if its name ends in `.gz`; ValueError if that one is damaged or cut short."""
-    lines: list[bytes] = []
+    number = 0
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         try:
-            lines.extend(file)
+            for number, line in enumerate(file, start=1):  # noqa: B007 - for the error
+                yield line
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(
-                f"{path} cannot be decompressed after line {len(lines)} ({error}): fetch or write the file again."
+                f"{path} cannot be decompressed after line {number} ({error}): fetch or write the file again."
             ) from error
-    return lines
 
 
 def parse_json_object(line: bytes, path: Path, number: int) -> dict[str, Any]:

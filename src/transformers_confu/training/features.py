@@ -39,9 +39,9 @@ class Field:
     dtype: torch.dtype
 
     @property
-    def size(self) -> int:
-        """In bytes, of all rows."""
-        return sum(self.counts) * prod(self.shape) * self.dtype.itemsize
+    def sizes(self) -> np.ndarray:
+        """Bytes of each row."""
+        return np.asarray(self.counts, dtype=np.int64) * prod(self.shape) * self.dtype.itemsize
 
 
 class RowStore:
@@ -97,11 +97,9 @@ class RowStore:
     @property
     def unwritten(self) -> int:
         """Bytes that the files will still take on the disk: a new one is empty, however long it is."""
-        left = 0
-        for name, field in self.fields.items():
-            file = self.folder / f"{name}.bin"
-            left += max(0, field.size - (file.stat().st_blocks * 512 if file.exists() else 0))
-        return left
+        file = self.folder / "is_written.bin"
+        sizes = np.sum([field.sizes for field in self.fields.values()], axis=0)  # (rows,)
+        return int(sizes[np.fromfile(file, dtype=np.uint8) == 0].sum() if file.exists() else sizes.sum())
 
     def missing(self, rows: Sequence[int]) -> list[int]:
         """Those of `rows` that are not written yet."""

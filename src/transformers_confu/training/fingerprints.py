@@ -22,10 +22,16 @@ def fingerprint_of_dataset(dataset: Dataset) -> str:
 
 def fingerprint_of_target(target: PreTrainedModel) -> str:
     """Hash of a target's configuration and tensors, wherever it was loaded from; see [`fingerprint_of_module`]."""
-    config = target.config.to_diff_dict()
-    for name in ("architectures", "dtype", "transformers_version"):  # saving and loading set them
-        config.pop(name, None)
-    content = json.dumps(config, sort_keys=True, default=str) + fingerprint_of_module(target)
+    config = target.config
+    # What is as by default does not count: another version of Transformers may know more options.
+    default = config.default_config_fields()
+    settings = {
+        name: value
+        for name, value in config.to_diff_dict().items()
+        if name not in ("architectures", "dtype", "transformers_version")  # saving and loading set them
+        and (name not in default or value != default[name])
+    }
+    content = json.dumps(settings, sort_keys=True, default=str) + fingerprint_of_module(target)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

@@ -142,17 +142,18 @@ class RunFolder:
                 "this one to train anew."
             )
 
-    def continue_under(self, conditions: dict[str, Any]) -> None:
+    def run_under(self, conditions: dict[str, Any], continued: bool) -> None:
         """
         Take note of what the batches of an unfinished run depend on besides its recipe, and is known only now.
 
         Args:
             conditions: By name; JSON values.
+            continued: Whether the run goes on from a checkpoint.
 
         Raises:
-            ValueError: the run was begun under others.
+            ValueError: it does, and was begun under other conditions.
         """
-        begun_under = json.loads(text).get("conditions") if (text := self._read()) else None
+        begun_under = json.loads(text).get("conditions") if continued and (text := self._read()) else None
         # A record of an older version has none.
         if begun_under is not None and (changed := _changes(begun_under, conditions)):
             raise ValueError(

@@ -8,6 +8,7 @@ processes on the CPU (gloo), with `shard_target` and with `feature_cache`; on se
 one it has.
 """
 
+import gc
 import json
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -26,7 +27,7 @@ from ..modeling_confu import ConFuDraftModel
 from .arguments import ConFuTrainingArguments
 from .data import IGNORE_INDEX, DatasetReport, load_rows, prepare_dataset
 from .decoding import DecodingEvaluation
-from .features import fingerprint_of_dataset
+from .fingerprints import fingerprint_of_dataset
 from .initialisation import is_channel_untrained, start_future_channel, warm_start
 from .runs import RunFolder, read_runs
 from .targets import load_frozen_target
@@ -128,7 +129,8 @@ def run(folder: RunFolder, arguments: DraftArguments, training_arguments: ConFuT
         training_arguments.shard_target,
     )
     train_dataset, eval_dataset = prepare(arguments, target, tokenizer)
-    folder.continue_under({"data": fingerprint_of_dataset(train_dataset), "processes": training_arguments.world_size})
+    conditions = {"data": fingerprint_of_dataset(train_dataset), "processes": training_arguments.world_size}
+    folder.run_under(conditions, continued=checkpoint is not None)
     # Only now: a new draft is the same, whether the target was loaded just before or is that of an earlier stage.
     set_seed(training_arguments.seed)
     trainer = ConFuTrainer(
@@ -189,6 +191,7 @@ def load_target_once(
     key = (name, dtype, device, device_map, sharded)
     if key not in _loaded_target:
         _loaded_target.clear()  # there may be no room for two
+        gc.collect()  # of trainers, which hold it in cycles
         tokenizer = AutoTokenizer.from_pretrained(demo_target_path() if name == "demo" else name)
         _loaded_target[key] = load_frozen_target(name, dtype, device, json.loads(device_map)), tokenizer
     return _loaded_target[key]

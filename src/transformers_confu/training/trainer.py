@@ -265,7 +265,7 @@ class ConFuTrainer(PublishingTrainer):
             batch_sampler=token_batches(dataset, args, shuffle),
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
             # Every evaluation makes a loader of its own.
             persistent_workers=args.dataloader_persistent_workers and shuffle,
             prefetch_factor=args.dataloader_prefetch_factor,
