@@ -370,6 +370,24 @@ def test_a_checkpoint_is_the_draft_alone(target, rows, tmp_path):
     assert torch.equal(target.generate(ids, do_sample=False, max_new_tokens=12, assistant_model=loaded), plain)
 
 
+@pytest.mark.parametrize(
+    "settings, stays_off",
+    [
+        ({"stage": "core"}, True),
+        ({"stage": "warm_up"}, False),
+        ({"stage": "joint"}, False),
+        ({"stage": "joint", "frozen": ["contemplate", "future"]}, True),
+    ],
+)
+def test_a_channel_is_switched_on_where_it_is_first_taught(target, rows, tmp_path, settings, stays_off):
+    draft = make_draft(target)
+    draft.generation_config.confu_contemplation = 0  # as conversion and stage core leave it
+    if draft.future_channel.future_residual is not None:
+        torch.nn.init.zeros_(draft.future_channel.future_residual.weight)
+    make_trainer(target, tmp_path, draft, train_dataset=rows, **settings)
+    assert hasattr(draft.generation_config, "confu_contemplation") is stays_off
+
+
 def test_special_tokens_stay_the_target_s(target, rows, tmp_path, saved_target):
     tokenizer = AutoTokenizer.from_pretrained(saved_target, pad_token="<end>")
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (96, 96)

@@ -240,7 +240,6 @@ def draft_to_train(
         if stage != "core" and is_channel_untrained(draft):  # of a converted draft, or one that stage core made
             size = draft.config.num_soft_prompts
             start_future_channel(draft, target, instruction_ids(tokenizer, arguments.instruction, size))
-            del draft.generation_config.confu_contemplation
     if stage != "warm_up":
         # Steps beyond those it is trained for get worse.
         draft.generation_config.confu_depth = training_arguments.ttt_steps

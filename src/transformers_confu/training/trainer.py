@@ -23,6 +23,7 @@ from .batching import ConFuDataCollator, LengthGroupedTokenBatchSampler, PackedT
 from .checks import check_dataset, check_tokenizer
 from .data import sequence_lengths
 from .features import CachedFeatures, FixedAnchors
+from .initialisation import is_channel_untrained
 from .metrics import Counts, warn_of_collapse
 from .objective import Objective, Recipe, compute_live
 from .publishing import PublishingTrainer
@@ -191,6 +192,8 @@ class ConFuTrainer(PublishingTrainer):
         kwargs.setdefault(
             "data_collator", ConFuDataCollator(model.config.pad_token_id, packed_length=args.packed_length)
         )
+        if {"contemplate", "future"} & set(args.taught) and is_channel_untrained(model):
+            del model.generation_config.confu_contemplation  # from here on there is something to decode with
         # Parameters that this run shall not teach are left out of the optimiser, whose weight decay would shrink them.
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_group(name) in args.taught)
