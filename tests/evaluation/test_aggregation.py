@@ -17,7 +17,9 @@ from transformers_confu.evaluation.tables import (
     exactness_sentence,
     exactness_table,
     extra_cost_table,
+    group_depth_table,
     group_difference_table,
+    group_table,
     overview_table,
     rows_table,
     speed_table,
@@ -116,6 +118,7 @@ def test_differences_are_against_eagle3_mode_of_the_same_tree(small):
     row = row_of(table, "ConFu, C = 4, N = 8")
     assert row["tau, difference"].value == pytest.approx(14 / 8 - 1)
     assert row["speed, quotient"].value == pytest.approx(12 / 14)
+    assert row["speed-up, difference"].value == pytest.approx(12 / 14 - 12 / 12)
 
 
 def test_every_eagle3_arm_is_a_reference_and_every_pair_is_there_once():
@@ -123,6 +126,22 @@ def test_every_eagle3_arm_is_a_reference_and_every_pair_is_there_once():
     answers = [answer(arm, 1, accepted=[1]) for arm in (EAGLE3, CONFU, other)]
     table = difference_table(comparison_of(answer(PLAIN, 1, tokens=3), *answers))
     assert len(table.rows) == 3  # ConFu against both, and the two against each other
+
+
+def test_figures_by_group_are_those_of_its_questions():
+    comparison = many()
+    members = comparison.groups["rag"]
+    confu = comparison.arms[CONFU]
+    for name, figure, expected in (
+        ("speed-up", comparison.speedup_total, confu.tokens[members].sum() / confu.seconds[members].sum() / (40 / 2)),
+        ("rate", comparison.tokens_per_second, confu.tokens[members].sum() / confu.seconds[members].sum()),
+        ("mean", comparison.speedup_mean, (confu.tokens[members] / confu.seconds[members] / (40 / 2)).mean()),
+    ):
+        row = row_of(group_table(comparison, name, name, figure), CONFU.label)
+        assert row["rag"].value == pytest.approx(expected)
+    depths = {(label, group): survival for label, group, *survival in group_depth_table(comparison).rows}
+    counts = [count for index in members for count in confu.answers[index][0].turns[0].rounds.accepted]
+    assert depths[CONFU.label, "rag"][1] == pytest.approx(sum(count >= 2 for count in counts) / len(counts))
 
 
 def test_time_is_split_by_part(small):

@@ -76,33 +76,37 @@ def test_sampled_texts_are_plain_generations_and_differ_from_run_to_run(options)
     assert texts[0, "81"] != texts[1, "81"]
 
 
-def test_rounds_of_prompt_lookup_are_counted_as_its_forwards_are(options):
-    options |= {"max_new_tokens": [60], "runs": 1, "contemplations": ["0"]}
-    forwards = []
+@pytest.mark.parametrize("kind", ["prompt_lookup", "assistant"])
+def test_rounds_of_other_arms_are_what_the_cache_gains(options, kind, tmp_path):
+    make_tiny_target(seed=3).save_pretrained(tmp_path / "assistant")
+    options |= {"max_new_tokens": [60], "runs": 1, "contemplations": ["0"], "assistant": str(tmp_path / "assistant")}
+    expected = []
     own_generate = type(make_tiny_target()).generate
 
-    def counting(target, *args, **kwargs):
-        calls = 0
+    def watching(target, *args, **kwargs):
+        written = []  # tokens before each forward, of which the newest is in no cache
 
-        def count(*_):
-            nonlocal calls
-            calls += 1
+        def watch(module, args, kwargs):
+            written.append(kwargs["cache"].get_seq_length() + 1)
 
-        handle = target.register_forward_pre_hook(count)
+        with_lookup = kwargs["generation_config"].prompt_lookup_num_tokens is not None
+        with_assistant = "assistant_model" in kwargs and not isinstance(kwargs["assistant_model"], ConFuDraftModel)
+        if not (with_lookup if kind == "prompt_lookup" else with_assistant):
+            return own_generate(target, *args, **kwargs)
+        handle = target.register_forward_pre_hook(watch, with_kwargs=True)
         output = own_generate(target, *args, **kwargs)
         handle.remove()
-        if kwargs["generation_config"].prompt_lookup_num_tokens:
-            forwards.append((calls, output.shape[1]))
+        written.append(output.shape[1])
+        expected.append([after - before for before, after in zip(written[1:], written[2:], strict=False)])
         return output
 
-    with mock.patch.object(type(make_tiny_target()), "generate", counting):
+    with mock.patch.object(type(make_tiny_target()), "generate", watching):
         measure(EvaluationArguments(**options))
-    turns = [turn for row in rows_of(options) if row["label"] == "prompt lookup" for turn in row["turns"]]
-    forwards = forwards[1:]  # the warm-up
-    assert [len(turn["rounds"]["emitted"]) + 1 for turn in turns] == [calls for calls, _ in forwards]
+    turns = [turn for row in rows_of(options) if row["arm"]["kind"] == kind for turn in row["turns"]]
+    assert [turn["rounds"]["emitted"] for turn in turns] == expected[1:]  # the first was the warm-up
+    assert any(count > 1 for counts in expected for count in counts)
     for turn in turns:
-        first = len(turn["token_ids"]) - sum(turn["rounds"]["emitted"])  # what prefill emitted
-        assert first >= 1
+        assert len(turn["token_ids"]) - sum(turn["rounds"]["emitted"]) >= 1  # what prefill emitted
 
 
 def test_an_assistant_model_is_one_more_arm(options, tmp_path):
