@@ -213,6 +213,7 @@ def group_depth_table(comparison: Comparison) -> Table | None:
         ["arm", "group", *(f"l = {level}" for level in range(1, depth + 1))],
         [[label, group, *survival, *[0.0] * (depth - len(survival))] for label, group, survival in results],
         digits=3,
+        texts=2,
     )
 
 
@@ -237,6 +238,7 @@ def depth_table(comparison: Comparison) -> Table | None:
         ["arm", "", *(f"l = {level}" for level in range(1, depth + 1))],
         rows,
         digits=3,
+        texts=2,
     )
 
 
@@ -263,6 +265,7 @@ def difference_table(comparison: Comparison) -> Table | None:
         ["arm", "against", "tau, difference", "speed, quotient", "speed-up, difference"],
         rows,
         digits=3,
+        texts=2,
     )
 
 
@@ -286,6 +289,7 @@ def group_difference_table(comparison: Comparison) -> Table | None:
         f"Difference in tau. {INTERVALS}: where it lies below 0 as a whole, the group is worse off.",
         ["arm", "against", *comparison.groups, "all"],
         rows,
+        texts=2,
     )
 
 
@@ -420,11 +424,11 @@ def extra_cost_table(comparison: Comparison, costs: list[dict[str, Any]]) -> Tab
     return Table(
         "extra_cost",
         "What contemplation adds, milliseconds",
-        "Per round, and per token of a round that emits 1, 2, ... tokens (at most the tree's depth + 1). Rows and "
+        "Per round, and divided by its tokens where it emits 1, 2, ... (at most the tree's depth + 1). Rows and "
         f"slots: forwards of the target over a context of {costs[0]['context']} tokens, medians, whose differences "
         "carry the machine's noise. Experts and projections: inside a real call. In the answers: how much longer the "
         "rounds above were than in EAGLE-3 mode of the same draft.",
-        ["arm", "", "a round", *(f"a token of {emitted}" for emitted in range(1, MAX_EMITTED + 1))],
+        ["arm", "", "a round", *(f"/{emitted}" for emitted in range(1, MAX_EMITTED + 1))],
         rows,
         texts=2,
     )
