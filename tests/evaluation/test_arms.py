@@ -95,10 +95,10 @@ def test_wrong_options_are_refused(options, message):
 @pytest.mark.parametrize(
     "name, expected",
     [
-        # Plain and mostly prompt lookup, and budgets times tree sizes.
+        # Plain, in some prompt lookup, and budgets times tree sizes.
         ("base", {("bfloat16", 0.0): 2 + 3}),
-        ("tree_size", {("bfloat16", 0.0): 1 + 2 * 4}),
-        ("temperature", {("bfloat16", 0.7): 2 + 2, ("bfloat16", 1.0): 2 + 2}),
+        ("tree_size", {("bfloat16", 0.0): 1 + 2 * 3}),
+        ("temperature", {("bfloat16", 0.7): 1 + 2, ("bfloat16", 1.0): 1 + 2}),
         ("exactness", {("float32", 0.0): 1 + 3}),
         ("all_questions", {("bfloat16", 0.0): 2 + 2}),
     ],
