@@ -25,6 +25,7 @@ from ..demo_target import HUB_ID, demo_target_path
 from ..loading import load_draft
 from ..modeling_confu import ConFuDraftModel
 from .arguments import ConFuTrainingArguments
+from .continuous_batching import end_token_ids
 from .data import IGNORE_INDEX, DatasetReport, load_rows, prepare_dataset
 from .decoding import DecodingEvaluation
 from .fingerprints import fingerprint_of_dataset
@@ -207,7 +208,7 @@ def prepare(
         rows,
         tokenizer,
         arguments.max_length,
-        eos_token_ids=end_tokens(target) or None,
+        eos_token_ids=end_token_ids(target) or None,
         vocab_size=target.config.get_text_config(decoder=True).vocab_size,
         report=report,
     )
@@ -253,7 +254,7 @@ def new_draft(
     vocabulary = build_draft_vocabulary(
         count_assistant_tokens(dataset, target.config.get_text_config(decoder=True).vocab_size),
         arguments.draft_vocab_size,
-        always_include=end_tokens(target),
+        always_include=end_token_ids(target),
     )
     say(f"Draft vocabulary: {arguments.draft_vocab_size} tokens, {vocabulary.coverage:.1%} of the answers' tokens")
     experts = arguments.num_experts
@@ -269,12 +270,6 @@ def new_draft(
     )
     ids = instruction_ids(tokenizer, arguments.instruction, arguments.num_soft_prompts)
     return warm_start(target, vocabulary.token_ids, config, soft_prompt_ids=ids)
-
-
-def end_tokens(target: PreTrainedModel) -> list[int]:
-    """Ids that end an answer of the target."""
-    eos = target.generation_config.eos_token_id
-    return [eos] if isinstance(eos, int) else list(eos or ())
 
 
 def instruction_ids(
