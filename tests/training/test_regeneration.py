@@ -102,7 +102,11 @@ def test_greedy_rows_equal_single_row_generate(target, tokenizer, tmp_path):
             "answer_ids": expected[len(ids) :].tolist(),
             "temperature": 0.0,
             "finished": int(expected[-1]) in (1, 7),
-            "made_with": {"target": fingerprint_of_target(target), "seed": 5},
+            "made_with": {
+                "target": fingerprint_of_target(target),
+                "generation": {"bos_token_id": 0, "eos_token_id": [1, 7]},
+                "seed": 5,
+            },
         }
     finished = [row["finished"] for row in rows.values()]
     assert any(finished) and not all(finished)
@@ -333,7 +337,16 @@ def test_answers_of_another_seed_or_target_are_refused(target, tokenizer, tmp_pa
         other.lm_head.weight.mul_(1.5)
     with pytest.raises(ValueError, match=r"line 1 was made with other settings \(target was '\w+', is '\w+'\)"):
         regenerate(other, tokenizer, prompts, path, **SETTINGS)
+    other = copy.deepcopy(target)
+    other.generation_config.top_p = 0.9
+    with pytest.raises(ValueError, match=r"other settings \(generation was \{.*\}, is \{'top_p': 0.9, .*\}\)"):
+        regenerate(other, tokenizer, prompts, path, **SETTINGS)
     assert path.read_bytes() == part
+
+    # What every call says for itself does not count, whatever the target's own is.
+    other.generation_config.top_p, other.generation_config.temperature = None, 0.3
+    assert regenerate(other, tokenizer, prompts, path, **SETTINGS).resumed == 3
+    path.write_bytes(part)
 
     # An older version did not write what it was made with.
     rows = [{name: value for name, value in row.items() if name != "made_with"} for row in load_jsonl(path)]

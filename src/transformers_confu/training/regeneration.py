@@ -103,8 +103,8 @@ def regenerate(
     Prompts are sorted by length, longest first (memory runs out at once or not at all), and take the temperatures in
     turn. All other settings are those of the target's `generation_config`. A row is
     `{id, prompt, answer, answer_ids, temperature, finished, made_with}`: `answer_ids` includes the token that ended
-    the answer, `finished` is False if the answer was cut at `max_new_tokens`, `made_with` holds the seed and a hash of
-    the target. `prepare_dataset` takes these rows as they are.
+    the answer, `finished` is False if the answer was cut at `max_new_tokens`, `made_with` holds the seed, those
+    settings and a hash of the target. `prepare_dataset` takes these rows as they are.
 
     An interrupted call is resumed by the same call: a torn last line is removed, answered prompts are skipped. Rows of
     an older version, without `made_with`, are taken for this call's, with a warning. Each answer is drawn from a seed
@@ -133,7 +133,7 @@ def regenerate(
     fitting = [prompt for prompt in encoded if len(prompt.input_ids) <= max_prompt_length]
     planned = _plan(fitting, temperatures, seed)
 
-    made_with = {"target": fingerprint_of_target(target), "seed": seed}
+    made_with = {"target": fingerprint_of_target(target), "generation": generation_settings(target), "seed": seed}
     answered = _resume(output_path, planned, max_new_tokens, made_with) if output_path.exists() else set()
     missing = [request for request in planned if request.prompt.id not in answered]
 
@@ -209,6 +209,18 @@ def regenerate_turns(
                 still_going.append(row)
         going_on = still_going
     return reports
+
+
+def generation_settings(target: PreTrainedModel) -> dict[str, Any]:
+    """What a target's `generation_config` sets besides what every call says for itself; JSON."""
+    settings = {
+        name: value
+        for name, value in target.generation_config.to_diff_dict().items()
+        if name not in ("do_sample", "temperature", "max_length", "max_new_tokens", "use_cache")
+        and name not in ("transformers_version", "_from_model_config")  # saving and loading set them
+        and value is not False  # as when not set
+    }
+    return json.loads(json.dumps(settings, default=str))  # as it comes back from a file
 
 
 def _check_settings(

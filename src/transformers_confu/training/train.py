@@ -26,7 +26,7 @@ from ..loading import load_draft
 from ..modeling_confu import ConFuDraftModel
 from .arguments import ConFuTrainingArguments
 from .continuous_batching import end_token_ids
-from .data import IGNORE_INDEX, DatasetReport, load_rows, prepare_dataset
+from .data import IGNORE_INDEX, DatasetReport, json_option, load_rows, prepare_dataset
 from .decoding import DecodingEvaluation
 from .fingerprints import fingerprint_of_dataset
 from .initialisation import is_channel_untrained, start_future_channel, warm_start
@@ -289,7 +289,7 @@ def decoding_evaluation(trainer: ConFuTrainer, arguments: DraftArguments) -> Dec
     rows = trainer.eval_dataset.select(range(min(arguments.decoding_prompts, len(trainer.eval_dataset))))
     prompts = [row["input_ids"][: _prompt_length(row["labels"])] for row in rows]
     knobs = arguments.decoding_knobs
-    knobs = json.loads(knobs) if isinstance(knobs, str) else dict(knobs or {})
+    knobs = json_option("decoding_knobs", knobs) if isinstance(knobs, str) else dict(knobs or {})
     if trainer.args.stage == "core":
         knobs.setdefault("confu_contemplation", 0)
     return DecodingEvaluation(trainer, prompts, arguments.decoding_tokens, **knobs)
