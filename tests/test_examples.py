@@ -70,6 +70,15 @@ def test_anchors_take_less_memory_than_a_contemplate_row_behind_every_token(run_
     assert 0 < memory < memory_of_all
 
 
+def test_continuous_batches_give_the_answers_of_plain_generate(run_example, tmp_path):
+    rows = [{"prompt": "question " + "?" * number} for number in range(9)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ("--num_prompts", "7", "--batch_size", "3", "--max_new_tokens", "40", "--rounds", "2")
+    printed = run_example("benchmark_regeneration", "--prompts", str(tmp_path / "rows.jsonl"), *options)
+    assert "7 prompts; equal answers: 7\n" in printed
+    assert len(set(re.findall(r"(\d+) tokens, ", printed))) == 1  # counted alike in both rounds of both arms
+
+
 def test_what_f_adds_is_counted(run_example, tmp_path):
     rows = [{"prompt": f"question {number}", "answer_ids": [5, 6, 7, 8] * 5} for number in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -98,6 +107,7 @@ def test_every_example_is_tested():
         "foresight",
         "what_f_adds",
         "benchmark_anchors",
+        "benchmark_regeneration",
     }
     # In `training/test_prompts.py` and `training/test_training_examples.py`.
     elsewhere = {"prepare_prompts", "benchmark_training", "training_curves", "vocabulary_coverage"}
