@@ -125,6 +125,16 @@ def test_the_page_shows_every_arm_once_and_how_it_was_measured(measured, capsys)
     assert sum(path.stat().st_size for path in Path("docs/results").iterdir()) < 1_000_000
 
 
+def test_full_precision_is_shown_in_detail_where_nothing_else_was_measured(measured):
+    (records,) = measured("exact")
+    assert cli.main(["report", records, "--output", "results.md"]) == 0
+    page = Path("results.md").read_text()
+    assert "## 4 questions, float64, up to 12 tokens" in page
+    assert [row[-1] for row in table(page, "Accepted length and speed")] == ["4/4"] * 5
+    assert "float64, T = 0, up to 12 tokens: 12 of 12 answers (4 questions, 3 arms with a draft) are plain" in page
+    assert "In half precision" not in page
+
+
 def test_text_above_the_mark_is_kept_and_other_files_are_not_touched(measured, capsys):
     (records,) = measured("base")
     output = Path("results.md")

@@ -30,7 +30,8 @@ from .tables import (
 
 
 MARK = "<!-- Written by `confu report` from here on; what stands above this line is kept. -->"
-FULL_PRECISION = ("float32", "float64")  # there texts must be the same, and nobody decodes in it for speed
+# There texts must be the same, and who also measures in half precision does so for its speed.
+FULL_PRECISION = ("float32", "float64")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,13 +84,15 @@ def sections_of(files: list[RecordFile], folder: Path, seed: int) -> list[Sectio
     """The page's sections; pictures are drawn into `folder`."""
     timed: dict[tuple, list[tuple[Comparison, RecordFile]]] = {}
     exact: list[Comparison] = []
+    settings = {file.path: settings_of(file.answers) for file in files}
+    any_half = any(setting.dtype not in FULL_PRECISION for of_file in settings.values() for setting in of_file)
     for file in files:
         alike = json.dumps([file.settings[name] for name in ("target", "drafts", "questions", "machine")])
-        for setting in settings_of(file.answers):
+        for setting in settings[file.path]:
             comparison = Comparison(setting, file.answers, seed)
             if setting.dtype in FULL_PRECISION:
                 exact.append(comparison)
-            else:
+            if setting.dtype not in FULL_PRECISION or not any_half:
                 key = (setting.dtype, setting.max_new_tokens, alike, *comparison.questions)
                 timed.setdefault(key, []).append((comparison, file))
     sections: list[Section] = []
@@ -123,7 +126,8 @@ def sections_of(files: list[RecordFile], folder: Path, seed: int) -> list[Sectio
             costs.parts += [curve_table(first_file.costs), parameter_table(first_file.costs)]
             sections.append(costs)
     exactness = Section("Exactness", [exactness_sentence(comparison) for comparison in exact])
-    for first, _ in [members[0] for members in timed.values()][:1]:
+    if any_half:
+        first, _ = next(iter(timed.values()))[0]
         exactness.parts += [
             "In half precision kernels round differently with the number of rows, so that two nearly equal scores may "
             f"swap and a text part there. {first.setting}:",
