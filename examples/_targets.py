@@ -18,9 +18,8 @@ from transformers import (
     TokenizersBackend,
 )
 
-from transformers_confu import ConFuConfig, ConFuDraftModel
+from transformers_confu import ConFuConfig, ConFuDraftModel, loading
 from transformers_confu.demo import default_draft
-from transformers_confu.demo_target import load_demo_target
 
 
 CHAT_TEMPLATE = (
@@ -41,7 +40,7 @@ def load_target(tiny: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if tiny:
         return tiny_target().to(device), tiny_tokenizer()
-    return load_demo_target(dtype=torch.bfloat16, device=device)
+    return loading.load_target("demo", loading.default_dtype(device), device)
 
 
 def load_draft(target: PreTrainedModel, tiny: bool) -> ConFuDraftModel:

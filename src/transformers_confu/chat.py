@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.generation.streamers import BaseStreamer
 
 from .demo import default_draft
-from .loading import load_draft, load_target
+from .loading import default_dtype, load_draft, load_target
 from .modeling_confu import ConFuDraftModel
 from .target_runner import check_target
 
@@ -139,7 +139,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--target", default="demo", help="folder or Hub id, or 'demo' for SmolLM2-135M-Instruct")
     parser.add_argument("--draft", default=default_draft(), help="folder or Hub id of the draft made for it")
-    parser.add_argument("--dtype", default="bfloat16", help="of target and draft")
+    parser.add_argument(
+        "--dtype", default=default_dtype(), help="of target and draft; bfloat16 where the hardware computes in it"
+    )
     parser.add_argument("--system", help="system prompt, in place of the template's own")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token")

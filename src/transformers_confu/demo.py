@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .demo_target import load_demo_target
 from .hub_cards import HUB_CARDS
-from .loading import load_draft
+from .loading import default_dtype, load_draft
 from .modeling_confu import ConFuDraftModel
 
 
@@ -199,7 +199,12 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--draft", default=default_draft(), help="folder or Hub id of the draft")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of target and draft")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default=default_dtype(),
+        help="of target and draft; bfloat16 where the hardware computes in it",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
     parser.add_argument("--runs", type=int, default=3, help="timed runs of each prompt and arm")
     parser.add_argument(

@@ -24,6 +24,24 @@ def dtype_named(name: str) -> torch.dtype:
     return dtype
 
 
+def default_dtype(device: torch.device | str | None = None) -> str:
+    """
+    `"bfloat16"` if `device` computes in it, else `"float32"`: an emulated bf16 takes many times as long.
+
+    Args:
+        device: `None` is the GPU, if there is one, or the CPU.
+    """
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    native = True
+    if kind == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif kind == "cpu":
+        # AVX-512 and AMX of x86, and what ARM calls it. Older versions of torch cannot tell.
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bfloat16" if native else "float32"
+
+
 def load_target(
     name: str, dtype: str, device: torch.device | str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 
+from ..loading import default_dtype
 from ..training.data import json_option
 
 
@@ -41,7 +42,10 @@ class EvaluationArguments:
     num_per_group: int | None = field(default=None, metadata={"help": "Questions of each group; all if not given."})
     max_turns: int | None = field(default=None, metadata={"help": "Turns of a conversation at most."})
     runs: int = field(default=3, metadata={"help": "Timed passes over the questions; more can be added later."})
-    dtypes: list[str] = field(default_factory=lambda: ["bfloat16"], metadata={"help": "Dtypes of target and drafts."})
+    dtypes: list[str] = field(
+        default_factory=lambda: [default_dtype()],
+        metadata={"help": "Dtypes of target and drafts; bfloat16 where the hardware computes in it."},
+    )
     temperatures: list[float] = field(
         default_factory=lambda: [0.0], metadata={"help": "0 is greedy; else sampling, seeded alike for all arms."}
     )

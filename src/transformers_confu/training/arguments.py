@@ -5,9 +5,13 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils import logging
 
+from ..loading import default_dtype
 from .losses import LOSSES
 
+
+logger = logging.get_logger(__name__)
 
 PARAMETER_GROUPS = ["core", "contemplate", "future"]
 """The EAGLE-3 draft; soft prompts and `[con]`; `[f]` with its projections."""
@@ -98,7 +102,10 @@ class ConFuTrainingArguments(TrainingArguments):
     )
 
     target_dtype: str = field(
-        default="bfloat16", metadata={"help": "Dtype of the frozen target, where it is loaded by name."}
+        default_factory=default_dtype,
+        metadata={
+            "help": "Dtype of the frozen target, if it is loaded by name; bfloat16 where the hardware computes in it."
+        },
     )
     target_device_map: dict | str | None = field(
         default=None,
@@ -236,6 +243,11 @@ class ConFuTrainingArguments(TrainingArguments):
         ):
             if getattr(self, name) != (default := type(self).__dataclass_fields__[name].default):
                 raise ValueError(f"`{name}` has no effect here: {why}; leave it at {default!r}.")
+        if self.bf16 and self.device.type == "cpu" and default_dtype("cpu") != "bfloat16":
+            logger.warning(
+                "`bf16` is set, but torch finds no instructions for it in this CPU: steps can take ten times as long "
+                "as in float32. Leave it out (`--bf16 false`)."
+            )
         if self.auto_find_batch_size:
             raise ValueError("`auto_find_batch_size` has no effect here: lower `tokens_per_batch` instead.")
         if self.label_smoothing_factor:

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..configuration_confu import ConFuConfig
-from ..loading import load_target
+from ..loading import default_dtype, load_target
 from ..target_runner import check_target
 from .continuous_batching import Request, answer, end_token_ids
 from .data import Messages, encode_prompt, load_jsonl, load_rows, parse_json_object
@@ -368,7 +368,10 @@ class RegenerationArguments:
         default_factory=lambda: [0.0, 0.8], metadata={"help": "Temperatures the prompts take in turn; 0 is greedy."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Data type of the target, such as bfloat16 or float32."})
+    dtype: str = field(
+        default_factory=default_dtype,
+        metadata={"help": "Data type of the target; bfloat16 where the hardware computes in it."},
+    )
     device: str = field(
         default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu",
         metadata={"help": "Device of the target."},
