@@ -22,7 +22,7 @@ from transformers import (
 
 from helpers import make_tiny_target
 from transformers_confu.training import continuous_batching, regeneration
-from transformers_confu.training.continuous_batching import Request, answer
+from transformers_confu.training.continuous_batching import Request, RowCache, answer
 from transformers_confu.training.data import load_jsonl, prepare_dataset
 from transformers_confu.training.fingerprints import fingerprint_of_target
 from transformers_confu.training.regeneration import regenerate, regenerate_turns
@@ -161,6 +161,31 @@ def test_an_answer_does_not_depend_on_those_beside_it(target, tokenizer, tmp_pat
     alone = rows_of(tmp_path / "1.jsonl")
     assert alone == rows_of(tmp_path / "3.jsonl") == rows_of(tmp_path / "50.jsonl")
     assert {row["temperature"] for row in alone} == {0.0, 0.8}
+
+
+def test_rows_that_nothing_will_take_are_dropped(target):
+    def make_requests() -> list[Request]:
+        return [Request([3 + number, 4], 0.8, seed=number) for number in range(20)]
+
+    def goes_on(request: Request) -> bool:
+        return bool(request.answer_ids) and request.answer_ids[-1] not in (1, 7) and len(request.answer_ids) < 40
+
+    requests, rows = make_requests(), {True: [], False: []}
+
+    def look(module, args, kwargs):
+        if isinstance(kwargs["cache"], RowCache):
+            waiting = any(not request.answer_ids for request in requests)
+            rows[waiting].append((len(kwargs["input_ids"]), sum(map(goes_on, requests))))
+
+    with target.register_forward_pre_hook(look, with_kwargs=True):
+        list(answer(target, requests, num_rows=16, capacity=42, max_new_tokens=40))
+    assert {computed for computed, _ in rows[True]} == {16}
+    assert all(computed < 2 * going_on for computed, going_on in rows[False])
+    assert {16, 1} <= {computed for computed, _ in rows[False]}
+
+    alone = make_requests()
+    list(answer(target, alone, num_rows=1, capacity=42, max_new_tokens=40))
+    assert [request.answer_ids for request in requests] == [request.answer_ids for request in alone]
 
 
 def test_prompts_that_one_forward_cannot_hold_are_read_by_several(target, monkeypatch):

@@ -135,6 +135,14 @@ class RowCache(Cache):
         columns = torch.arange(self.width, device=self.lengths.device)
         return (columns <= self.lengths[:, None])[:, None]
 
+    def keep(self, rows: list[int]) -> None:
+        """Drops all rows but these."""
+        index = torch.tensor(rows, device=self.lengths.device)
+        self.lengths = self.lengths[index]
+        self.row_numbers = torch.arange(len(rows), device=self.lengths.device)
+        for layer in self.layers:
+            layer.keys, layer.values = (states[index.to(states.device)] for states in (layer.keys, layer.values))
+
 
 @torch.no_grad()
 def answer(
@@ -180,10 +188,12 @@ def answer(
             cache.lengths[finished] = 0
         return ended
 
+    exhausted = False
     while True:
         free = [row for row, request in enumerate(rows) if request is None]
-        if len(free) >= max(1, num_rows * REFILL_SHARE):
+        if not exhausted and len(free) >= max(1, num_rows * REFILL_SHARE):
             begun = _begin(waiting, len(free))
+            exhausted = not begun
             if begun:
                 places = free[: len(begun)]
                 for row, request in zip(places, begun, strict=True):
@@ -194,6 +204,12 @@ def answer(
         active = [row for row, request in enumerate(rows) if request is not None]
         if not active:
             return
+        if exhausted and 2 * len(active) <= len(rows):
+            # Nothing will take the free rows, and a forward computes all there are.
+            cache.keep(active)
+            newest = newest[active]
+            rows = [rows[row] for row in active]
+            active = list(range(len(rows)))
         # Counted here, as a look at the lengths of an accelerator would wait for all that it still has to do.
         cache.width = max(len(rows[row].input_ids) + len(rows[row].answer_ids) for row in active)
         like = target.get_input_embeddings()(newest[:1])
