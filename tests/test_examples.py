@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from transformers_confu import ConFuDraftModel
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -96,6 +99,31 @@ def test_what_f_adds_is_counted(run_example, tmp_path):
     assert run_example("what_f_adds", *arguments) == printed
 
 
+def test_mixtures_are_folded_into_the_mean_of_what_they_give(run_example, tmp_path):
+    rows = [{"prompt": f"question {number}", "answer_ids": [5, 6, 7, 8] * 5} for number in range(2)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    from _targets import load_draft, load_target
+
+    draft = load_draft(load_target(tiny=True)[0], tiny=True)
+    mixtures = {name: draft.future_channel.get_submodule(name) for name in ("contemplate_token", "future_token")}
+    for mixture in mixtures.values():
+        torch.nn.init.zeros_(mixture.router.weight)  # whatever it reads, it gives the same
+    draft.save_pretrained(tmp_path / "draft")
+    folders = (str(tmp_path / "draft"), str(tmp_path / "folded"))
+    printed = run_example("fold_mixtures", *folders, "--data", str(tmp_path / "rows.jsonl"))
+    assert "future_token: the mean of 38 embeddings" in printed  # a draft row needs two answer tokens behind it
+
+    folded = ConFuDraftModel.from_pretrained(tmp_path / "folded")
+    assert (folded.config.num_contemplate_experts, folded.config.num_future_experts) == (1, 1)
+    for name, mixture in mixtures.items():
+        inputs = torch.randn(3, mixture.router.in_features)
+        torch.testing.assert_close(folded.future_channel.get_submodule(name)(inputs), mixture(inputs))
+    for name, parameter in folded.named_parameters():
+        if not name.endswith(("router.weight", "experts")):
+            assert torch.equal(parameter, draft.get_parameter(name)), name
+
+
 def test_every_example_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py") if not path.stem.startswith("_")}
     here = {
@@ -106,6 +134,7 @@ def test_every_example_is_tested():
         "finetune",
         "foresight",
         "what_f_adds",
+        "fold_mixtures",
         "benchmark_anchors",
         "benchmark_regeneration",
     }
