@@ -1,4 +1,4 @@
-"""docs/results.md is what the records beside it give."""
+"""docs/results.md and docs/experiment.md are what the records beside them give."""
 
 import re
 from pathlib import Path
@@ -6,9 +6,21 @@ from pathlib import Path
 import pytest
 
 from transformers_confu import cli
+from transformers_confu.evaluation.aggregation import Comparison, Interval, settings_of
+from transformers_confu.evaluation.records import RecordFile
 
 
 DOCS = Path(__file__).parents[2] / "docs"
+SECOND_ARMS = {
+    "a": "(a) EAGLE-3 continued, seed 0",
+    "a-seed1": "(a) seed 1",
+    "b": "(b) ConFu, seed 0",
+    "b-seed1": "(b) seed 1",
+    "b-eagle": "(b) seed 0 in EAGLE-3 mode (C = 0)",
+    "c": "(c) without mixtures",
+    "d": "(d) without replication",
+    "e": "(e) neither",
+}
 
 
 @pytest.mark.slow
@@ -22,3 +34,30 @@ def test_the_page_is_what_its_records_give(tmp_path):
     assert (tmp_path / "results.md").read_text(encoding="utf-8") == page
     pictures = {DOCS / picture for picture in re.findall(r"!\[.*\]\((.*)\)", page)}
     assert pictures == set((DOCS / "results").glob("*.png"))
+
+
+def test_the_experiments_second_decoding_is_what_its_records_give():
+    records = RecordFile(DOCS / "experiment" / "records" / "arms_cpu.jsonl.gz")
+    page = (DOCS / "experiment.md").read_text(encoding="utf-8")
+    assert f"SHA-256 of the records {records.sha256()[:16]}" in page
+    (setting,) = settings_of(records.answers)
+    comparison = Comparison(setting, records.answers)
+    assert len(comparison.groups) == 6
+    arms = {arm.arm.draft: arm for arm in comparison.drafted()}
+    texts, *of_arms = [
+        [turn.token_ids for answer in arm.all for turn in answer.turns] for arm in (comparison.plain, *arms.values())
+    ]
+    assert all(of_arm == texts for of_arm in of_arms)  # in fp32 every arm writes what plain `generate` does
+
+    def cell(figure: Interval, digits: int) -> str:
+        return f"{figure.value:.{digits}f} ({figure.low:.{digits}f} to {figure.high:.{digits}f})"
+
+    for name, title in SECOND_ARMS.items():
+        others = [cell(comparison.tau_difference(arms[name], arms[other]), 3) for other in ("a", "a-seed1")]
+        others = ["" if name == other else text for other, text in zip(("a", "a-seed1"), others, strict=True)]
+        row = " | ".join([f"| {title}", cell(comparison.tau(arms[name]), 2), *others]).replace("|  |", "| |")
+        assert row in page
+        if name != "a":
+            members = comparison.groups.values()
+            by_group = [cell(comparison.tau_difference(arms[name], arms["a"], group), 2) for group in members]
+            assert " | ".join([f"| {title}", *by_group]) in page
