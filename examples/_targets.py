@@ -37,7 +37,7 @@ def example_arguments(description: str) -> argparse.ArgumentParser:
 
 def load_target(tiny: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A target and its tokenizer. Any decoder-only model with full attention could stand here."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = loading.default_device()
     if tiny:
         return tiny_target().to(device), tiny_tokenizer()
     return loading.load_target("demo", loading.default_dtype(device), device)

@@ -16,6 +16,7 @@ import torch
 from _targets import example_arguments, load_target
 
 from transformers_confu import ConFuDraftModel
+from transformers_confu.loading import default_device
 from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments, load_rows, prepare_dataset
 
 
@@ -54,7 +55,7 @@ with tempfile.TemporaryDirectory() as folder:
     ConFuTrainer(
         model=draft,
         target_model=target,
-        args=ConFuTrainingArguments(output_dir=folder, tokens_per_batch=1, use_cpu=not torch.cuda.is_available()),
+        args=ConFuTrainingArguments(output_dir=folder, tokens_per_batch=1, use_cpu=default_device() == "cpu"),
         eval_dataset=dataset,
     ).evaluate()
 

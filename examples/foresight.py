@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-import torch
 from _targets import example_arguments, load_draft, load_target
 from transformers import PreTrainedTokenizerBase
 
 from transformers_confu import ConFuDraftModel
+from transformers_confu.loading import default_device
 from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments, load_rows, prepare_dataset
 
 
@@ -52,7 +52,7 @@ for name in arguments.drafts or [None]:
             model=draft.float(),
             target_model=target,
             args=ConFuTrainingArguments(
-                output_dir=folder, stage="warm_up", tokens_per_batch=1, use_cpu=not torch.cuda.is_available()
+                output_dir=folder, stage="warm_up", tokens_per_batch=1, use_cpu=default_device() == "cpu"
             ),
             eval_dataset=dataset,
         )

@@ -46,8 +46,9 @@ from transformers.initialization import no_init_weights
 
 from transformers_confu import ConFuConfig, ConFuDraftModel
 from transformers_confu.demo_target import demo_target_path
-from transformers_confu.evaluation.machine import PeakMemory, best_device, describe_machine, synchronise
+from transformers_confu.evaluation.machine import PeakMemory, describe_machine, synchronise
 from transformers_confu.hub_cards import UNTRAINED
+from transformers_confu.loading import default_device
 from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
 from transformers_confu.training.arguments import TAUGHT_BY_STAGE, parameter_group
 from transformers_confu.training.train import DraftArguments
@@ -233,7 +234,7 @@ class Clock(TrainerCallback):
 
 def check(recipe: dict, stage: str, tokens: int) -> tuple[int, float, float]:
     """At the true size, in a process of its own: bytes at most, seconds of a step, speed of a product here."""
-    device = best_device()
+    device = torch.device(default_device())
     speed = matmul_speed(device)
     memory = PeakMemory(device)
     before = 0 if device.type == "cuda" else memory.read()  # of a process without models
@@ -304,7 +305,8 @@ def main() -> None:
                 flush=True,
             )
     if arguments.check:
-        print(", ".join(f"{name}: {value}" for name, value in describe_machine(best_device()).items()))
+        machine = describe_machine(torch.device(default_device()))
+        print(", ".join(f"{name}: {value}" for name, value in machine.items()))
 
 
 if __name__ == "__main__":

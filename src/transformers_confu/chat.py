@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.generation.streamers import BaseStreamer
 
 from .demo import default_draft
-from .loading import default_dtype, load_draft, load_target
+from .loading import default_device, default_dtype, load_draft, load_target
 from .modeling_confu import ConFuDraftModel
 from .target_runner import check_target
 
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least {least}.")
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     sampling = {"do_sample": False}
     if arguments.temperature > 0:
         sampling = {"do_sample": True, "temperature": arguments.temperature}

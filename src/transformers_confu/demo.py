@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .demo_target import load_demo_target
 from .hub_cards import HUB_CARDS
-from .loading import default_dtype, load_draft
+from .loading import default_device, default_dtype, load_draft
 from .modeling_confu import ConFuDraftModel
 
 
@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding cannot show
     logging.disable_progress_bar()
     dtype = getattr(torch, arguments.dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     draft = load_draft(arguments.draft, dtype).to(device)
     target, tokenizer = load_demo_target(dtype=dtype, device=device)
 

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .custom_generate import generate
 from .fit import Finding, check_fit
 from .generation_confu import ConFuKnobs
-from .loading import dtype_named, load_draft, load_target
+from .loading import default_device, dtype_named, load_draft, load_target
 from .model_card import CARD_FILE, CardFacts, model_card
 from .modeling_confu import ConFuDraftModel
 
@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         facts = CardFacts.load(arguments.card or Path(arguments.draft, CARD_FILE))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device()
         target, tokenizer = load_target(arguments.target, arguments.target_dtype, device)
         require_fit(check_fit(target, tokenizer, arguments.draft))  # its files and its tokenizer, too
         draft = load_draft(arguments.draft, dtype_named(arguments.dtype))

@@ -24,14 +24,19 @@ def dtype_named(name: str) -> torch.dtype:
     return dtype
 
 
+def default_device() -> str:
+    """`"cuda"` if there is such a GPU, else `"cpu"`. Other accelerators are untested; ask for them by name."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def default_dtype(device: torch.device | str | None = None) -> str:
     """
     `"bfloat16"` if `device` computes in it, else `"float32"`: an emulated bf16 takes many times as long.
 
     Args:
-        device: `None` is the GPU, if there is one, or the CPU.
+        device: `None` is [`default_device`].
     """
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    kind = torch.device(device or default_device()).type
     native = True
     if kind == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 
-from ..loading import default_dtype
+from ..loading import default_device, default_dtype
 from ..training.data import json_option
 
 
@@ -70,7 +70,7 @@ class EvaluationArguments:
     costs: bool = field(default=True, metadata={"help": "Also time the parts of a round by themselves."})
     cost_context: int = field(default=256, metadata={"help": "Tokens of context for those timings."})
     seed: int = field(default=0, metadata={"help": "Seed of the order of arms, of sampling and of the bootstrap."})
-    device: str | None = field(default=None, metadata={"help": "Where to run; the accelerator if there is one."})
+    device: str = field(default_factory=default_device, metadata={"help": "Where to run."})
     report: str | None = field(default=None, metadata={"help": "Folder for tables, plots and the HTML page."})
 
     def __post_init__(self):

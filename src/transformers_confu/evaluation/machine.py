@@ -30,11 +30,6 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def best_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-
-
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done what was asked of it."""
     if device.type != "cpu":

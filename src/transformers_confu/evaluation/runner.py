@@ -29,7 +29,7 @@ from ..training.data import encode_prompt
 from .arguments import EvaluationArguments
 from .arms import Arm, Draft, Setting, comparisons, drafts_of, generate_kwargs
 from .costs import arm_cost, forward_curve
-from .machine import PeakMemory, best_device, describe_machine, synchronise
+from .machine import PeakMemory, describe_machine, synchronise
 from .questions import Question, load_questions, stratified
 from .records import Answer, Departure, RecordFile, Rounds, Turn
 
@@ -76,7 +76,7 @@ def measure(arguments: EvaluationArguments, command: str = "") -> RecordFile:
         ValueError: wrong options or questions, or a file of another measurement, before any model is loaded; models
             that do not fit each other, before any answer.
     """
-    device = torch.device(arguments.device) if arguments.device else best_device()
+    device = torch.device(arguments.device)
     questions = stratified(load_questions(arguments.questions), arguments.num_per_group)
     drafts = drafts_of(arguments)
     plan = comparisons(arguments, {draft.name: _own_generation_config(draft) for draft in drafts})

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..configuration_confu import ConFuConfig
-from ..loading import default_dtype, load_target
+from ..loading import default_device, default_dtype, load_target
 from ..target_runner import check_target
 from .continuous_batching import Request, answer, end_token_ids
 from .data import Messages, encode_prompt, load_jsonl, load_rows, parse_json_object
@@ -372,10 +372,7 @@ class RegenerationArguments:
         default_factory=default_dtype,
         metadata={"help": "Data type of the target; bfloat16 where the hardware computes in it."},
     )
-    device: str = field(
-        default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu",
-        metadata={"help": "Device of the target."},
-    )
+    device: str = field(default_factory=default_device, metadata={"help": "Device of the target."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
