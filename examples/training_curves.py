@@ -41,13 +41,16 @@ def short_names(folders: Iterable[Path]) -> dict[Path, str]:
 def curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
     """Step, hours, tokens read, and what was last logged by then."""
     seconds = before = 0.0  # of this session and those before
+    session_start = tokens = 0.0  # tokens read before this session, and by now
     newest: dict[str, float] = {}
     trained, evaluated = [], []
     for entry in log:
-        if "loss" in entry:
-            if entry.get("train_runtime", seconds) < seconds:  # resumed: the clock starts anew
-                before += seconds
-            seconds = entry.get("train_runtime", seconds)
+        if "loss" in entry and "train_runtime" in entry:
+            # The clock and its rate are of one session alone: they tell how many tokens had been read before it.
+            start = entry["num_input_tokens_seen"] - entry["train_runtime"] * entry["train_tokens_per_second"]
+            if start > (session_start + tokens) / 2:  # not the same start up to rounding: resumed, the clock is new
+                before, session_start = before + seconds, start
+            seconds, tokens = entry["train_runtime"], entry["num_input_tokens_seen"]
         newest |= {name: entry[name] for name in COLUMNS if name in entry}
         row = {"step": entry["step"]}
         if "num_input_tokens_seen" in entry:

@@ -185,8 +185,8 @@ def summarise(comparisons: list[Comparison], dtype: torch.dtype, width: int) -> 
     print(f"{'identical':<15}{identical} of {len(comparisons)} texts")
     if dtype == torch.bfloat16:
         note = (
-            "bf16 kernels round differently with the number of rows they compute, so a text may part from plain "
-            "generate's now and then, where two tokens score nearly alike. `--dtype float32` is exact."
+            "bf16 kernels round differently with the number of rows they compute, so a text parts from plain "
+            "generate's where two tokens score nearly alike. `--dtype float32` is exact."
         )
         print(f"\n{textwrap.fill(note, width)}")
 

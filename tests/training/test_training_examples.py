@@ -72,15 +72,21 @@ def test_the_curve_counts_the_time_of_all_sessions(saved_target, tmp_path, monke
     assert header == ["step", "hours", "million tokens", "loss", "tau_greedy", "eval_loss", "eval_tau_greedy"]
     assert [row[0] for row in rows] == ["2", "4", "6"]
 
-    # As if it had been resumed behind step 4: the clock starts anew.
+    # As if it had been resumed behind step 4: the clock starts anew, and has gone further at step 5 than at step 4 if
+    # steps have become slower.
     path = tmp_path / "draft" / "checkpoint-6" / "trainer_state.json"
     state = json.loads(path.read_text())
-    for entry in state["log_history"]:
-        if "train_runtime" in entry:
-            entry["train_runtime"] = 3600.0 * (entry["step"] if entry["step"] <= 4 else entry["step"] - 4)
-    path.write_text(json.dumps(state))
-    _, *rows = run_example("training_curves.py", monkeypatch, capsys, str(tmp_path / "draft"))
-    assert [float(row[1]) for row in rows] == [2, 4, 6]
+    tokens_at = {entry["step"]: entry["num_input_tokens_seen"] for entry in state["log_history"]}
+    for hours, hours_by_row in ((1, [2, 4, 6]), (6, [2, 4, 16])):
+        for entry in state["log_history"]:
+            if "train_runtime" in entry:
+                resumed = entry["step"] > 4
+                entry["train_runtime"] = 3600.0 * (hours * (entry["step"] - 4) if resumed else entry["step"])
+                of_session = tokens_at[entry["step"]] - (tokens_at[4] if resumed else 0)
+                entry["train_tokens_per_second"] = round(of_session / entry["train_runtime"], 3)
+        path.write_text(json.dumps(state))
+        _, *rows = run_example("training_curves.py", monkeypatch, capsys, str(tmp_path / "draft"))
+        assert [float(row[1]) for row in rows] == hours_by_row
 
     # Runs in folders of one name are told apart.
     again = tmp_path / "plain" / "draft"
@@ -93,7 +99,7 @@ def test_the_curve_counts_the_time_of_all_sessions(saved_target, tmp_path, monke
 
     # A log of an older version has no times.
     for entry in state["log_history"]:
-        for name in ("train_runtime", "num_input_tokens_seen"):
+        for name in ("train_runtime", "train_tokens_per_second", "num_input_tokens_seen"):
             entry.pop(name, None)
     path.write_text(json.dumps(state))
     picture = tmp_path / "pictures" / "curves.png"
