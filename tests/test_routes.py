@@ -296,6 +296,15 @@ def test_an_attribute_of_an_instance_does_not_dispatch(target):
         GenerationMixin._assisted_decoding(target, PROMPT, None, None, None, assistant_model=assistant)
 
 
+def test_a_draft_is_compiled_in_place(target, draft):
+    with pytest.raises(TypeError, match=r"compiled by `draft\.compile\(\)`"):
+        target.generate(PROMPT, assistant_model=torch.compile(draft, backend="eager"), **GREEDY)
+    plain = target.generate(PROMPT, **GREEDY)
+    draft.compile(backend="eager")
+    assert torch.equal(target.generate(PROMPT, assistant_model=draft, **GREEDY), plain)
+    assert draft.last_statistics.rounds > 0
+
+
 def test_an_unknown_signature_is_left_alone_and_the_draft_says_so(target, draft, monkeypatch):
     native = GenerationMixin._assisted_decoding.__wrapped__
 

@@ -446,8 +446,10 @@ class ConFuDraftModel(ConFuPreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any):
         raise TypeError(
             "A ConFu draft generates nothing by itself: call `target.generate(**inputs, assistant_model=draft)`. If "
-            "that call led here, this version of Transformers has a decoding loop that the installed ConFu does not "
-            "know; use `target.generate(**inputs, custom_generate=ConFuGenerate(draft))`, or upgrade the package."
+            "that call led here, either the draft was given inside another module, as `torch.compile(draft)` makes "
+            "(give the draft itself, compiled by `draft.compile()`), or this version of Transformers has a decoding "
+            "loop that the installed ConFu does not know: use `target.generate(**inputs, "
+            "custom_generate=ConFuGenerate(draft))`, or upgrade the package."
         )
 
 
