@@ -57,8 +57,11 @@ if [ ! -e "$work/answers.complete" ]; then
   run touch "$work/answers.complete"
 fi
 
-# Each of the three stages, and the command as a whole, resumes by itself.
-run accelerate launch --num_processes "$gpus" --num_machines 1 --mixed_precision no --dynamo_backend no --module transformers_confu.training.train \
+# Each of the three stages, and the command as a whole, resumes by itself. Without `--multi_gpu` a configuration file of
+# accelerate for one GPU would have the last word.
+several=()
+if [ "$gpus" -gt 1 ]; then several=(--multi_gpu); fi
+run accelerate launch ${several[@]+"${several[@]}"} --num_processes "$gpus" --num_machines 1 --mixed_precision no --dynamo_backend no --module transformers_confu.training.train \
   "$yaml" --data "$work/answers.jsonl" --output_dir "$work/runs"
 
 run confu evaluate --target "$target" --drafts "confu=$work/runs/joint" --eagle3_drafts "core=${CORE:-$work/runs/core}" \

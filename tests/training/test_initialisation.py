@@ -25,13 +25,13 @@ def config_for(target, **overrides) -> ConFuConfig:
     )
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_weights_of_the_target_are_taken_over(kind, caplog):
+@pytest.mark.parametrize("kind, use_qk_norm", [("llama", False), ("qwen3", True)])
+def test_weights_of_the_target_are_taken_over(kind, use_qk_norm, caplog):
     target = make_tiny_target(kind, dtype=torch.float32)
     for parameter in target.parameters():  # norms start at 1 on both sides
         parameter.data += 0.01 * torch.rand_like(parameter)
     with caplog.at_level(logging.WARNING):
-        draft = warm_start(target, TOKENS, config_for(target))
+        draft = warm_start(target, TOKENS, config_for(target, use_qk_norm=use_qk_norm))
     assert not caplog.records
     assert {parameter.dtype for parameter in draft.parameters()} == {torch.float32}
     assert all(parameter.requires_grad for parameter in draft.parameters())
@@ -49,6 +49,9 @@ def test_weights_of_the_target_are_taken_over(kind, caplog):
         ours.mlp.up_proj.weight: theirs.mlp.up_proj.weight,
         ours.mlp.down_proj.weight: theirs.mlp.down_proj.weight,
     }
+    if use_qk_norm:
+        expected[ours.self_attn.q_norm.weight] = theirs.self_attn.q_norm.weight
+        expected[ours.self_attn.k_norm.weight] = theirs.self_attn.k_norm.weight
     for taken, source in expected.items():
         torch.testing.assert_close(taken, source, rtol=0, atol=0)
     for name in ("q_proj", "k_proj", "v_proj"):
@@ -64,6 +67,19 @@ def test_weights_of_the_target_are_taken_over(kind, caplog):
         rtol=0.2,
         atol=0,
     )
+
+
+@pytest.mark.parametrize("kind, use_qk_norm", [("llama", True), ("qwen3", False)])
+def test_queries_and_keys_are_not_taken_over_without_their_norms(kind, use_qk_norm, caplog):
+    target = make_tiny_target(kind, dtype=torch.float32)
+    for projection in (target.model.layers[-1].self_attn.q_proj, target.model.layers[-1].self_attn.k_proj):
+        projection.weight.data *= 100  # a norm behind it takes no notice
+    with caplog.at_level(logging.WARNING):
+        draft = warm_start(target, TOKENS, config_for(target, use_qk_norm=use_qk_norm))
+    assert "their projections are left random" in caplog.text
+    ours, theirs = draft.layers[0].self_attn, target.model.layers[-1].self_attn
+    assert ours.q_proj.weight.std() < 0.1 and ours.k_proj.weight.std() < 0.1
+    assert torch.equal(ours.v_proj.weight[:, target.config.hidden_size :], theirs.v_proj.weight)
 
 
 def test_it_shares_nothing_with_the_target():

@@ -59,7 +59,7 @@ def test_the_command_takes_options_too(saved_target, tmp_path):
 def test_ablations_are_options(saved_target, tmp_path):
     run = write_run(tmp_path, saved_target, max_steps=1)
     main([run])
-    ablations = ["--num_experts=1", "--num_soft_prompts", "3", "--instruction=", "--rotate_soft_prompts"]
+    ablations = ["--num_experts=1", "--num_soft_prompts", "3", "--instruction=", "--rotate_soft_prompts=true"]
     main([run, *ablations, f"--output_dir={tmp_path / 'second'}"])
     first, second = (ConFuDraftModel.from_pretrained(tmp_path / name) for name in ("draft", "second"))
     assert first.config.num_contemplate_experts == first.config.num_future_experts == 8
@@ -68,6 +68,50 @@ def test_ablations_are_options(saved_target, tmp_path):
     assert not first.config.rotate_soft_prompts and second.config.rotate_soft_prompts
     # Keys of a text are far larger than random ones.
     assert second.future_channel.soft_prompts.std() < 0.1 * first.future_channel.soft_prompts.std()
+
+
+def test_a_draft_keeps_its_form(saved_target, tmp_path):
+    run = write_run(tmp_path, saved_target, max_steps=1)
+    main([run])
+    again = [run, "--draft", str(tmp_path / "draft"), "--output_dir", str(tmp_path / "second")]
+    for option, value, has in (
+        ("num_experts", 1, 8),
+        ("num_soft_prompts", 0, 5),
+        ("rotate_soft_prompts", True, False),
+        ("draft_vocab_size", 20, 50),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"`{option}` is {value}, and .*draft, the .* from, has {has}: it is an opt"
+        ):
+            main([*again, f"--{option}={value}"])
+    main([*again, "--num_experts=8", "--rotate_soft_prompts=false"])  # as it is
+    recipes = [json.loads((tmp_path / name / "_run.json").read_text())["recipe"] for name in ("draft", "second")]
+    assert (recipes[0]["num_experts"], recipes[0]["num_soft_prompts"]) == (8, 5)
+    assert "num_experts" not in recipes[1]
+
+
+def test_stages_may_differ_in_precision_and_in_what_is_frozen(saved_target, tmp_path):
+    stages = [
+        {"stage": "core", "max_steps": 3, "bf16": True, "frozen": []},
+        {"stage": "joint", "max_steps": 3, "bf16": False},
+        {"stage": "joint", "max_steps": 3, "bf16": True, "output_dir": str(tmp_path / "last")},
+    ]
+    precisions = []
+    with pytest.MonkeyPatch.context() as patch:
+        train = ConFuTrainer.train
+
+        def record(self, *args, **kwargs):
+            precisions.append(self.accelerator.mixed_precision)
+            return train(self, *args, **kwargs)
+
+        patch.setattr(ConFuTrainer, "train", record)
+        main([write_run(tmp_path, saved_target, stages=stages, frozen=["core"], output_dir=str(tmp_path / "runs"))])
+    assert precisions == ["bf16", "no", "bf16"]
+    core, joint, last = (weights_of(tmp_path / name) for name in ("runs/core", "runs/joint", "last"))
+    assert torch.equal(core["fc.weight"], joint["fc.weight"]) and torch.equal(joint["fc.weight"], last["fc.weight"])
+    assert not torch.equal(
+        joint["future_channel.future_projection.weight"], last["future_channel.future_projection.weight"]
+    )
 
 
 def test_evaluation_decodes_held_out_prompts(saved_target, tmp_path):
@@ -229,7 +273,7 @@ def test_an_option_that_a_record_does_not_know_was_off(saved_target, tmp_path, c
     main([run])
     assert "Stage joint: finished" in capsys.readouterr().out
     with pytest.raises(ValueError, match="rotate_soft_prompts was None, is True"):
-        main([run, "--rotate_soft_prompts"])
+        main([run, "--rotate_soft_prompts=true"])
 
 
 def test_options_that_were_refused_leave_no_run_behind(saved_target, tmp_path):

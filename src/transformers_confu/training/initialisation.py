@@ -26,8 +26,8 @@ def warm_start(
     A float32 draft initialised from a target.
 
     Taken over where shapes allow: the final norm, the lm_head rows of the draft vocabulary, and the last layer's MLP,
-    norms and attention, the latter for the half of the input that is the feature; `fc` starts as the highest tap. What
-    could not be taken over is logged.
+    norms and attention, the latter for the half of the input that is the feature (queries and keys only if both models
+    normalise them, or neither does); `fc` starts as the highest tap. What could not be taken over is logged.
 
     Args:
         target ([`PreTrainedModel`]): The target, of Llama's module names.
@@ -60,7 +60,24 @@ def warm_start(
     ]
     for name in ("post_attention_layernorm", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
         pairs.append((name, layer.get_submodule(name).weight, _weight(last, name)))
-    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+    # A norm behind queries and keys sets their size. As large as the projections happen to make them they are useless
+    # without it: both are taken over, or neither.
+    normalised = getattr(getattr(last, "self_attn", None), "q_norm", None) is not None
+    attention = ["self_attn.v_proj"]
+    if normalised == config.use_qk_norm:
+        attention += ["self_attn.q_proj", "self_attn.k_proj"]
+        if normalised:
+            pairs += [
+                (name, layer.get_submodule(name).weight, _weight(last, name))
+                for name in ("self_attn.q_norm", "self_attn.k_norm")
+            ]
+    else:
+        logger.warning(
+            "Warm start: queries and keys are normalised in the %s and not in the other; their projections are left "
+            "random.",
+            "target" if normalised else "draft",
+        )
+    for name in attention:
         pairs.append((name, layer.get_submodule(name).weight[:, feature_half], _weight(last, name)))
     left = [name for name, ours, theirs in pairs if not _copy(ours, theirs)]
     if left:

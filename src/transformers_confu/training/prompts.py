@@ -416,7 +416,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=arguments.seed,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     provenance = (
         f"# Prompts of {output.name}\n\n{len(rows):,} prompts, seed {arguments.seed}.\n\n{report}\n\n"
         f"Left out as in an evaluation set: a turn that shares {OVERLAP_WORDS} words in a row with one of "
@@ -424,5 +423,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         + "".join(f"- {name}\n" for name in arguments.evaluation)
     )
     output.with_suffix(".md").write_text(provenance, encoding="utf-8")
+    # Last, and at once: where it is, it is whole.
+    unfinished = output.with_suffix(".jsonl.unfinished")
+    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    unfinished.replace(output)
     print(report)
     print(f"{len(rows):,} prompts: {output}, their provenance: {output.with_suffix('.md')}")

@@ -94,7 +94,7 @@ def _check_names(settings: dict[str, Any], names: Collection[str], path: str) ->
 def _as_options(settings: dict[str, Any]) -> list[str]:
     options = []
     for name, value in settings.items():
-        if value is None:
+        if value is None or value == []:  # an empty list has no spelling as an option; both mean the default
             continue
         if isinstance(value, list):
             options += [f"--{name}", *map(str, value)]

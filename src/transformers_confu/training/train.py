@@ -11,12 +11,14 @@ one it has.
 import gc
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -51,17 +53,22 @@ class DraftArguments:
             "not given."
         },
     )
-    draft_vocab_size: int = field(default=8192, metadata={"help": "Target tokens that a new draft can predict."})
-    num_soft_prompts: int = field(default=16, metadata={"help": "Soft prompts of a new draft; 0 for none."})
-    rotate_soft_prompts: bool = field(
-        default=False,
+    draft_vocab_size: int | None = field(
+        default=None, metadata={"help": "Target tokens that a new draft can predict; 8192."}
+    )
+    num_soft_prompts: int | None = field(
+        default=None, metadata={"help": "Soft prompts of a new draft, 0 for none; 16."}
+    )
+    rotate_soft_prompts: bool | None = field(
+        default=None,
         metadata={
-            "help": "Whether a new draft's soft prompts keep their distance to the text's end, by the target's RoPE."
+            "help": "Whether a new draft's soft prompts keep their distance to the text's end, by the target's RoPE; "
+            "false."
         },
     )
-    num_experts: int = field(
-        default=8,
-        metadata={"help": "Experts of each mixture of a new draft, [con]'s and [f]'s; 1 is a fixed embedding."},
+    num_experts: int | None = field(
+        default=None,
+        metadata={"help": "Experts of each mixture of a new draft, [con]'s and [f]'s, 1 for a fixed embedding; 8."},
     )
     instruction: str = field(
         default="Think ahead: what will the assistant say after the coming word? The next words of the answer are",
@@ -84,6 +91,9 @@ class DraftArguments:
         },
     )
 
+
+# Of a new draft, where nothing else is asked for.
+NEW_DRAFT = {"draft_vocab_size": 8192, "num_soft_prompts": 16, "rotate_soft_prompts": False, "num_experts": 8}
 
 # What else of `TrainingArguments` the outcome of a run depends on, besides what ConFu adds.
 _OPTIMISATION = (
@@ -117,6 +127,7 @@ def run(folder: RunFolder, arguments: DraftArguments, training_arguments: ConFuT
         say(f"Stage {training_arguments.stage}: finished, in {folder.path}")
         return
     checkpoint = training_arguments.resume_from_checkpoint or folder.last_checkpoint()
+    AcceleratorState._reset_state()  # which would keep the precision of the stage before
     beginning = f"continues from {checkpoint}" if checkpoint else "starts"
     say(f"Stage {training_arguments.stage}: {beginning}, to {folder.path}")
 
@@ -159,7 +170,12 @@ def recipe_of(arguments: DraftArguments, training_arguments: ConFuTrainingArgume
     """What the outcome of a run depends on, by name."""
     added = [name for name in ConFuTrainingArguments.__annotations__ if name not in _NOT_IN_RECIPE]
     ours = {name: getattr(training_arguments, name) for name in (*added, *_OPTIMISATION)}
-    recipe = {name: value for name, value in asdict(arguments).items() if name not in _NOT_IN_RECIPE} | ours
+    of_draft = asdict(arguments)
+    if arguments.draft is None:
+        of_draft |= form_of_new_draft(of_draft)
+    else:
+        of_draft = {name: value for name, value in of_draft.items() if name not in NEW_DRAFT}
+    recipe = {name: value for name, value in of_draft.items() if name not in _NOT_IN_RECIPE} | ours
     return {name: getattr(value, "value", value) for name, value in recipe.items()}  # enums
 
 
@@ -238,6 +254,7 @@ def draft_to_train(
             draft.generation_config.confu_contemplation = 0
     else:
         draft = load_draft(arguments.draft, torch.float32)
+        check_form(draft, arguments)
         if stage != "core" and is_channel_untrained(draft):  # of a converted draft, or one that stage core made
             size = draft.config.num_soft_prompts
             start_future_channel(draft, target, instruction_ids(tokenizer, arguments.instruction, size))
@@ -247,29 +264,51 @@ def draft_to_train(
     return draft
 
 
+def check_form(draft: ConFuDraftModel, arguments: DraftArguments) -> None:
+    """ValueError where options of a new draft ask for another form than that of the draft to continue from."""
+    config = draft.config
+    has: dict[str, Any] = {name: getattr(config, name, None) for name in NEW_DRAFT}
+    # The two mixtures may differ in a draft that this command did not make.
+    experts = {config.num_contemplate_experts, config.num_future_experts}
+    has["num_experts"] = experts.pop() if len(experts) == 1 else sorted(experts)
+    for name, value in has.items():
+        if (asked := getattr(arguments, name)) is not None and asked != value:
+            raise ValueError(
+                f"`{name}` is {asked}, and {arguments.draft}, the draft to continue from, has {value}: it is an "
+                "option of new drafts. Leave it out, or leave `draft` out for a new one."
+            )
+
+
 def new_draft(
     target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, arguments: DraftArguments
 ) -> ConFuDraftModel:
     """A draft warm-started from the target, with a vocabulary by frequency in the answers."""
+    form = form_of_new_draft(vars(arguments))
     vocabulary = build_draft_vocabulary(
         count_assistant_tokens(dataset, target.config.get_text_config(decoder=True).vocab_size),
-        arguments.draft_vocab_size,
+        form["draft_vocab_size"],
         always_include=end_token_ids(target),
     )
-    say(f"Draft vocabulary: {arguments.draft_vocab_size} tokens, {vocabulary.coverage:.1%} of the answers' tokens")
-    experts = arguments.num_experts
-    config = ConFuConfig.from_target(
-        target.config,
-        draft_vocab_size=arguments.draft_vocab_size,
-        num_soft_prompts=arguments.num_soft_prompts,
-        rotate_soft_prompts=arguments.rotate_soft_prompts,
-        num_contemplate_experts=experts,
-        num_contemplate_experts_per_token=min(2, experts),
-        num_future_experts=experts,
-        num_future_experts_per_token=min(2, experts),
-    )
-    ids = instruction_ids(tokenizer, arguments.instruction, arguments.num_soft_prompts)
+    say(f"Draft vocabulary: {form['draft_vocab_size']} tokens, {vocabulary.coverage:.1%} of the answers' tokens")
+    config = ConFuConfig.from_target(target.config, **config_of_form(form))
+    ids = instruction_ids(tokenizer, arguments.instruction, config.num_soft_prompts)
     return warm_start(target, vocabulary.token_ids, config, soft_prompt_ids=ids)
+
+
+def form_of_new_draft(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `NEW_DRAFT`, as asked for or by default."""
+    return {name: default if options.get(name) is None else options[name] for name, default in NEW_DRAFT.items()}
+
+
+def config_of_form(form: dict[str, Any]) -> dict[str, Any]:
+    """Fields of [`ConFuConfig`] for the options of a new draft, those of `NEW_DRAFT`."""
+    experts = form["num_experts"]
+    return {name: value for name, value in form.items() if name != "num_experts"} | {
+        "num_contemplate_experts": experts,
+        "num_contemplate_experts_per_token": min(2, experts),
+        "num_future_experts": experts,
+        "num_future_experts_per_token": min(2, experts),
+    }
 
 
 def instruction_ids(
