@@ -124,10 +124,30 @@ def test_evaluation_decodes_held_out_prompts(saved_target, tmp_path):
     assert metrics[0]["eval_decoding_mismatches"] == 0 and metrics[0]["eval_decoding_tau"] >= 1
 
 
-def test_a_last_evaluation_that_fails_does_not_cost_the_training(saved_target, tmp_path, monkeypatch):
-    def fail(self):
-        raise RuntimeError("out of memory")
+def test_a_checkpoint_of_the_last_step_is_not_trained_further(saved_target, tmp_path, monkeypatch):
+    """What is left of a run that ended between its training and its last evaluation."""
+    run = write_run(tmp_path, saved_target, save_strategy="steps", save_steps=3, lr_scheduler_type="constant")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(ConFuTrainer, "evaluate", fail)
+        main([run])
+    before = weights_of(tmp_path / "draft")
+    main([run])
+    assert not (tmp_path / "draft" / "checkpoint-4").exists()
+    for name, value in weights_of(tmp_path / "draft").items():
+        assert torch.equal(value, before[name]), name
 
+
+def test_a_run_that_could_not_be_continued_is_refused(saved_target, tmp_path):
+    with pytest.raises(ValueError, match="`save_only_model` leaves checkpoints that an interrupted run cannot go on"):
+        main([write_run(tmp_path, saved_target, save_only_model=True)])
+    assert not (tmp_path / "draft").exists()
+
+
+def fail(*args, **kwargs):
+    raise RuntimeError("out of memory")
+
+
+def test_a_last_evaluation_that_fails_does_not_cost_the_training(saved_target, tmp_path, monkeypatch):
     monkeypatch.setattr(ConFuTrainer, "evaluate", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         main([write_run(tmp_path, saved_target, max_steps=1)])
@@ -287,20 +307,21 @@ def test_options_that_were_refused_leave_no_run_behind(saved_target, tmp_path):
 # Reading
 
 
-NAMES = {
-    *("target", "draft", "output_dir", "stage", "max_steps", "learning_rate", "data", "knobs"),
-    "resume_from_checkpoint",
+TYPES = {
+    **dict.fromkeys(("target", "draft", "output_dir", "stage", "resume_from_checkpoint", "save_strategy"), str),
+    **{"max_steps": int, "learning_rate": float, "data": list[str], "knobs": dict | str, "use_cpu": bool},
+    "report_to": str | list[str],
 }
 
 
 def read(folder: Path, text: str, *options: str) -> list[list[str]]:
     (folder / "run.yaml").write_text(text)
-    return read_runs([str(folder / "run.yaml"), *options], NAMES)
+    return read_runs([str(folder / "run.yaml"), *options], TYPES)
 
 
 def test_options_alone_are_one_run():
-    assert read_runs(["--max_steps", "3"], NAMES) == [["--max_steps", "3"]]
-    assert read_runs([], NAMES) == [[]]
+    assert read_runs(["--max_steps", "3"], TYPES) == [["--max_steps", "3"]]
+    assert read_runs([], TYPES) == [[]]
 
 
 def test_a_file_becomes_options(tmp_path):
@@ -308,6 +329,23 @@ def test_a_file_becomes_options(tmp_path):
     assert read(tmp_path, text, "--max_steps", "5") == [
         ["--learning_rate=1e-4", "--data", "a", "b", '--knobs={"x": 1}', "--max_steps=3", "--max_steps", "5"]
     ]
+
+
+def test_yaml_and_command_line_mean_the_same(tmp_path):
+    text = "save_strategy: no\nuse_cpu: no\ndata: []\nreport_to: [tensorboard, wandb]"
+    assert read(tmp_path, text) == [["--save_strategy=no", "--use_cpu=False", "--report_to=tensorboard,wandb"]]
+
+
+def test_unquoted_no_and_lists_of_trackers_reach_the_run(saved_target, tmp_path):
+    run = write_run(tmp_path, saved_target, max_steps=1, eval_rows=0, save_strategy=False)
+    text = Path(run).read_text().replace("report_to: none", "report_to: [tensorboard, wandb]")
+    Path(run).write_text(text + "include_num_input_tokens_seen: no\n")
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = []
+        patch.setattr("transformers_confu.training.train.run", lambda *given: arguments.append(given[-1]))
+        main([run])
+    assert arguments[0].report_to == ["tensorboard", "wandb"]
+    assert arguments[0].include_num_input_tokens_seen == "no" and arguments[0].save_strategy == "no"
 
 
 def test_stages_share_what_they_do_not_override(tmp_path):

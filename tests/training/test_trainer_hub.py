@@ -1,5 +1,7 @@
 """What a training run uploads: a complete draft with its card, no pickle, no state of the training."""
 
+import threading
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -9,6 +11,7 @@ from commands import write_run
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import _http
+from safetensors.torch import load
 from transformers import AutoModel
 
 from helpers import make_tiny_draft, make_tiny_target
@@ -101,12 +104,66 @@ def test_the_card_is_completed_by_hand(tmp_path, caplog):
     trainer.create_model_card()
     path = tmp_path / "my-draft" / "card.yaml"
     facts = CardFacts.load(path)
-    assert facts.license == "unknown" and facts.training.startswith("Stage `joint`: 0 steps")
+    assert facts.license == "unknown" and not facts.training
     facts.license, facts.summary = "mit", "A draft of note."
     facts.save(path)
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "my-draft" / "README.md")
     assert card.data.license == "mit" and "A draft of note." in card.text and "my-draft" in card.text
+    assert "Stage `joint`: 0 steps" in card.text
+
+    # Later training is told of, and what is said now counts.
+    trainer.train()
+    trainer.create_model_card(license="apache-2.0", dataset="org/data")
+    card = ModelCard.load(tmp_path / "my-draft" / "README.md")
+    assert "Stage `joint`: 2 steps" in card.text
+    assert (card.data.license, card.data.datasets) == ("apache-2.0", ["org/data"])
+    assert CardFacts.load(path).license == "apache-2.0"
+    facts.training = "By hand."
+    facts.save(path)
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "my-draft" / "README.md")
+    assert "By hand." in card.text and "Stage `joint`" not in card.text
+
+
+def test_uploads_of_checkpoints_outlive_them_and_keep_their_order(hub, tmp_path, monkeypatch):
+    slow, answer = threading.Event(), hub.answer
+
+    def answer_late(request):
+        if "preupload" in str(request.url) and not slow.is_set():
+            slow.set()
+            time.sleep(2)  # by then two more checkpoints have been written, and this one deleted
+        return answer(request)
+
+    monkeypatch.setattr(hub, "answer", answer_late)
+    trainer = make_trainer(
+        tmp_path,
+        push_to_hub=True,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+        max_steps=3,
+        hub_always_push=True,
+    )
+    trainer.train()
+    assert slow.is_set()
+    trainer.push_to_hub()
+    progress = [message for message in hub.messages if message.startswith(("Training", "End"))]
+    assert progress == [*(f"Training in progress, step {step}" for step in (1, 2, 3)), "End of training"]
+    released = load(hub.branches["org/draft", "main"]["model.safetensors"])
+    for name, value in released.items():
+        assert torch.equal(value, trainer.model.state_dict()[name]), name
+
+
+def test_an_upload_that_fails_is_told(hub, tmp_path, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise OSError("no route")
+
+    trainer = make_trainer(tmp_path, push_to_hub=True, save_strategy="steps", save_steps=2)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", fail)
+    with caplog.at_level("ERROR"):
+        trainer.train()
+    assert "Training in progress, step 2: the upload failed: no route" in caplog.text
 
 
 def test_a_target_without_a_name_is_refused_before_the_training(hub, tmp_path):

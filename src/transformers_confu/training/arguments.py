@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, SaveStrategy
@@ -18,6 +19,12 @@ PARAMETER_GROUPS = ["core", "contemplate", "future"]
 
 TAUGHT_BY_STAGE = {"core": ["core"], "warm_up": ["contemplate"], "joint": PARAMETER_GROUPS}
 STAGES = list(TAUGHT_BY_STAGE)
+
+
+NOT_SHARDED_BY = (
+    "{} is not supported: the draft is small, and the target, which is not, would not be sharded by it. Start several "
+    "processes (DDP) and set `shard_target=True`."
+)
 
 
 def parameter_group(name: str) -> str:
@@ -156,6 +163,9 @@ class ConFuTrainingArguments(TrainingArguments):
             self.load_best_model_at_end or self.save_strategy in (SaveStrategy.BEST, SaveStrategy.BEST.value)
         ):
             self.metric_for_best_model = "tau_greedy"
+        trackers: Any = vars(self)["report_to"]
+        if isinstance(trackers, str) and "," in trackers:  # several, as a command line can give them
+            setattr(self, "report_to", trackers.split(","))  # noqa: B010 - its type is lost on mypy
         super().__post_init__()
         if self.max_lag is None:
             self.max_lag = self.ttt_steps + 1
@@ -231,15 +241,15 @@ class ConFuTrainingArguments(TrainingArguments):
                 "`tokens_per_batch` and raise `gradient_accumulation_steps`, which gives the very same step."
             )
         if self.fsdp or self.deepspeed:
-            raise ValueError(
-                f"`{'fsdp' if self.fsdp else 'deepspeed'}` is not supported: the draft is small, and the target, "
-                "which is not, would not be sharded by it. Start several processes (DDP) and set `shard_target=True`."
-            )
+            raise ValueError(NOT_SHARDED_BY.format("`fsdp`" if self.fsdp else "`deepspeed`"))
         for name, why in (
             ("data_seed", "the order of the rows follows from `seed`"),
             ("train_sampling_strategy", "rows of similar length share a batch, or those that `packed_length` packs"),
             ("dataloader_drop_last", "every row is trained on"),
             ("average_tokens_across_devices", "the loss is always divided by the rows of all processes"),
+            ("neftune_noise_alpha", "the target's embeddings are read as they are"),
+            ("bf16_full_eval", "evaluation runs as the training does, and would leave the draft in bfloat16"),
+            ("fp16_full_eval", "evaluation runs as the training does, and would leave the draft in float16"),
         ):
             if getattr(self, name) != (default := type(self).__dataclass_fields__[name].default):
                 raise ValueError(f"`{name}` has no effect here: {why}; leave it at {default!r}.")

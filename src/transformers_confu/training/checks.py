@@ -36,6 +36,11 @@ def check_dataset(dataset: Dataset, target: PreTrainedModel, name: str, num_step
     Returns:
         The dataset, without the rows that have nothing to learn from; they are reported.
     """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"`{name}` is a {type(dataset).__name__}; expected a `datasets.Dataset` as `prepare_dataset` makes it. "
+            "Rows of similar length share a batch, so it cannot be a stream."
+        )
     if missing := [column for column in ("input_ids", "labels") if column not in dataset.column_names]:
         raise ValueError(
             f"`{name}` has the columns {', '.join(dataset.column_names)} and lacks {', '.join(missing)}; make it with "

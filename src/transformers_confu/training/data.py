@@ -301,7 +301,8 @@ def sequence_lengths(dataset: Dataset) -> list[int]:
 def _conversation_of(row: Mapping[str, Any]) -> str | None:
     """The conversation that an answered row is a turn of."""
     conversation, mark, turn = str(row.get("id")).rpartition("/")
-    is_turn = mark and turn.isdecimal() and row.get("answer_ids") is not None and not isinstance(row["prompt"], str)
+    is_answered = row.get("answer_ids") is not None and row.get("prompt") is not None
+    is_turn = mark and turn.isdecimal() and is_answered and not isinstance(row["prompt"], str)
     return conversation if is_turn else None
 
 

@@ -45,10 +45,11 @@ class Counts:
 
     def add(self, objective: Objective) -> None:
         """Add the sums of one batch."""
-        sums = {name: getattr(objective, name, None) for name in self.sums} | {"loss": objective.loss_sum.detach()}
+        sums = {name: getattr(objective, name, None) for name in self.sums} | {"loss": objective.loss_sum}
         for name, value in sums.items():
             if value is not None:
-                self.sums[name] = self.sums[name].to(getattr(value, "device", None)) + value
+                value = torch.as_tensor(value).detach()
+                self.sums[name] = self.sums[name].to(value.device) + value
 
     def over_processes(self, accelerator: Accelerator) -> "Counts":
         """The sums of all processes; every process must ask for them."""

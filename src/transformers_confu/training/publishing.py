@@ -1,13 +1,16 @@
 """How `ConFuTrainer` meets the Hub: what it uploads is the draft with its code and card, and nothing else."""
 
+import dataclasses
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import CommitInfo, ModelCardData
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
-from transformers.utils import PushInProgress, logging
+from transformers.utils import PushInProgress, hf_api, logging
 
 from ..generation_confu import ConFuKnobs
 from ..hub import write_custom_generate
@@ -48,8 +51,9 @@ class PublishingTrainer(Trainer):
         r"""
         Write the card of the draft, `README.md` of `args.output_dir`.
 
-        What cannot be read from the draft comes from `card.yaml` beside it, if there is one (see [`CardFacts`]), else
-        from the arguments and the training; it is then written there, to be completed.
+        What cannot be read from the draft comes from the arguments, and where they say nothing from `card.yaml` beside
+        it (see [`CardFacts`]), which is written to be completed. What that says neither of training nor of evaluation
+        comes from the training.
 
         Args:
             language, license, tags, dataset: Metadata of the card, as of `Trainer`.
@@ -60,22 +64,23 @@ class PublishingTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         path = Path(self.args.output_dir, CARD_FILE)
-        if path.exists():
-            facts = CardFacts.load(path)
-        else:
-            facts = CardFacts(
-                base_model=finetuned_from or self._base_model(),
-                license=license or "unknown",
-                language=_as_list(language),
-                datasets=_as_list(dataset),
-                training=self._training(),
-                evaluation=self._evaluation(),
-            )
-            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        written = CardFacts.load(path) if path.exists() else None
+        asked: dict[str, Any] = {
+            "base_model": finetuned_from,
+            "license": license,
+            "language": _as_list(language),
+            "datasets": _as_list(dataset),
+        }
+        facts = dataclasses.replace(
+            written or CardFacts(base_model=finetuned_from or self._base_model(), license="unknown"),
+            **{name: value for name, value in asked.items() if value},
+        )
+        if facts != written:
+            path.parent.mkdir(parents=True, exist_ok=True)
             facts.save(path)
-            if license is None:
-                logger.warning("The model card says `license: unknown`; complete %s.", path)
-        self._write_card(self.args.output_dir, facts, model_name, _as_list(tags))
+        if facts.license == "unknown":
+            logger.warning("The model card says `license: unknown`; complete %s.", path)
+        self._write_card(self.args.output_dir, self._completed(facts), model_name, _as_list(tags))
 
     def push_to_hub(
         self,
@@ -104,10 +109,24 @@ class PublishingTrainer(Trainer):
         if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        facts = CardFacts(self._base_model(), "unknown", training=self._training(), evaluation=self._evaluation())
-        self._write_card(checkpoint_folder, facts)
+        # A copy: `save_total_limit` may delete the checkpoint before it is uploaded.
+        copy = tempfile.TemporaryDirectory()
+        shutil.copytree(checkpoint_folder, copy.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_RELEASED))
+        self._write_card(copy.name, self._completed(CardFacts(self._base_model(), "unknown")))
         message = f"Training in progress, step {self.state.global_step}"
-        self.push_in_progress = PushInProgress([self._upload(checkpoint_folder, message, blocking=False)])
+
+        def upload() -> CommitInfo:
+            with copy:
+                try:
+                    return self._upload(copy.name, message, blocking=True)
+                except Exception as error:
+                    logger.error("%s: the upload failed: %s", message, error)
+                    raise
+
+        earlier = [] if self.push_in_progress is None else self.push_in_progress.jobs
+        self.push_in_progress = PushInProgress(
+            [*(job for job in earlier if not job.done()), hf_api().run_as_future(upload)]
+        )
 
     def _upload(
         self,
@@ -119,8 +138,8 @@ class PublishingTrainer(Trainer):
     ) -> Any:
         """Upload a saved draft: `CommitInfo`, or a `Future` of one if not `blocking`."""
         write_custom_generate(folder, self.hub_model_id)
-        api = HfApi(token=token or self.args.hub_token)
         options: dict[str, Any] = {
+            "token": token or self.args.hub_token,
             "repo_id": self.hub_model_id,
             "folder_path": folder,
             "commit_message": commit_message,
@@ -128,7 +147,8 @@ class PublishingTrainer(Trainer):
             "revision": revision or self.args.hub_revision,
             "run_as_future": not blocking,
         }
-        return api.upload_folder(**options)
+        # One for all, whose uploads are made one after the other.
+        return hf_api().upload_folder(**options)
 
     def _write_card(
         self, folder: str, facts: CardFacts, model_name: str | None = None, tags: list[str] | None = None
@@ -138,6 +158,12 @@ class PublishingTrainer(Trainer):
         data = cast(ModelCardData, card.data)
         data.tags = list(dict.fromkeys([*(data.tags or ()), *(tags or ())]))
         card.save(Path(folder, "README.md"))
+
+    def _completed(self, facts: CardFacts) -> CardFacts:
+        """With what the training says where the facts say nothing."""
+        return dataclasses.replace(
+            facts, training=facts.training or self._training(), evaluation=facts.evaluation or self._evaluation()
+        )
 
     def _base_model(self) -> str:
         """Hub id of the target."""

@@ -3,9 +3,9 @@
 import difflib
 import json
 from argparse import ArgumentParser
-from collections.abc import Collection
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -17,7 +17,7 @@ _LAST_FILE_OF_CHECKPOINT = "trainer_state.json"
 _RECORD = "_run.json"
 
 
-def read_runs(argv: list[str], names: Collection[str]) -> list[list[str]]:
+def read_runs(argv: list[str], types: Mapping[str, Any]) -> list[list[str]]:
     r"""
     The options of every run of a command line: one run, or one for each stage of a YAML file.
 
@@ -32,7 +32,7 @@ def read_runs(argv: list[str], names: Collection[str]) -> list[list[str]]:
 
     Args:
         argv: Command line without the program's name.
-        names: Names of all options.
+        types: Of all options, by name.
 
     Returns:
         For each run a command line of options alone.
@@ -48,8 +48,8 @@ def read_runs(argv: list[str], names: Collection[str]) -> list[list[str]]:
         raise ValueError(f"{path} holds no options; write one `name: value` a line.")
     stages = settings.pop("stages", None)
     if stages is None:
-        _check_names(settings, names, path)
-        return [_as_options(settings) + overrides]
+        _check_names(settings, types, path)
+        return [_as_options(settings, types) + overrides]
     if not isinstance(stages, list) or not all(isinstance(stage, dict) and "stage" in stage for stage in stages):
         raise ValueError(f"`stages` of {path} must be a list of mappings, each with at least a `stage`.")
 
@@ -74,16 +74,16 @@ def read_runs(argv: list[str], names: Collection[str]) -> list[list[str]]:
         run = settings | default | stage
         if number == 0 and common.draft is not None:
             run["draft"] = common.draft
-        _check_names(run, names, path)
+        _check_names(run, types, path)
         if run["output_dir"] in folders:
             raise ValueError(f"Two stages of {path} write to {run['output_dir']}; give one another `output_dir`.")
         folders.append(run["output_dir"])
         draft = run["output_dir"]
-        runs.append(_as_options(run) + overrides)
+        runs.append(_as_options(run, types) + overrides)
     return runs
 
 
-def _check_names(settings: dict[str, Any], names: Collection[str], path: str) -> None:
+def _check_names(settings: dict[str, Any], names: Iterable[str], path: str) -> None:
     for name in settings:
         if name not in names:
             near = difflib.get_close_matches(str(name), names, n=1)
@@ -91,12 +91,17 @@ def _check_names(settings: dict[str, Any], names: Collection[str], path: str) ->
             raise ValueError(f"{path}: no option is called `{name}`{hint}")
 
 
-def _as_options(settings: dict[str, Any]) -> list[str]:
+def _as_options(settings: dict[str, Any], types: Mapping[str, Any]) -> list[str]:
     options = []
     for name, value in settings.items():
+        if value is False and types[name] not in (bool, bool | None):
+            value = "no"  # as it was written, which YAML takes for a truth value
         if value is None or value == []:  # an empty list has no spelling as an option; both mean the default
             continue
-        if isinstance(value, list):
+        kinds = [types[name]] if get_origin(types[name]) is list else [types[name], *get_args(types[name])]
+        if isinstance(value, list) and str in kinds:  # one text or several: the parser takes one
+            options.append(f"--{name}={','.join(map(str, value))}")
+        elif isinstance(value, list):
             options += [f"--{name}", *map(str, value)]
         else:
             options.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")

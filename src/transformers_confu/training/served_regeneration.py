@@ -16,7 +16,8 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -157,7 +158,7 @@ def regenerate_served(
         )
         start = time.perf_counter()
         try:
-            asyncio.run(run.answer_all(conversations, concurrency, timeout, api_key))
+            _run_to_end(run.answer_all(conversations, concurrency, timeout, api_key))
         finally:
             report.seconds = time.perf_counter() - start
     if report.retokenized:
@@ -165,6 +166,17 @@ def regenerate_served(
             "%s returns no token ids: %d answers were tokenised from their text.", server, report.retokenized
         )
     return report
+
+
+def _run_to_end(work: Coroutine[Any, Any, None]) -> None:
+    """As `asyncio.run`, and also where a loop runs already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work)
+    else:
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            pool.submit(asyncio.run, work).result()
 
 
 class _Conversation:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..demo_target import demo_target_path
 from ..loading import load_target
+from ..target_runner import check_prompt_learning
 
 
 def load_frozen_target(
@@ -32,6 +33,7 @@ def load_frozen_target(
 def freeze(target: nn.Module) -> PreTrainedModel:
     """The target in eval mode, without gradients of its own; of a peft model the base model with its adapters on."""
     if hasattr(target, "get_base_model"):
+        check_prompt_learning(target)  # which the base model alone would not show
         target = target.get_base_model()
     return target.eval().requires_grad_(False)
 

@@ -110,12 +110,18 @@ _NOT_IN_RECIPE = {
 def main(argv: list[str] | None = None) -> None:
     """Train, one run after the other; each saves draft and tokenizer into its `output_dir`."""
     parser = HfArgumentParser((DraftArguments, ConFuTrainingArguments), allow_abbrev=False)
-    names = {option.name for kind in (DraftArguments, ConFuTrainingArguments) for option in fields(kind)}
+    types = {option.name: option.type for kind in (DraftArguments, ConFuTrainingArguments) for option in fields(kind)}
     argv = sys.argv[1:] if argv is None else argv
     # All are parsed, and their folders looked into, first: a mistake in the last stage shows before the first has run.
     runs = [
-        parser.parse_args_into_dataclasses(options, look_for_args_file=False) for options in read_runs(argv, names)
+        parser.parse_args_into_dataclasses(options, look_for_args_file=False) for options in read_runs(argv, types)
     ]
+    for _, training in runs:
+        if training.save_only_model:
+            raise ValueError(
+                "`save_only_model` leaves checkpoints that an interrupted run cannot go on from; leave it out, and "
+                "limit their number by `save_total_limit`."
+            )
     folders = [RunFolder(training.output_dir, recipe_of(arguments, training)) for arguments, training in runs]
     for folder, (arguments, training_arguments) in zip(folders, runs, strict=True):
         run(folder, arguments, training_arguments)

@@ -12,13 +12,13 @@ from datasets import Dataset, concatenate_datasets
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..configuration_confu import SPECIAL_TOKENS
 from ..modeling_confu import ConFuDraftModel
 from ..target_runner import TargetRunner, check_target
 from .anchors import Anchors, draft_rows, sample_anchors
-from .arguments import PARAMETER_GROUPS, ConFuTrainingArguments, parameter_group
+from .arguments import NOT_SHARDED_BY, PARAMETER_GROUPS, ConFuTrainingArguments, parameter_group
 from .batching import ConFuDataCollator, LengthGroupedTokenBatchSampler, PackedTokenBatchSampler, TokenBatchSampler
 from .checks import check_dataset, check_tokenizer
 from .data import sequence_lengths
@@ -152,6 +152,8 @@ class ConFuTrainer(PublishingTrainer):
             raise ValueError(
                 f"The draft is in {model.dtype}; train it in float32 (`model.float()`) and set `bf16=True` for speed."
             )
+        if model is None or kwargs.get("model_init") is not None:
+            raise ValueError("`model_init` is not supported: a draft is made for its target; give it as `model`.")
         for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
             if kwargs.get(name) is not None:
                 raise ValueError(
@@ -189,9 +191,8 @@ class ConFuTrainer(PublishingTrainer):
         # Several GPUs in one process would mean `DataParallel`, which splits a forward that training never calls and
         # scales the loss by their number.
         args._n_gpu = min(args.n_gpu, 1)
-        kwargs.setdefault(
-            "data_collator", ConFuDataCollator(model.config.pad_token_id, packed_length=args.packed_length)
-        )
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = ConFuDataCollator(model.config.pad_token_id, packed_length=args.packed_length)
         if {"contemplate", "future"} & set(args.taught) and is_channel_untrained(model):
             del model.generation_config.confu_contemplation  # from here on there is something to decode with
         # Parameters that this run shall not teach are left out of the optimiser, whose weight decay would shrink them.
@@ -205,6 +206,8 @@ class ConFuTrainer(PublishingTrainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # by `accelerate launch` or its configuration file
+            raise ValueError(NOT_SHARDED_BY.format("DeepSpeed" if self.is_deepspeed_enabled else "FSDP"))
         self.add_callback(KeepSpecialTokens(model))
         # The loss below is already divided by the number of rows of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
@@ -240,13 +243,21 @@ class ConFuTrainer(PublishingTrainer):
         if self.args.stage == "joint":
             args = self.args
             anchors = FixedAnchors(args.replication, args.max_lag, args.anchors_per_sequence, args.seed)
+        if not numbered:
+            raise ValueError("`feature_cache` keeps what the target says about datasets; give a `train_dataset`.")
+        # Ids may be of several integer types.
+        features = numbered[0].features
+        whole = concatenate_datasets([rows.select_columns(list(features)).cast(features) for rows in numbered])
         runner = TargetRunner(self.target_model, self.model.config, self.model.future_channel)
-        return CachedFeatures(self.model, runner, concatenate_datasets(numbered), self.args.feature_cache, anchors)
+        return CachedFeatures(self.model, runner, whole, self.args.feature_cache, anchors)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise ValueError("Training needs a `train_dataset`; make one with `prepare_dataset`.")
         return self._token_batches(self.train_dataset, shuffle=True)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        return self.get_eval_dataloader(test_dataset)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -309,6 +320,17 @@ class ConFuTrainer(PublishingTrainer):
             )
 
     # Optimisation
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._counts["train"] = self._no_counts()
+        return super().train(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing where a checkpoint of the last step is continued: Trainer looks only behind the next step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """What Trainer calls with a batch: never the draft itself, but the objective around it."""

@@ -11,7 +11,7 @@ from torch import nn
 from ..modeling_confu import ConFuDraftModel
 from ..target_runner import TargetRunner
 from .anchors import Anchors
-from .objective import Objective, contemplate_rows, expert_load
+from .objective import Objective, contemplate_rows, expert_load, nothing_taught
 from .teaching import read_texts
 from .texts import Texts
 
@@ -26,6 +26,8 @@ def compute_foresight(draft: ConFuDraftModel, runner: TargetRunner, texts: Texts
 
     Arguments as in [`compute_live`]; the counts of the result have one step, the token after the next.
     """
+    if not anchors.exists.any():
+        return nothing_taught(draft, num_steps=1)
     outputs = read_texts(
         runner,
         texts,
