@@ -247,6 +247,11 @@ def turn_rows(tokenizer, name, said):
     return rows
 
 
+def test_prepared_rows_may_carry_what_they_were_made_of():
+    row = {"id": "c/0", "input_ids": [3, 4, 5], "labels": [-100, 4, 5], "answer_ids": [4, 5]}
+    assert prepare_dataset([row], byte_tokenizer(), 10)["input_ids"] == [[3, 4, 5]]
+
+
 def test_turns_of_a_conversation_become_one_row_where_they_go_on_from_each_other():
     tokenizer = byte_tokenizer()
     a = turn_rows(tokenizer, "a", [("q", "one"), ("r", "two"), ("s", "three")])

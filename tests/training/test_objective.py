@@ -110,6 +110,8 @@ def anchors_of(batch: Batch, replication: int = 3, max_lag: int = 4, seed: int =
 
 # The reference
 
+LOADS = ("contemplate_load", "future_load")
+
 
 @dataclass
 class NaiveTarget:
@@ -186,7 +188,13 @@ def naive_objective(
     draft_tokens = draft.draft_token_ids.tolist()
 
     result = {"loss_sum": torch.zeros((), dtype=draft.dtype), "rows": 0, "rows_with_future": 0}
-    result |= {name: [0] * steps for name in ("counted", "correct", "correct_so_far")}
+    result |= {name: [0] * steps for name in ("counted", "correct", "correct_so_far", "accepted_so_far")}
+    if anchors is not None:
+        mixtures = draft.future_channel.contemplate_token, draft.future_channel.future_token
+        result |= {name: [0] * len(mixture.experts) for name, mixture in zip(LOADS, mixtures, strict=True)}
+        for routed in anchors.routed_by[0].tolist():
+            for expert in chosen_experts(mixtures[0], seen.taps[routed]):
+                result["contemplate_load"][expert] += 1
     for row in naive_rows(labels):
         result["rows"] += 1
         features, future = draft.fuse_taps(seen.taps[None, : row + 1]), None
@@ -194,10 +202,12 @@ def naive_objective(
             result["rows_with_future"] += 1
             future_state = seen.futures[anchors.positions[0, index]]
             future = draft.future(future_state[None, None], features[:, -1:])
+            for expert in chosen_experts(mixtures[1], features[0, -1]):
+                result["future_load"][expert] += 1
         weight = weight_without_future if anchors is not None and future is None else 1.0  # EAGLE-3 mode has none
         cache = DynamicCache(config=draft.config)
         next_embeds, positions = embeds[:, 1 : row + 2], torch.arange(row + 1)[None]
-        right_so_far = True
+        right_so_far, accepted_so_far = True, 1.0
         for step in range(steps):
             predicted = row + 2 + step
             if predicted >= length or labels[predicted] == -100:
@@ -207,23 +217,33 @@ def naive_objective(
             positions = positions[:, -1:] + 1
 
             target_logits = seen.logits[predicted - 1]
-            p = target_logits.softmax(dim=-1)[draft_tokens]
-            p = p / p.sum()
+            p_of_all = target_logits.softmax(dim=-1)[draft_tokens]
+            p = p_of_all / p_of_all.sum()
             log_q = output.logits[0, 0].log_softmax(dim=-1)
             divergence = sum(p[k] * (p[k].log() - log_q[k]) for k in range(len(draft_tokens)))
             result["loss_sum"] = result["loss_sum"] + weight * DECAY**step * divergence
             is_right = draft_tokens[int(log_q.argmax())] == int(target_logits.argmax())
             right_so_far &= is_right
+            accepted_so_far *= float(torch.minimum(p_of_all, log_q.exp()).sum())
             result["counted"][step] += 1
             result["correct"][step] += is_right
             result["correct_so_far"][step] += right_so_far
+            result["accepted_so_far"][step] += accepted_so_far
     return result
+
+
+def chosen_experts(mixture: nn.Module, state: torch.Tensor) -> list[int]:
+    return mixture.router(mixture.norm(state)).topk(mixture.num_experts_per_token).indices.tolist()
 
 
 def assert_same(objective: Objective, expected: dict) -> None:
     torch.testing.assert_close(objective.loss_sum, expected["loss_sum"], rtol=1e-10, atol=1e-10)
     for name in ("counted", "correct", "correct_so_far"):
         assert getattr(objective, name).tolist() == expected[name], name
+    assert objective.accepted_so_far.tolist() == pytest.approx(expected["accepted_so_far"], rel=1e-9)
+    for name in LOADS:
+        load = getattr(objective, name)
+        assert (None if load is None else load.tolist()) == expected.get(name), name
     assert (objective.rows, objective.rows_with_future) == (expected["rows"], expected["rows_with_future"])
 
 

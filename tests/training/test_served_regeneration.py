@@ -1,5 +1,6 @@
 """Answers through a stand-in server on this machine against `regenerate`, and under all that a server can do wrong."""
 
+import asyncio
 import json
 import threading
 import time
@@ -172,6 +173,37 @@ def test_greedy_answers_are_those_of_regenerate(target, tokenizer, tmp_path, for
     dataset = prepare_dataset(rows, tokenizer, 100)
     for row, prepared in zip(rows, dataset, strict=True):
         assert prepared["input_ids"] == encode_prompt(row["prompt"], tokenizer) + row["answer_ids"]
+
+
+def test_it_runs_in_a_notebook(target, tokenizer, tmp_path):
+    async def cell(url):  # a notebook's code runs within its own loop
+        return regenerate_served(url, tokenizer, make_prompts(), tmp_path / "a.jsonl", max_retries=0, **SETTINGS)
+
+    with serve(StandIn(answer_with(target, tokenizer))) as url:
+        assert asyncio.run(cell(url)).written == 8
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(ValueError, match="400"), serve(StandIn(lambda body: (400, {}, "no"))) as url:
+        asyncio.run(cell(url))
+
+    # What is interrupted ends at once, though a request is under way.
+    (tmp_path / "a.jsonl").unlink()
+    under_way, answered = threading.Event(), threading.Event()
+
+    def complete(body):
+        under_way.set()
+        answered.wait(timeout=30)
+        return 500, {}, ""
+
+    def interrupt(self, timeout=None):
+        assert under_way.wait(timeout=30)
+        raise KeyboardInterrupt
+
+    with serve(StandIn(complete)) as url, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("concurrent.futures.Future.result", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(cell(url))
+        assert not answered.is_set()
+        answered.set()
 
 
 def test_requests_say_what_was_asked_for(target, tokenizer, tmp_path):

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets
-from peft import LoraConfig, get_peft_model
+from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 
 from helpers import make_tiny_target
 from transformers_confu import ConFuConfig, ConFuDraftModel
@@ -595,6 +595,105 @@ def test_what_measures_logits_is_refused(target, rows, tmp_path):
         make_trainer(target, tmp_path, eval_dataset=rows, compute_metrics=lambda prediction: {})
 
 
+def test_a_draft_comes_with_its_target(target, tmp_path):
+    args = ConFuTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="`model_init` is not supported: a draft is made for its target"):
+        ConFuTrainer(None, target, args, model_init=lambda: make_draft(target))
+
+
+def test_a_stream_or_a_list_is_refused(target, rows, tmp_path):
+    for dataset, kind in ((rows.to_list(), "list"), (rows.to_iterable_dataset(), "IterableDataset")):
+        with pytest.raises(ValueError, match=f"`train_dataset` is a {kind}; expected a `datasets.Dataset`"):
+            make_trainer(target, tmp_path, train_dataset=dataset)
+
+
+def test_a_sharding_that_accelerate_was_told_of_is_refused(target, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(ConFuTrainer, "is_fsdp_enabled", True, raising=False)
+    set_by_trainer = Trainer.create_accelerator_and_postprocess
+
+    def as_launched(self):
+        set_by_trainer(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", as_launched)
+    with pytest.raises(ValueError, match="FSDP is not supported: the draft is small"):
+        make_trainer(target, tmp_path, train_dataset=rows)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_a_target_with_virtual_tokens_is_refused(tmp_path, rows, kind):
+    adapted = get_peft_model(make_tiny_target(dtype=torch.float32), kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    draft = make_draft(adapted.get_base_model())
+    with pytest.raises(ValueError, match="has an active peft prompt-learning adapter, whose virtual tokens shift"):
+        make_trainer(adapted, tmp_path, draft, train_dataset=rows)
+
+
+def test_prediction_is_evaluation(target, rows, tmp_path):
+    trainer = make_trainer(target, tmp_path, eval_dataset=rows)
+    evaluated, predicted = trainer.evaluate(), trainer.predict(rows).metrics
+    for name in ("loss", "tau_greedy", "tau_probabilistic"):
+        assert predicted[f"test_{name}"] == evaluated[f"eval_{name}"]
+
+
+def test_rows_without_answers_count_nothing(target, rows, tmp_path):
+    silent = rows.map(lambda row: {"labels": [-100] * len(row["labels"])})
+    for stage in ("warm_up", "joint"):
+        trainer = make_trainer(target, tmp_path, stage=stage, eval_dataset=rows)
+        assert trainer.evaluate(silent)["eval_loss"] == 0
+
+
+def test_a_second_training_logs_its_own_steps(target, rows, tmp_path):
+    settings = {"train_dataset": rows, "max_steps": 3, "logging_steps": 2, "learning_rate": 0.0}
+    once, twice = make_trainer(target, tmp_path, **settings), make_trainer(target, tmp_path, **settings)
+    once.train()
+    twice.train()  # its last step is in no log
+    twice.train()
+    assert logged(twice, "tau_probabilistic") == logged(once, "tau_probabilistic")
+
+
+@pytest.mark.parametrize("name, values", [("ttt_decay", (1.0, 0.5)), ("weight_without_future", (1.0, 0.0))])
+def test_weights_of_the_loss_reach_it(target, rows, tmp_path, name, values):
+    losses = []
+    for value in values:
+        settings = {"ttt_decay": 0.8, name: value, "anchors_per_sequence": 1}
+        losses.append(make_trainer(target, tmp_path, eval_dataset=rows, **settings).evaluate()["eval_loss"])
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_the_router_lags_as_far_as_a_tree_is_deep(tmp_path):
+    assert ConFuTrainingArguments(output_dir=str(tmp_path), ttt_steps=5).max_lag == 6
+
+
+def test_collapsed_routers_are_told_once(target, rows, tmp_path, caplog):
+    draft = make_draft(target)
+    for mixture in (draft.future_channel.contemplate_token, draft.future_channel.future_token):
+        with torch.no_grad():
+            mixture.router.weight.zero_()  # the first two, whatever they read
+    settings = {"tokens_per_batch": 512, "replication": 0, "eval_dataset": rows}  # enough rows to tell
+    with caplog.at_level("WARNING"):
+        trainer = make_trainer(target, tmp_path, draft, train_dataset=rows, max_steps=3, learning_rate=0.0, **settings)
+        trainer.train()
+        trainer.evaluate()
+    messages = [record.getMessage() for record in caplog.records if "num_experts=1" in record.getMessage()]
+    assert len(messages) == 2
+
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        make_trainer(target, tmp_path, draft, **settings).evaluate()
+    assert "The router of [con] has collapsed" in caplog.text and "The router of [f] has collapsed" in caplog.text
+
+
+def test_kept_features_take_ids_of_any_integers(target, rows, tmp_path):
+    short = rows.cast(Features({name: Sequence(Value("int32")) for name in ("input_ids", "labels")}))
+    settings = {"stage": "core", "feature_cache": str(tmp_path / "features"), "train_dataset": rows}
+    trainer = make_trainer(target, tmp_path / "run", eval_dataset=short, **settings)
+    live = make_trainer(target, tmp_path / "live", stage="core", eval_dataset=short)
+    assert trainer.evaluate()["eval_tau_greedy"] == live.evaluate()["eval_tau_greedy"]
+    del settings["train_dataset"]
+    with pytest.raises(ValueError, match="`feature_cache` keeps what the target says about datasets; give a"):
+        make_trainer(target, tmp_path / "none", **settings)
+
+
 def test_a_dataset_without_kept_features_is_refused(target, rows, tmp_path):
     trainer = make_trainer(target, tmp_path, eval_dataset=rows, stage="core", feature_cache=str(tmp_path / "kept"))
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate(trainer.eval_dataset)["eval_loss"]
@@ -639,6 +738,16 @@ def test_a_dataset_without_kept_features_is_refused(target, rows, tmp_path):
             "`dataloader_drop_last` has no effect here: every row is trained on; leave it",
         ),
         ({"average_tokens_across_devices": False}, "`average_tokens_across_devices` has no effect here: the loss is"),
+        ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` has no effect here: the target's embeddings are read"),
+        (
+            {"bf16_full_eval": True, "use_cpu": True},
+            "`bf16_full_eval` has no effect here: evaluation runs as the training does",
+        ),
+        (
+            {"fp16_full_eval": True, "use_cpu": True},
+            "`fp16_full_eval` has no effect here: evaluation runs as the training does",
+        ),
+        ({"fsdp": "full_shard"}, "`fsdp` is not supported: the draft is small, and the target"),
         ({"auto_find_batch_size": True}, "`auto_find_batch_size` has no effect here: lower `tokens_per_batch`"),
         ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "`hub_strategy='checkpoint'` would publish optimiser"),
         ({"remove_unused_columns": True}, "`remove_unused_columns` must be False: `input_ids` and `labels` feed"),

@@ -174,9 +174,23 @@ def _run_to_end(work: Coroutine[Any, Any, None]) -> None:
         asyncio.get_running_loop()
     except RuntimeError:
         asyncio.run(work)
-    else:
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            pool.submit(asyncio.run, work).result()
+        return
+    loop = asyncio.new_event_loop()
+
+    def run() -> None:
+        try:
+            loop.run_until_complete(work)
+        finally:
+            loop.close()
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        done = pool.submit(run)
+        try:
+            done.result()
+        except BaseException:
+            if not done.done():  # interrupted here, while the thread goes on
+                loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+            raise
 
 
 class _Conversation:

@@ -148,12 +148,12 @@ class ConFuTrainer(PublishingTrainer):
         eval_dataset: Any = None,
         **kwargs: Any,
     ):
+        if model is None or kwargs.get("model_init") is not None:
+            raise ValueError("`model_init` is not supported: a draft is made for its target; give it as `model`.")
         if model.dtype != torch.float32:
             raise ValueError(
                 f"The draft is in {model.dtype}; train it in float32 (`model.float()`) and set `bf16=True` for speed."
             )
-        if model is None or kwargs.get("model_init") is not None:
-            raise ValueError("`model_init` is not supported: a draft is made for its target; give it as `model`.")
         for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
             if kwargs.get(name) is not None:
                 raise ValueError(
