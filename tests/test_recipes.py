@@ -2,9 +2,11 @@
 
 import json
 import os
+import runpy
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,6 +141,22 @@ def test_all_stages_train_a_draft_for_the_architecture(name, tmp_path):
     ids = torch.tensor([[0, 5, 6, 7]])
     plain = target.generate(ids, do_sample=False, max_new_tokens=12)
     assert torch.equal(target.generate(ids, assistant_model=draft.double(), do_sample=False, max_new_tokens=12), plain)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_memory_and_operations_follow_the_law_of_the_estimate(rotated, tmp_path):
+    estimate = SimpleNamespace(**runpy.run_path(str(RECIPES / "estimate.py")))
+    sizes = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8}
+    LlamaConfig(**SIZES | sizes, num_hidden_layers=6, max_position_embeddings=512).save_pretrained(tmp_path)
+    recipe = {"target": str(tmp_path), "draft_vocab_size": 90, "ttt_steps": 3, "rotate_soft_prompts": rotated}
+    recipe["stages"] = [{"stage": stage} for stage in ("core", "warm_up", "joint")]
+    models = estimate.make_models(recipe, 6)
+    assert models[1].config.rotate_soft_prompts == rotated
+    for stage, steps in zip(estimate.stages_of(recipe), estimate.measure_all(recipe), strict=True):
+        step = estimate.measure(stage, models, 1024, 256, str(tmp_path / "run"))
+        for figure in ("memory", "operations"):
+            estimated = estimate.Law.of(steps, figure)(6, 1024, 256)
+            assert estimated == pytest.approx(getattr(step, figure), rel=0.1), (stage["stage"], figure)
 
 
 def dry_run(name: str, folder: Path, *options: str, **environment: str) -> list[list[str]]:

@@ -3,25 +3,24 @@ Estimate memory and time of a recipe from small runs on this machine, without th
 
     python examples/recipes/estimate.py examples/recipes/qwen3-4b/train.yaml --gpus 8 --tokens 700e6
 
-Single training steps are run at the target's and the draft's true widths, with 2 and 3 of the target's layers and with
-two numbers of tokens. Of each, the memory that its tensors take at most until the backward pass begins, parameters
-apart, and the number of floating-point operations (of matrix products and attention, by torch's counter) are counted.
-Both grow linearly with layers and tokens:
+Single training steps are run at the target's and the draft's true widths, with 2 and 3 of the target's layers, two
+numbers of tokens, and rows of two lengths. Of each, the memory that its tensors take at most until the backward pass
+begins, parameters apart, and the number of floating-point operations (of matrix products and attention, by torch's
+counter) are counted. Both grow linearly with layers L, tokens T and, by the scores of attention, the length R of rows:
 
-    m(L, T) = constant + T * (a + b * L)
+    m(L, T, R) = constant + T * (a + b * L + R * (c + d * L))
 
-a and b come from the four runs, and are taken at the target's true number of layers. To the memory of a token is added
-what does not depend on it: the target in bf16, the draft in fp32, and 12 bytes for each parameter that the stage
-teaches, for its gradient and both moments of AdamW. Time is operations / (GPUs * peak * utilisation), where the
-utilisation is assumed.
-
-The draft's attention grows with the square of a row's length, which these short rows do not show: see the README.
+The four come from six runs, and are taken at the target's true number of layers and at rows of `max_length` tokens,
+the longest of the recipe. To the memory of a token is added what does not depend on it: the target in bf16, the draft
+in fp32, 12 bytes for each parameter that the stage teaches, for its gradient and both moments of AdamW, and the scores
+of the draft's head, of which an accelerator holds more rows at a time than the CPU that these runs are on. Time is
+operations / (GPUs * peak * utilisation), where the utilisation is assumed. What `feature_cache` saves is left out.
 
     python examples/recipes/estimate.py examples/recipes/qwen3-4b/train.yaml --check 512
 
 measures besides, on the accelerator if there is one: it trains with AdamW at the true size with batches of so many
-tokens, and compares the memory with the estimate and the speed with that of one large matrix product. The machine must
-hold all of it.
+tokens in rows of 256, and compares the memory with the estimate and the speed with that of one large matrix product.
+The machine must hold all of it.
 """
 
 import argparse
@@ -50,14 +49,17 @@ from transformers_confu.evaluation.machine import PeakMemory, describe_machine, 
 from transformers_confu.hub_cards import UNTRAINED
 from transformers_confu.loading import default_device
 from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
-from transformers_confu.training.arguments import TAUGHT_BY_STAGE, parameter_group
-from transformers_confu.training.train import DraftArguments
+from transformers_confu.training.arguments import parameter_group
+from transformers_confu.training.chunked_loss import BYTES_OF_SCORE, rows_per_chunk
+from transformers_confu.training.train import DraftArguments, config_of_form, form_of_new_draft
 
 
 LAYERS = (2, 3)
-TOKENS = (64, 128)
-ROW = 64  # tokens of a row, the first quarter of it a prompt
+TOKENS_AND_ROW = ((64, 64), (128, 64), (128, 128))  # the first quarter of a row is a prompt
 ROW_OF_CHECK = 256
+
+Size = tuple[int, int, int]
+"""Layers, tokens, tokens of a row."""
 
 
 @dataclass
@@ -76,10 +78,22 @@ def target_config(recipe: dict) -> PreTrainedConfig:
 
 
 def draft_config(config: PreTrainedConfig, recipe: dict, taps: list[int] | None = None) -> ConFuConfig:
-    sizes = {
-        name: recipe.get(name, getattr(DraftArguments, name)) for name in ("draft_vocab_size", "num_soft_prompts")
-    }
-    return ConFuConfig.from_target(config, **sizes, **({"target_hidden_state_indices": taps} if taps else {}))
+    form = config_of_form(form_of_new_draft(recipe))
+    return ConFuConfig.from_target(config, **form, **({"target_hidden_state_indices": taps} if taps else {}))
+
+
+def stages_of(recipe: dict) -> list[dict]:
+    """The options of each run of a recipe."""
+    return [recipe | entry for entry in recipe["stages"]]
+
+
+def training_arguments(stage: dict, **settings) -> ConFuTrainingArguments:
+    """Of a stage, as far as memory and time of a step depend on them."""
+    names = ("stage", "ttt_steps", "loss", "replication", "anchors_per_sequence", "max_lag", "frozen")
+    options = {name: stage[name] for name in names if name in stage}
+    return ConFuTrainingArguments(
+        bf16=True, save_strategy="no", report_to="none", disable_tqdm=True, **options, **settings
+    )
 
 
 def on_meta(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
@@ -91,12 +105,16 @@ def number_of(parameters: Iterable[torch.nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def fixed_memory(target: PreTrainedModel, draft: ConFuDraftModel, stage: str) -> int:
-    """Bytes of weights, gradients and moments."""
-    taught = [
-        parameter for name, parameter in draft.named_parameters() if parameter_group(name) in TAUGHT_BY_STAGE[stage]
-    ]
-    return 2 * number_of(target.parameters()) + 4 * number_of(draft.parameters()) + 12 * number_of(taught)
+def fixed_memory(target: PreTrainedModel, draft: ConFuDraftModel, taught: list[str]) -> int:
+    """Bytes of weights, gradients and moments, where these groups of parameters are taught."""
+    learning = [parameter for name, parameter in draft.named_parameters() if parameter_group(name) in taught]
+    return 2 * number_of(target.parameters()) + 4 * number_of(draft.parameters()) + 12 * number_of(learning)
+
+
+def memory_of_scores(draft: ConFuDraftModel, stage: str) -> int:
+    """Bytes that an accelerator needs for the head's scores beyond what a CPU does; the warm-up has none."""
+    rows = rows_per_chunk(torch.device("cuda")) - rows_per_chunk(torch.device("cpu"))
+    return 0 if stage == "warm_up" else BYTES_OF_SCORE * rows * draft.config.draft_vocab_size
 
 
 def make_models(recipe: dict, layers: int | None = None) -> tuple[PreTrainedModel, ConFuDraftModel]:
@@ -142,37 +160,20 @@ class LiveMemory(TorchDispatchMode):
 
 
 def make_trainer(
-    recipe: dict, stage: str, models: tuple[PreTrainedModel, ConFuDraftModel], row: int, tokens: int, **settings
+    args: ConFuTrainingArguments, models: tuple[PreTrainedModel, ConFuDraftModel], row: int
 ) -> ConFuTrainer:
-    """For steps of a stage over `tokens` tokens, in rows of `row`."""
+    """For steps over rows of so many tokens."""
     target, draft = models
-    steps = settings["max_steps"]
     ids = {"input_ids": list(range(row)), "labels": [-100] * (row // 4) + list(range(row // 4, row))}
-    return ConFuTrainer(
-        model=draft,
-        target_model=target,
-        args=ConFuTrainingArguments(
-            bf16=True,
-            stage=stage,
-            tokens_per_batch=tokens,
-            ttt_steps=recipe["ttt_steps"],
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            **settings,
-        ),
-        train_dataset=Dataset.from_list([ids] * (tokens // row * steps)),
-    )
+    rows = Dataset.from_list([ids] * (args.tokens_per_batch // row * args.max_steps))
+    return ConFuTrainer(model=draft, target_model=target, args=args, train_dataset=rows)
 
 
-def measure(
-    recipe: dict, stage: str, models: tuple[PreTrainedModel, ConFuDraftModel], tokens: int, folder: str
-) -> Step:
+def measure(stage: dict, models: tuple[PreTrainedModel, ConFuDraftModel], tokens: int, row: int, folder: str) -> Step:
     """One step of a stage."""
     # AdamW's moments are counted by formula.
-    trainer = make_trainer(
-        recipe, stage, models, ROW, tokens, max_steps=1, output_dir=folder, use_cpu=True, optim="sgd"
-    )
+    settings = {"max_steps": 1, "output_dir": folder, "use_cpu": True, "optim": "sgd", "tokens_per_batch": tokens}
+    trainer = make_trainer(training_arguments(stage, **settings), models, row)
     tracker = LiveMemory(*models)
     forward_memory = []
     backward = trainer.accelerator.backward
@@ -187,26 +188,53 @@ def measure(
     return Step(forward_memory[0], counter.get_total_flops())
 
 
-def measure_all(recipe: dict) -> dict[str, dict[tuple[int, int], Step]]:
-    """Steps by stage and by (layers, tokens)."""
-    results: dict[str, dict[tuple[int, int], Step]] = {entry["stage"]: {} for entry in recipe["stages"]}
+def measure_all(recipe: dict) -> list[dict[Size, Step]]:
+    """Steps of each stage, by size."""
+    stages = stages_of(recipe)
+    results: list[dict[Size, Step]] = [{} for _ in stages]
     for layers in LAYERS:
         models = make_models(recipe, layers)
         with tempfile.TemporaryDirectory() as folder:
-            for stage, steps in results.items():
-                for tokens in TOKENS:
-                    steps[layers, tokens] = measure(recipe, stage, models, tokens, folder)
+            for stage, steps in zip(stages, results, strict=True):
+                for tokens, row in TOKENS_AND_ROW:
+                    steps[layers, tokens, row] = measure(stage, models, tokens, row, folder)
     return results
 
 
-def per_token(steps: dict[tuple[int, int], Step], name: str, layers: int) -> float:
-    """a + b * L of the module's formula."""
-    (few, many), (short, long) = LAYERS, TOKENS
-    slopes = {
-        number: (getattr(steps[number, long], name) - getattr(steps[number, short], name)) / (long - short)
-        for number in LAYERS
-    }
-    return slopes[few] + (slopes[many] - slopes[few]) / (many - few) * (layers - few)
+@dataclass
+class Law:
+    """m(L, T, R) of the module's text, for one of a step's figures."""
+
+    constant: float
+    a: float
+    b: float
+    c: float
+    d: float
+
+    @classmethod
+    def of(cls, steps: dict[Size, Step], name: str) -> "Law":
+        few, many = LAYERS
+        (short, row), (long, _), (_, long_row) = TOKENS_AND_ROW
+        values = {size: getattr(step, name) for size, step in steps.items()}
+        of_row = {
+            layers: (values[layers, long, long_row] - values[layers, long, row]) / (long * (long_row - row))
+            for layers in LAYERS
+        }
+        of_token = {
+            layers: (values[layers, long, row] - values[layers, short, row]) / (long - short) - row * of_row[layers]
+            for layers in LAYERS
+        }
+        b = (of_token[many] - of_token[few]) / (many - few)
+        d = (of_row[many] - of_row[few]) / (many - few)
+        law = cls(0.0, of_token[few] - b * few, b, of_row[few] - d * few, d)
+        law.constant = values[few, short, row] - short * law.per_token(few, row)
+        return law
+
+    def per_token(self, layers: int, row: int) -> float:
+        return self.a + self.b * layers + row * (self.c + self.d * layers)
+
+    def __call__(self, layers: int, tokens: int, row: int) -> float:
+        return self.constant + tokens * self.per_token(layers, row)
 
 
 def matmul_speed(device: torch.device, size: int = 4096) -> float:
@@ -232,7 +260,7 @@ class Clock(TrainerCallback):
         self.times.append(time.perf_counter())
 
 
-def check(recipe: dict, stage: str, tokens: int) -> tuple[int, float, float]:
+def check(recipe: dict, stage: dict, tokens: int) -> tuple[int, float, float]:
     """At the true size, in a process of its own: bytes at most, seconds of a step, speed of a product here."""
     device = torch.device(default_device())
     speed = matmul_speed(device)
@@ -245,15 +273,14 @@ def check(recipe: dict, stage: str, tokens: int) -> tuple[int, float, float]:
             parameter.uniform_(-0.02, 0.02)  # the system gives room only to what is written
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        models = target.to(device), draft
-        settings = {"max_steps": 3, "output_dir": folder, "use_cpu": device.type == "cpu"}
-        trainer = make_trainer(recipe, stage, models, ROW_OF_CHECK, tokens, **settings)
+        settings = {"max_steps": 3, "output_dir": folder, "use_cpu": device.type == "cpu", "tokens_per_batch": tokens}
+        trainer = make_trainer(training_arguments(stage, **settings), (target.to(device), draft), ROW_OF_CHECK)
         trainer.add_callback(clock)
         trainer.train()
     return memory.read() - before, clock.times[-1] - clock.times[-2], speed
 
 
-def check_alone(recipe: dict, stage: str, tokens: int) -> tuple[int, float, float]:
+def check_alone(recipe: dict, stage: dict, tokens: int) -> tuple[int, float, float]:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(check, recipe, stage, tokens).result()
 
@@ -273,35 +300,42 @@ def main() -> None:
     draft = on_meta(lambda: ConFuDraftModel(draft_config(config, recipe)))
     sizes = number_of(target.parameters()), number_of(draft.parameters())
     print(f"target {sizes[0] / 1e9:.2f} billion parameters, draft {sizes[1] / 1e6:.0f} million")
-    for stage, steps in measure_all(recipe).items():
-        print(f"\n{stage}, measured: layers, tokens: GiB, operations")
-        for (layers, tokens), step in steps.items():
-            print(f"  {layers}, {tokens}: {step.memory / 2**30:.3f}, {step.operations:.3e}")
+    layers = config.num_hidden_layers
+    for stage, steps in zip(stages_of(recipe), measure_all(recipe), strict=True):
+        name = stage["stage"]
+        print(f"\n{name}, measured: layers, tokens, tokens of a row: GiB, operations")
+        for size, step in steps.items():
+            print(f"  {', '.join(map(str, size))}: {step.memory / 2**30:.3f}, {step.operations:.3e}")
 
-        memory, operations = (per_token(steps, name, config.num_hidden_layers) for name in ("memory", "operations"))
-        constant = steps[LAYERS[0], TOKENS[0]].memory - TOKENS[0] * per_token(steps, "memory", LAYERS[0])
-        fixed = fixed_memory(target, draft, stage)
-        tokens = recipe["tokens_per_batch"]
+        memory, operations = Law.of(steps, "memory"), Law.of(steps, "operations")
+        fixed = fixed_memory(target, draft, training_arguments(stage, output_dir="unused", use_cpu=True).taught)
+        scores = memory_of_scores(draft, name)
+        tokens, row = stage["tokens_per_batch"], stage.get("max_length", DraftArguments.max_length)
+        a_token = operations.per_token(layers, row)
         print(
-            f"{stage}, estimated: {fixed / 2**30:.1f} GiB of weights and AdamW, {constant / 2**30:.1f} GiB, and a "
-            f"token {memory / 2**20:.2f} MiB and {operations / 1e9:.1f} GFLOP"
+            f"{name}, estimated: {fixed / 2**30:.1f} GiB of weights and AdamW, {memory.constant / 2**30:.1f} GiB, "
+            f"{scores / 2**30:.1f} GiB of scores, and a token in rows of {row} "
+            f"{memory.per_token(layers, row) / 2**20:.2f} MiB ({memory.per_token(layers, 256) / 2**20:.2f} in rows of "
+            f"256) and {a_token / 1e9:.1f} GFLOP"
         )
-        print(f"  memory with {tokens} tokens: {(fixed + constant + memory * tokens) / 2**30:.0f} GiB a GPU")
-        settings = next(entry for entry in recipe["stages"] if entry["stage"] == stage)
+        needed = fixed + scores + memory(layers, tokens, row)
+        print(f"  memory with {tokens} tokens: {needed / 2**30:.0f} GiB a GPU")
         total = (
-            settings["max_steps"] * tokens * arguments.gpus
-            if "max_steps" in settings
-            else settings["num_train_epochs"] * arguments.tokens
+            stage["max_steps"] * tokens * stage.get("gradient_accumulation_steps", 1) * arguments.gpus
+            if "max_steps" in stage
+            else stage["num_train_epochs"] * arguments.tokens
         )
-        hours = total * operations / (arguments.gpus * arguments.peak * arguments.utilisation) / 3600
+        hours = total * a_token / (arguments.gpus * arguments.peak * arguments.utilisation) / 3600
         print(f"  time for {total / 1e6:.0f} million tokens: {hours:.1f} hours", flush=True)
         if arguments.check:
-            estimated = fixed + constant + memory * arguments.check
+            estimated = fixed + memory(layers, arguments.check, ROW_OF_CHECK)
+            estimated += scores if default_device() == "cuda" else 0
             measured, seconds, speed = check_alone(recipe, stage, arguments.check)
+            done = operations.per_token(layers, ROW_OF_CHECK) * arguments.check / seconds
             print(
-                f"{stage}, checked with {arguments.check} tokens: {measured / 2**30:.2f} GiB, estimated "
+                f"{name}, checked with {arguments.check} tokens: {measured / 2**30:.2f} GiB, estimated "
                 f"{estimated / 2**30:.2f} ({estimated / measured - 1:+.0%}); {seconds:.1f} s a step, "
-                f"{operations * arguments.check / seconds / speed:.0%} of the {speed / 1e9:.0f} GFLOP/s of a product",
+                f"{done / speed:.0%} of the {speed / 1e9:.0f} GFLOP/s of a product",
                 flush=True,
             )
     if arguments.check:
