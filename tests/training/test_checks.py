@@ -1,9 +1,11 @@
 """Data and tokenizers that cannot be trained with are refused before any work is lost."""
 
+import copy
+
 import pytest
 from datasets import Dataset, concatenate_datasets
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from helpers import make_tiny_target
@@ -52,11 +54,19 @@ def test_bad_data_is_refused(target, dataset, num_steps, message):
     assert message in str(error.value)
 
 
-def test_a_tokenizer_of_another_target_is_refused(target):
-    def tokenizer(size: int) -> PreTrainedTokenizerFast:
+def test_a_tokenizer_of_another_target_is_refused(target, caplog):
+    def tokenizer(size: int, **options) -> PreTrainedTokenizerFast:
         vocabulary = {f"word{index}": index for index in range(size)}
-        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary)))
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary)), **options)
 
     check_tokenizer(tokenizer(90), target)
+    target = copy.copy(target)
+    target.generation_config = GenerationConfig(eos_token_id=[7, 8])
+    check_tokenizer(tokenizer(90, eos_token="word8"), target)
+    assert not caplog.records
+    check_tokenizer(tokenizer(90, eos_token="word9"), target)
+    assert (
+        "The tokenizer ends a text by token 9, and LlamaForCausalLM by 7 or 8: is it the target's own?" in caplog.text
+    )
     with pytest.raises(ValueError, match="The tokenizer has 98 tokens, LlamaForCausalLM only 97: use"):
         check_tokenizer(tokenizer(98), target)

@@ -212,7 +212,7 @@ def test_answers_of_a_template_that_rewrites_history_become_rows_of_their_own(ma
     template = REASONING_TEMPLATE
     if marked:
         template = template.replace(
-            "\n{% if m['role'] != 'assistant'", "\n{% generation %}{% if m['role'] != 'assistant'"
+            "\n{% if m['role'] != 'assistant'", "\n{%+ generation %}{% if m['role'] != 'assistant'"
         )
         template = template.replace("<|im_end|>\n{% endfor", "<|im_end|>{% endgeneration %}{{ '\\n' }}{% endfor")
         # Markers around users' turns too, so that only the newest span may count.

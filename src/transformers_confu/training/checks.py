@@ -5,6 +5,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .continuous_batching import end_token_ids
 from .data import IGNORE_INDEX
 
 
@@ -14,12 +15,23 @@ _ROWS_PER_READ = 1000
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel) -> None:
-    """Refuse a tokenizer that has more tokens than the target; fewer are usual, as embeddings are padded."""
+    """
+    Refuse a tokenizer that has more tokens than the target; fewer are usual, as embeddings are padded. Warn of one
+    that ends texts otherwise, as that of another model would.
+    """
     vocab_size = target.config.get_text_config(decoder=True).vocab_size
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens, {type(target).__name__} only {vocab_size}: use the target's "
             "own tokenizer."
+        )
+    ends = end_token_ids(target)
+    if ends and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        logger.warning(
+            "The tokenizer ends a text by token %d, and %s by %s: is it the target's own?",
+            tokenizer.eos_token_id,
+            type(target).__name__,
+            " or ".join(map(str, ends)),
         )
 
 

@@ -32,7 +32,7 @@ IGNORE_INDEX = -100
 # Rows held as Python lists before they are packed into Arrow; bounds the peak memory of a large corpus.
 _ROWS_PER_CHUNK = 1000
 
-_GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Messages = list[dict[str, Any]]
 Encoded = tuple[Any, Any]  # input_ids and labels, lists or arrays of int
