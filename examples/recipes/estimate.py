@@ -6,14 +6,15 @@ Estimate memory and time of a recipe from small runs on this machine, without th
 Single training steps are run at the target's and the draft's true widths, with 2 and 3 of the target's layers, two
 numbers of tokens, and rows of two lengths. Of each, the memory that its tensors take at most until the backward pass
 begins, parameters apart, and the number of floating-point operations (of matrix products and attention, by torch's
-counter) are counted. Both grow linearly with layers L, tokens T and, by the scores of attention, the length R of rows:
+counter) are counted. Both grow linearly with layers L and tokens T, operations also with the length R of rows:
 
     m(L, T, R) = constant + T * (a + b * L + R * (c + d * L))
 
-The four come from six runs, and are taken at the target's true number of layers and at rows of `max_length` tokens,
-the longest of the recipe. To the memory of a token is added what does not depend on it: the target in bf16, the draft
-in fp32, 12 bytes for each parameter that the stage teaches, for its gradient and both moments of AdamW, and the scores
-of the draft's head, of which an accelerator holds more rows at a time than the CPU that these runs are on. Time is
+The factors come from these runs, and are taken at the target's true number of layers and at rows of `max_length`
+tokens, the longest of the recipe. To the memory is added what the runs do not show: the target in bf16, the draft in
+fp32, 12 bytes for each parameter that the stage teaches, for its gradient and both moments of AdamW; the weights of
+the draft's attention, which grow with the length of rows; and the scores of the draft's head, of which an accelerator
+holds more rows at a time than a CPU. The sum is what is needed at most: not all of it is alive at once. Time is
 operations / (GPUs * peak * utilisation), where the utilisation is assumed. What `feature_cache` saves is left out.
 
     python examples/recipes/estimate.py examples/recipes/qwen3-4b/train.yaml --check 512
@@ -52,6 +53,7 @@ from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
 from transformers_confu.training.arguments import parameter_group
 from transformers_confu.training.chunked_loss import BYTES_OF_SCORE, rows_per_chunk
 from transformers_confu.training.train import DraftArguments, config_of_form, form_of_new_draft
+from transformers_confu.training.unroll import BYTES_OF_WEIGHT
 
 
 LAYERS = (2, 3)
@@ -111,10 +113,13 @@ def fixed_memory(target: PreTrainedModel, draft: ConFuDraftModel, taught: list[s
     return 2 * number_of(target.parameters()) + 4 * number_of(draft.parameters()) + 12 * number_of(learning)
 
 
-def memory_of_scores(draft: ConFuDraftModel, stage: str) -> int:
-    """Bytes that an accelerator needs for the head's scores beyond what a CPU does; the warm-up has none."""
-    rows = rows_per_chunk(torch.device("cuda")) - rows_per_chunk(torch.device("cpu"))
-    return 0 if stage == "warm_up" else BYTES_OF_SCORE * rows * draft.config.draft_vocab_size
+def transient_memory(config: ConFuConfig, stage: str, device: str, tokens: int, row: int) -> int:
+    """Bytes of what short rows on a CPU do not show of a step of the draft; the warm-up has none."""
+    if stage == "warm_up":
+        return 0
+    attention = BYTES_OF_WEIGHT * config.num_attention_heads * tokens * row
+    more_rows = rows_per_chunk(torch.device(device)) - rows_per_chunk(torch.device("cpu"))
+    return attention + BYTES_OF_SCORE * more_rows * config.draft_vocab_size
 
 
 def make_models(recipe: dict, layers: int | None = None) -> tuple[PreTrainedModel, ConFuDraftModel]:
@@ -212,12 +217,12 @@ class Law:
     d: float
 
     @classmethod
-    def of(cls, steps: dict[Size, Step], name: str) -> "Law":
+    def of(cls, steps: dict[Size, Step], name: str, of_rows: bool) -> "Law":
         few, many = LAYERS
         (short, row), (long, _), (_, long_row) = TOKENS_AND_ROW
         values = {size: getattr(step, name) for size, step in steps.items()}
         of_row = {
-            layers: (values[layers, long, long_row] - values[layers, long, row]) / (long * (long_row - row))
+            layers: of_rows * (values[layers, long, long_row] - values[layers, long, row]) / (long * (long_row - row))
             for layers in LAYERS
         }
         of_token = {
@@ -307,19 +312,20 @@ def main() -> None:
         for size, step in steps.items():
             print(f"  {', '.join(map(str, size))}: {step.memory / 2**30:.3f}, {step.operations:.3e}")
 
-        memory, operations = Law.of(steps, "memory"), Law.of(steps, "operations")
+        memory, operations = Law.of(steps, "memory", of_rows=False), Law.of(steps, "operations", of_rows=True)
         fixed = fixed_memory(target, draft, training_arguments(stage, output_dir="unused", use_cpu=True).taught)
-        scores = memory_of_scores(draft, name)
         tokens, row = stage["tokens_per_batch"], stage.get("max_length", DraftArguments.max_length)
+        transient = transient_memory(draft.config, name, "cuda", tokens, row)
         a_token = operations.per_token(layers, row)
         print(
-            f"{name}, estimated: {fixed / 2**30:.1f} GiB of weights and AdamW, {memory.constant / 2**30:.1f} GiB, "
-            f"{scores / 2**30:.1f} GiB of scores, and a token in rows of {row} "
-            f"{memory.per_token(layers, row) / 2**20:.2f} MiB ({memory.per_token(layers, 256) / 2**20:.2f} in rows of "
-            f"256) and {a_token / 1e9:.1f} GFLOP"
+            f"{name}, estimated: {fixed / 2**30:.1f} GiB of weights and AdamW, {memory.constant / 2**30:.1f} GiB, and "
+            f"a token {memory.per_token(layers, row) / 2**20:.2f} MiB and, in rows of {row}, {a_token / 1e9:.1f} GFLOP"
         )
-        needed = fixed + scores + memory(layers, tokens, row)
-        print(f"  memory with {tokens} tokens: {needed / 2**30:.0f} GiB a GPU")
+        needed = fixed + transient + memory(layers, tokens, row)
+        print(
+            f"  memory with {tokens} tokens in such rows: {needed / 2**30:.0f} GiB a GPU, {transient / 2**30:.1f} of "
+            "them of attention and scores"
+        )
         total = (
             stage["max_steps"] * tokens * stage.get("gradient_accumulation_steps", 1) * arguments.gpus
             if "max_steps" in stage
@@ -329,7 +335,7 @@ def main() -> None:
         print(f"  time for {total / 1e6:.0f} million tokens: {hours:.1f} hours", flush=True)
         if arguments.check:
             estimated = fixed + memory(layers, arguments.check, ROW_OF_CHECK)
-            estimated += scores if default_device() == "cuda" else 0
+            estimated += transient_memory(draft.config, name, default_device(), arguments.check, ROW_OF_CHECK)
             measured, seconds, speed = check_alone(recipe, stage, arguments.check)
             done = operations.per_token(layers, ROW_OF_CHECK) * arguments.check / seconds
             print(

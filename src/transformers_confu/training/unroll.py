@@ -5,13 +5,19 @@ own output of step s-1 (its fused taps at s = 0) with the embedding of token i+1
 i+2+s. It attends to the true rows up to i, to its own rows of steps 1..s (the diagonal) and to its future token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from ..modeling_confu import ConFuAttention, ConFuDraftModel, rotate
+
+
+# Of a weight of the draft's attention, of one row to one token in one head, at most at once: scores and weights in
+# float32, and those in half precision that multiply the values. Of one step only: the others are made anew.
+BYTES_OF_WEIGHT = 12
 
 
 def unroll(
@@ -82,8 +88,13 @@ def unroll(
         if future is not None:
             cos, sin = draft.rotary_emb(hidden_states, row_positions + step + 1)
             slot = (repeat_kv(rotate(future.key, cos, sin), groups), repeat_kv(future.value, groups))
-        attended = diagonal_attention(
-            queries, true_keys, true_values, sees, keys, values, slot, has_future, attention.scaling
+        # Weights of attention, rows x tokens for every step, would be most of the memory of long rows. They are made
+        # anew in the backward pass, which costs little beside the rest.
+        attended = checkpoint(
+            diagonal_attention,
+            *(queries, true_keys, true_values, sees, tuple(keys), tuple(values), slot, has_future, attention.scaling),
+            use_reentrant=False,
+            preserve_rng_state=False,
         )
         outputs = layer.finish(features, attention.o_proj(attended), future)
         yield outputs
@@ -95,8 +106,8 @@ def diagonal_attention(
     true_keys: torch.Tensor,
     true_values: torch.Tensor,
     sees: torch.BoolTensor,
-    keys: list[torch.Tensor],
-    values: list[torch.Tensor],
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
     slot: tuple[torch.Tensor, torch.Tensor] | None,
     sees_slot: torch.BoolTensor | None,
     scaling: float,
