@@ -154,9 +154,11 @@ def test_memory_and_operations_follow_the_law_of_the_estimate(rotated, tmp_path)
     assert models[1].config.rotate_soft_prompts == rotated
     for stage, steps in zip(estimate.stages_of(recipe), estimate.measure_all(recipe), strict=True):
         step = estimate.measure(stage, models, 1024, 256, str(tmp_path / "run"))
-        operations = estimate.Law.of(steps, "operations", of_rows=True)(6, 1024, 256)
-        assert operations == pytest.approx(step.operations, rel=0.1), stage["stage"]
-        memory = estimate.Law.of(steps, "memory", of_rows=False)(6, 1024, 256)
+        operations = estimate.Law.of(steps, "operations")(6, 1024)
+        assert 0.8 * step.operations < operations < 1.05 * step.operations, stage[
+            "stage"
+        ]  # the ends of answers weigh less
+        memory = estimate.Law.of(steps, "memory")(6, 1024)
         memory += estimate.transient_memory(models[1].config, stage["stage"], "cpu", 1024, 256)
         assert 0.95 * step.memory < memory < 1.4 * step.memory, stage["stage"]
 

@@ -3,19 +3,19 @@ Estimate memory and time of a recipe from small runs on this machine, without th
 
     python examples/recipes/estimate.py examples/recipes/qwen3-4b/train.yaml --gpus 8 --tokens 700e6
 
-Single training steps are run at the target's and the draft's true widths, with 2 and 3 of the target's layers, two
-numbers of tokens, and rows of two lengths. Of each, the memory that its tensors take at most until the backward pass
-begins, parameters apart, and the number of floating-point operations (of matrix products and attention, by torch's
-counter) are counted. Both grow linearly with layers L and tokens T, operations also with the length R of rows:
+Single training steps are run at the target's and the draft's true widths, with 2 and 3 of the target's layers and with
+two numbers of tokens. Of each, the memory that its tensors take at most until the backward pass begins, parameters
+apart, and the number of floating-point operations (of matrix products and attention, by torch's counter) are counted.
+Both grow linearly with layers and tokens:
 
-    m(L, T, R) = constant + T * (a + b * L + R * (c + d * L))
+    m(L, T) = constant + T * (a + b * L)
 
-The factors come from these runs, and are taken at the target's true number of layers and at rows of `max_length`
-tokens, the longest of the recipe. To the memory is added what the runs do not show: the target in bf16, the draft in
-fp32, 12 bytes for each parameter that the stage teaches, for its gradient and both moments of AdamW; the weights of
-the draft's attention, which grow with the length of rows; and the scores of the draft's head, of which an accelerator
-holds more rows at a time than a CPU. The sum is what is needed at most: not all of it is alive at once. Time is
-operations / (GPUs * peak * utilisation), where the utilisation is assumed. What `feature_cache` saves is left out.
+a and b come from the four runs, and are taken at the target's true number of layers. To the memory is added what these
+runs do not show: the target in bf16, the draft in fp32, 12 bytes for each parameter that the stage teaches, for its
+gradient and both moments of AdamW; the weights of the draft's attention, which grow with the length of rows, here
+`max_length`; and the scores of the draft's head, of which an accelerator holds more rows at a time than a CPU. The sum
+is what is needed at most: not all of it is alive at once. Time is operations / (GPUs * peak * utilisation), where the
+utilisation is assumed. What `feature_cache` saves is left out.
 
     python examples/recipes/estimate.py examples/recipes/qwen3-4b/train.yaml --check 512
 
@@ -57,11 +57,12 @@ from transformers_confu.training.unroll import BYTES_OF_WEIGHT
 
 
 LAYERS = (2, 3)
-TOKENS_AND_ROW = ((64, 64), (128, 64), (128, 128))  # the first quarter of a row is a prompt
+TOKENS = (64, 128)
+ROW = 64  # tokens of a row, the first quarter of it a prompt
 ROW_OF_CHECK = 256
 
-Size = tuple[int, int, int]
-"""Layers, tokens, tokens of a row."""
+Size = tuple[int, int]
+"""Layers, tokens."""
 
 
 @dataclass
@@ -201,45 +202,34 @@ def measure_all(recipe: dict) -> list[dict[Size, Step]]:
         models = make_models(recipe, layers)
         with tempfile.TemporaryDirectory() as folder:
             for stage, steps in zip(stages, results, strict=True):
-                for tokens, row in TOKENS_AND_ROW:
-                    steps[layers, tokens, row] = measure(stage, models, tokens, row, folder)
+                for tokens in TOKENS:
+                    steps[layers, tokens] = measure(stage, models, tokens, ROW, folder)
     return results
 
 
 @dataclass
 class Law:
-    """m(L, T, R) of the module's text, for one of a step's figures."""
+    """m(L, T) of the module's text, for one of a step's figures."""
 
     constant: float
     a: float
     b: float
-    c: float
-    d: float
 
     @classmethod
-    def of(cls, steps: dict[Size, Step], name: str, of_rows: bool) -> "Law":
-        few, many = LAYERS
-        (short, row), (long, _), (_, long_row) = TOKENS_AND_ROW
-        values = {size: getattr(step, name) for size, step in steps.items()}
-        of_row = {
-            layers: of_rows * (values[layers, long, long_row] - values[layers, long, row]) / (long * (long_row - row))
+    def of(cls, steps: dict[Size, Step], name: str) -> "Law":
+        (few, many), (short, long) = LAYERS, TOKENS
+        slopes = {
+            layers: (getattr(steps[layers, long], name) - getattr(steps[layers, short], name)) / (long - short)
             for layers in LAYERS
         }
-        of_token = {
-            layers: (values[layers, long, row] - values[layers, short, row]) / (long - short) - row * of_row[layers]
-            for layers in LAYERS
-        }
-        b = (of_token[many] - of_token[few]) / (many - few)
-        d = (of_row[many] - of_row[few]) / (many - few)
-        law = cls(0.0, of_token[few] - b * few, b, of_row[few] - d * few, d)
-        law.constant = values[few, short, row] - short * law.per_token(few, row)
-        return law
+        b = (slopes[many] - slopes[few]) / (many - few)
+        return cls(getattr(steps[few, short], name) - short * slopes[few], slopes[few] - b * few, b)
 
-    def per_token(self, layers: int, row: int) -> float:
-        return self.a + self.b * layers + row * (self.c + self.d * layers)
+    def per_token(self, layers: int) -> float:
+        return self.a + self.b * layers
 
-    def __call__(self, layers: int, tokens: int, row: int) -> float:
-        return self.constant + tokens * self.per_token(layers, row)
+    def __call__(self, layers: int, tokens: int) -> float:
+        return self.constant + tokens * self.per_token(layers)
 
 
 def matmul_speed(device: torch.device, size: int = 4096) -> float:
@@ -308,23 +298,23 @@ def main() -> None:
     layers = config.num_hidden_layers
     for stage, steps in zip(stages_of(recipe), measure_all(recipe), strict=True):
         name = stage["stage"]
-        print(f"\n{name}, measured: layers, tokens, tokens of a row: GiB, operations")
+        print(f"\n{name}, measured: layers, tokens: GiB, operations")
         for size, step in steps.items():
             print(f"  {', '.join(map(str, size))}: {step.memory / 2**30:.3f}, {step.operations:.3e}")
 
-        memory, operations = Law.of(steps, "memory", of_rows=False), Law.of(steps, "operations", of_rows=True)
+        memory, operations = Law.of(steps, "memory"), Law.of(steps, "operations")
         fixed = fixed_memory(target, draft, training_arguments(stage, output_dir="unused", use_cpu=True).taught)
         tokens, row = stage["tokens_per_batch"], stage.get("max_length", DraftArguments.max_length)
         transient = transient_memory(draft.config, name, "cuda", tokens, row)
-        a_token = operations.per_token(layers, row)
+        a_token = operations.per_token(layers)
         print(
             f"{name}, estimated: {fixed / 2**30:.1f} GiB of weights and AdamW, {memory.constant / 2**30:.1f} GiB, and "
-            f"a token {memory.per_token(layers, row) / 2**20:.2f} MiB and, in rows of {row}, {a_token / 1e9:.1f} GFLOP"
+            f"a token {memory.per_token(layers) / 2**20:.2f} MiB and {a_token / 1e9:.1f} GFLOP"
         )
-        needed = fixed + transient + memory(layers, tokens, row)
+        needed = fixed + transient + memory(layers, tokens)
         print(
-            f"  memory with {tokens} tokens in such rows: {needed / 2**30:.0f} GiB a GPU, {transient / 2**30:.1f} of "
-            "them of attention and scores"
+            f"  memory with {tokens} tokens in rows of {row}: {needed / 2**30:.0f} GiB a GPU, "
+            f"{transient / 2**30:.1f} of them of attention and scores"
         )
         total = (
             stage["max_steps"] * tokens * stage.get("gradient_accumulation_steps", 1) * arguments.gpus
@@ -334,10 +324,10 @@ def main() -> None:
         hours = total * a_token / (arguments.gpus * arguments.peak * arguments.utilisation) / 3600
         print(f"  time for {total / 1e6:.0f} million tokens: {hours:.1f} hours", flush=True)
         if arguments.check:
-            estimated = fixed + memory(layers, arguments.check, ROW_OF_CHECK)
+            estimated = fixed + memory(layers, arguments.check)
             estimated += transient_memory(draft.config, name, default_device(), arguments.check, ROW_OF_CHECK)
             measured, seconds, speed = check_alone(recipe, stage, arguments.check)
-            done = operations.per_token(layers, ROW_OF_CHECK) * arguments.check / seconds
+            done = a_token * arguments.check / seconds
             print(
                 f"{name}, checked with {arguments.check} tokens: {measured / 2**30:.2f} GiB, estimated "
                 f"{estimated / 2**30:.2f} ({estimated / measured - 1:+.0%}); {seconds:.1f} s a step, "
