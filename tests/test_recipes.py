@@ -15,9 +15,11 @@ from accelerate.commands.launch import launch_command_parser
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from transformers_confu import ConFuDraftModel, cli
+from transformers_confu import ConFuConfig, ConFuDraftModel, cli
 from transformers_confu.training import train
+from transformers_confu.training.chunked_loss import BYTES_OF_SCORE, ChunkedLoss
 from transformers_confu.training.turns import next_prompt
+from transformers_confu.training.unroll import BYTES_OF_WEIGHT, unroll
 
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
@@ -155,12 +157,49 @@ def test_memory_and_operations_follow_the_law_of_the_estimate(rotated, tmp_path)
     for stage, steps in zip(estimate.stages_of(recipe), estimate.measure_all(recipe), strict=True):
         step = estimate.measure(stage, models, 1024, 256, str(tmp_path / "run"))
         operations = estimate.Law.of(steps, "operations")(6, 1024)
-        assert 0.8 * step.operations < operations < 1.05 * step.operations, stage[
-            "stage"
-        ]  # the ends of answers weigh less
+        # In the estimate's short rows the ends of answers, where fewer TTT steps count, weigh more.
+        assert 0.8 * step.operations < operations < 1.05 * step.operations, stage["stage"]
         memory = estimate.Law.of(steps, "memory")(6, 1024)
         memory += estimate.transient_memory(models[1].config, stage["stage"], "cpu", 1024, 256)
         assert 0.95 * step.memory < memory < 1.4 * step.memory, stage["stage"]
+
+
+def test_scores_and_weights_take_as_many_bytes_as_the_estimate_says(monkeypatch):
+    estimate = SimpleNamespace(**runpy.run_path(str(RECIPES / "estimate.py")))
+    heads, size, width = 16, 500, 128
+    config = ConFuConfig(
+        **{"vocab_size": size, "hidden_size": width, "intermediate_size": width, "num_attention_heads": heads},
+        **{"head_dim": 8, "num_key_value_heads": 4, "target_num_hidden_layers": 4, "num_soft_prompts": 0},
+    )
+    draft = ConFuDraftModel(config)
+
+    def bytes_of_attention(rows: int, length: int) -> int:
+        position_ids = torch.arange(length).expand(rows, -1)
+        sees = torch.ones(length, length, dtype=torch.bool).tril().expand(rows, -1, -1)
+        inputs = torch.randn(rows, length, width), torch.randn(rows, length, config.taps_size)
+        memory = estimate.LiveMemory(draft)
+        with memory:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                steps = unroll(draft, *inputs, position_ids, sees, position_ids, None, None, num_steps=4)
+                loss = torch.stack(list(steps)).float().square().mean()
+            loss.backward()
+        return memory.most
+
+    def bytes_of_scores(rows_per_chunk: int) -> int:
+        monkeypatch.setattr("transformers_confu.training.chunked_loss.rows_per_chunk", lambda device: rows_per_chunk)
+        hidden_states, teachers = torch.randn(1024, width, requires_grad=True), torch.arange(1024)
+        probabilities, zeros = torch.randn(1024, size).softmax(dim=-1), torch.zeros(1024)
+        memory = estimate.LiveMemory(draft)
+        with memory, torch.autocast("cpu", dtype=torch.bfloat16):
+            ChunkedLoss.apply(
+                hidden_states, draft.lm_head.weight, teachers, probabilities, zeros, zeros, zeros + 1, "kl"
+            )
+        return memory.most
+
+    of_weight = (bytes_of_attention(1, 512) - bytes_of_attention(2, 256)) / (heads * 512 * 256)
+    assert of_weight == pytest.approx(BYTES_OF_WEIGHT, rel=0.05)
+    of_score = (bytes_of_scores(1024) - bytes_of_scores(256)) / (768 * size)
+    assert 0.85 * BYTES_OF_SCORE < of_score < 1.02 * BYTES_OF_SCORE
 
 
 def dry_run(name: str, folder: Path, *options: str, **environment: str) -> list[list[str]]:
