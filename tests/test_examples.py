@@ -124,6 +124,66 @@ def test_mixtures_are_folded_into_the_mean_of_what_they_give(run_example, tmp_pa
             assert torch.equal(parameter, draft.get_parameter(name)), name
 
 
+def test_forms_of_f_share_core_and_contemplation(run_example, tmp_path):
+    rows = [{"prompt": f"question {number}", "answer_ids": [5, 6, 7, 8] * 12} for number in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    output = tmp_path / "forms"
+    options = ("--data", str(tmp_path / "rows.jsonl"), "--output", str(output), "--steps", "2", "--eval_rows", "4")
+    printed = run_example("forms_of_f", *options, "--tokens_per_batch", "200", "--seeds", "3")
+    cells = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    assert len(cells) == 2 + 9 and {row[1] for row in cells[2:]} == {"1"}
+
+    from _targets import load_draft, load_target
+
+    target, _ = load_target(tiny=True)
+    base = load_draft(target, tiny=True)
+    checkpoints = [output / f"form{number}_seed3" / "checkpoint-2" for number in range(9)]
+    drafts = [ConFuDraftModel.from_pretrained(checkpoint) for checkpoint in checkpoints]
+    assert drafts[1].config.future_hidden_state_indices == [4]
+    assert drafts[4].future_channel.future_residual is None
+    for draft in drafts:
+        for name, tensor in draft.state_dict().items():
+            if not name.startswith("future_channel.future"):
+                assert torch.equal(tensor, base.state_dict()[name]), name
+    assert not torch.equal(
+        drafts[0].future_channel.future_projection.weight, base.future_channel.future_projection.weight
+    )
+
+    # What is finished is not repeated, and the gain is the difference from the same draft without f.
+    for name, tau in (("without", 2.0), ("form0_seed3/measured", 2.125), ("form0_seed4/measured", 1.75)):
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / f"{name}.json").write_text(json.dumps({"whole": tau, "first": tau + 1}))
+    printed = run_example("forms_of_f", *options, "--forms", "0", "--seeds", "3", "4")
+    assert "| without f: tau_greedy | | 2.000 | 3.000 |\n| as it is | 2 | +0.125, -0.250 | +0.125, -0.250 |" in printed
+
+
+def test_forms_of_f_read_what_they_say(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = runpy.run_path(str(EXAMPLES / "forms_of_f.py"))
+    from _targets import load_draft, load_target
+
+    # Two answers, of 50 and 3 tokens: rows start at the last token of a prompt and end 2 before an answer's end.
+    labels = torch.full((1, 70), -100)
+    labels[0, 5:55] = 7
+    labels[0, 60:63] = 7
+    first = example["first_rows"](labels)
+    assert first[0].nonzero()[:, 0].tolist() == [*range(4, 4 + 32), 59, 60]
+    kept = torch.tensor(example["without_later_rows"]({"labels": labels[0].tolist()})["labels"])
+    assert (kept != -100).nonzero()[:, 0].tolist() == [*range(5, 38), 60, 61, 62]
+
+    # The embedding of the token that the final state says, in place of what the mixture gives.
+    target, _ = load_target(tiny=True)
+    base = load_draft(target, tiny=True)
+    draft = example["PredictedTokenDraft"](base.config, target)
+    draft.load_state_dict(base.state_dict())
+    futures, taps = torch.randn(1, 3, base.config.future_size), torch.randn(1, 3, base.config.hidden_size)
+    tokens = (futures[..., -32:] @ target.lm_head.weight.T).argmax(dim=-1)
+    monkeypatch.setattr(base.future_channel.future_token, "forward", lambda _: target.get_input_embeddings()(tokens))
+    ours, expected = draft.future(futures, taps), base.future(futures, taps)
+    for name in ("key", "value", "residual"):
+        torch.testing.assert_close(getattr(ours, name), getattr(expected, name))
+
+
 def test_every_example_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py") if not path.stem.startswith("_")}
     here = {
@@ -133,6 +193,7 @@ def test_every_example_is_tested():
         "chat",
         "finetune",
         "foresight",
+        "forms_of_f",
         "what_f_adds",
         "fold_mixtures",
         "benchmark_anchors",
