@@ -245,9 +245,11 @@ class ConFuTrainer(PublishingTrainer):
             anchors = FixedAnchors(args.replication, args.max_lag, args.anchors_per_sequence, args.seed)
         if not numbered:
             raise ValueError("`feature_cache` keeps what the target says about datasets; give a `train_dataset`.")
-        # Ids may be of several integer types.
         features = numbered[0].features
-        whole = concatenate_datasets([rows.select_columns(list(features)).cast(features) for rows in numbered])
+        for index, rows in enumerate(numbered):
+            if rows.features != features:  # ids may be of several integer types
+                numbered[index] = rows.select_columns(list(features)).cast(features)
+        whole = concatenate_datasets(numbered)
         runner = TargetRunner(self.target_model, self.model.config, self.model.future_channel)
         return CachedFeatures(self.model, runner, whole, self.args.feature_cache, anchors)
 
