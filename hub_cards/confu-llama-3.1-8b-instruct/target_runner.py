@@ -450,12 +450,7 @@ def check_target(target: PreTrainedModel, config: ConFuConfig) -> None:
         )
     if config.rotate_soft_prompts and config.num_soft_prompts:
         KeyRotation(target)
-    peft_model = getattr(target.prepare_inputs_for_generation, "__self__", target)
-    if getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False):
-        raise ValueError(
-            f"{name} has an active peft prompt-learning adapter, whose virtual tokens shift every position; LoRA and "
-            "other adapters of weights work."
-        )
+    check_prompt_learning(getattr(target.prepare_inputs_for_generation, "__self__", target))
     adapters = getattr(target, "peft_config", None) or {}
     if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters.values()):
         raise ValueError(
@@ -473,6 +468,15 @@ def check_target(target: PreTrainedModel, config: ConFuConfig) -> None:
                 f"{getattr(target_config, field)}; load the target named in the draft's card, or train a draft for "
                 "this one."
             )
+
+
+def check_prompt_learning(target: torch.nn.Module) -> None:
+    """ValueError for a peft model with virtual tokens of its own."""
+    if getattr(getattr(target, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(target).__name__} has an active peft prompt-learning adapter, whose virtual tokens shift every "
+            "position; LoRA and other adapters of weights work."
+        )
 
 
 def check_cache(cache: Any, config: ConFuConfig) -> None:
