@@ -595,6 +595,16 @@ def test_what_measures_logits_is_refused(target, rows, tmp_path):
         make_trainer(target, tmp_path, eval_dataset=rows, compute_metrics=lambda prediction: {})
 
 
+def test_the_best_of_several_evaluation_sets_is_that_of_one(target, rows, tmp_path):
+    settings = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1, "max_steps": 2}
+    sets = {"train_dataset": rows, "eval_dataset": {"one": rows, "two": rows}, "load_best_model_at_end": True}
+    with pytest.raises(ValueError, match="several evaluation sets: name one of them too, such as 'one_tau_greedy'"):
+        make_trainer(target, tmp_path, **settings, **sets)
+    trainer = make_trainer(target, tmp_path, **settings, **sets, metric_for_best_model="two_tau_greedy")
+    trainer.train()
+    assert trainer.state.best_metric == max(logged(trainer, "eval_two_tau_greedy"))
+
+
 def test_a_draft_comes_with_its_target(target, tmp_path):
     args = ConFuTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match="`model_init` is not supported: a draft is made for its target"):

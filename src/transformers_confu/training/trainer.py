@@ -179,6 +179,11 @@ class ConFuTrainer(PublishingTrainer):
         if train_dataset is not None:
             train_dataset = checked(train_dataset, "train_dataset")
         if isinstance(eval_dataset, dict):
+            if (metric := args.metric_for_best_model) in ("tau_greedy", "tau_probabilistic", "loss"):
+                raise ValueError(
+                    f"`metric_for_best_model` is {metric!r}, and there are several evaluation sets: name one of them "
+                    f"too, such as '{next(iter(eval_dataset), '')}_{metric}'."
+                )
             eval_dataset = {
                 name: checked(dataset, f"eval_dataset[{name!r}]") for name, dataset in eval_dataset.items()
             }
