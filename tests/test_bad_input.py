@@ -482,7 +482,7 @@ def test_prompt_tuning_is_refused(count_forwards):
     target = make_tiny_target()
     draft, forwards = make_tiny_draft(target), count_forwards(target)
     tuned = get_peft_model(target, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3))
-    with pytest.raises(ValueError, match="LlamaForCausalLM has an active peft prompt-learning adapter"):
+    with pytest.raises(ValueError, match="PeftModelForCausalLM has an active peft prompt-learning adapter"):
         tuned.generate(input_ids=PROMPT, assistant_model=draft, max_new_tokens=4)
     assert not forwards
 

@@ -17,7 +17,7 @@ from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuDraftModel
 from transformers_confu.training import ConFuTrainingArguments
 from transformers_confu.training.runs import read_runs
-from transformers_confu.training.train import DraftArguments, main, recipe_of
+from transformers_confu.training.train import NEW_DRAFT, DraftArguments, main, recipe_of
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -128,8 +128,9 @@ def test_coverage_is_that_of_held_out_answers_by_temperature(saved_target, tmp_p
 def runs_of(name: str) -> dict[str, tuple[DraftArguments, ConFuTrainingArguments]]:
     """The runs of a file of `train_smollm2`, by their folders."""
     parser = HfArgumentParser((DraftArguments, ConFuTrainingArguments))
-    names = {option.name for kind in (DraftArguments, ConFuTrainingArguments) for option in dataclasses.fields(kind)}
-    lines = read_runs([str(EXAMPLES / "train_smollm2" / name)], names)
+    kinds = (DraftArguments, ConFuTrainingArguments)
+    types = {option.name: option.type for kind in kinds for option in dataclasses.fields(kind)}
+    lines = read_runs([str(EXAMPLES / "train_smollm2" / name)], types)
     runs = (parser.parse_args_into_dataclasses([*line, "--use_cpu=true"], look_for_args_file=False) for line in lines)
     return {Path(training.output_dir).name: (draft, training) for draft, training in runs}
 
@@ -161,7 +162,9 @@ def test_the_warm_up_without_mixtures_is_that_of_the_stages_but_for_them():
     stages, plain = (runs_of(name)["warm_up"] for name in ("stages.yaml", "warm_up_plain.yaml"))
     assert plain[1].output_dir == "runs/plain/warm_up"
     one, other = recipe_of(*stages), recipe_of(*plain)
-    assert {name for name in one if one[name] != other[name]} == {"num_experts", "draft"}
+    assert {name for name in one if one[name] != other[name]} == {"draft"}
+    new = recipe_of(*runs_of("stages.yaml")["core"])
+    assert {name for name in NEW_DRAFT if new[name] != other[name]} == {"num_experts"}
     assert (other["num_experts"], other["draft"]) == (1, None)
     for name in ("save_steps", "eval_steps", "logging_steps", "report_to"):
         assert getattr(stages[1], name) == getattr(plain[1], name)
