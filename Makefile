@@ -39,7 +39,7 @@ bench: $(STAMP)  ## confu evaluate: speed, accepted length, costs, a report (BEN
 	$(RUN) confu evaluate $(BENCH_ARGS)
 
 cards: $(STAMP)  ## write the generated files of hub_cards/ again
-	$(RUN) python -m transformers_confu.hub_cards
+	$(RUN) python -m transformers_confu.publishing.hub_cards
 
 # torch goes first: asked for by the package alone, pip would take the build with gigabytes of CUDA libraries.
 # An index that cannot be reached is skipped at once and torch then comes from the default one.

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from transformers_confu import ConFuConfig, ConFuDraftModel, loading
-from transformers_confu.demo import default_draft
+from transformers_confu.commands.demo import default_draft
 
 
 CHAT_TEMPLATE = (

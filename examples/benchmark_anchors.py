@@ -18,10 +18,10 @@ from recipes.estimate import LiveMemory
 
 from transformers_confu import ConFuDraftModel
 from transformers_confu.evaluation.machine import synchronise
-from transformers_confu.target_runner import TargetRunner
+from transformers_confu.inference.target import TargetRunner
 from transformers_confu.training.anchors import Anchors, sample_anchors
+from transformers_confu.training.batch import Texts
 from transformers_confu.training.objective import Recipe, compute_live
-from transformers_confu.training.texts import Texts
 
 
 def measure(

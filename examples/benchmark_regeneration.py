@@ -19,10 +19,10 @@ import torch
 from _targets import example_arguments, load_target
 from transformers import PreTrainedModel
 
+from transformers_confu.data import load_rows
+from transformers_confu.data.continuous_batching import Request, answer, end_token_ids
+from transformers_confu.data.dataset import encode_prompt
 from transformers_confu.evaluation.machine import describe_machine, synchronise
-from transformers_confu.training import load_rows
-from transformers_confu.training.continuous_batching import Request, answer, end_token_ids
-from transformers_confu.training.data import encode_prompt
 
 
 Answers = list[list[int]]

@@ -40,8 +40,9 @@ from datasets import Dataset
 from transformers import HfArgumentParser, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from transformers_confu import ConFuDraftModel
+from transformers_confu.data import load_rows, prepare_dataset
 from transformers_confu.evaluation.machine import describe_machine, synchronise
-from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments, load_rows, prepare_dataset
+from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
 from transformers_confu.training.train import DraftArguments, load_target_once, new_draft
 
 

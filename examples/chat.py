@@ -6,7 +6,7 @@ travels on it ("draft state carried"). `confu chat` is the same in the terminal,
 from _targets import example_arguments, load_draft, load_target
 from transformers import TextStreamer
 
-from transformers_confu.chat import Chat
+from transformers_confu.commands.chat import Chat
 
 
 arguments = example_arguments(__doc__).parse_args()

@@ -10,16 +10,14 @@ from pathlib import Path
 from _targets import chat_inputs, example_arguments, load_target
 
 from transformers_confu import ConFuConfig, ConFuDraftModel
-from transformers_confu.training import (
-    ConFuTrainer,
-    ConFuTrainingArguments,
+from transformers_confu.data import (
     build_draft_vocabulary,
     count_assistant_tokens,
     load_jsonl,
     prepare_dataset,
     regenerate,
-    warm_start,
 )
+from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments, warm_start
 
 
 parser = example_arguments(__doc__)

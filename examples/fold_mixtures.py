@@ -16,8 +16,9 @@ import torch
 from _targets import example_arguments, load_target
 
 from transformers_confu import ConFuDraftModel
-from transformers_confu.loading import default_device
-from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments, load_rows, prepare_dataset
+from transformers_confu.common.loading import default_device
+from transformers_confu.data import load_rows, prepare_dataset
+from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
 
 
 MIXTURES = ("contemplate_token", "future_token")

@@ -18,8 +18,9 @@ from _targets import example_arguments, load_draft, load_target
 from transformers import PreTrainedTokenizerBase
 
 from transformers_confu import ConFuDraftModel
-from transformers_confu.loading import default_device
-from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments, load_rows, prepare_dataset
+from transformers_confu.common.loading import default_device
+from transformers_confu.data import load_rows, prepare_dataset
+from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
 
 
 def conversations(

@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from transformers_confu import ConFuConfig, ConFuDraftModel
-from transformers_confu.loading import default_dtype
-from transformers_confu.modeling_confu import FutureToken
-from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments, load_rows, prepare_dataset
+from transformers_confu.common.loading import default_dtype
+from transformers_confu.data import load_rows, prepare_dataset
+from transformers_confu.inference.modeling_confu import FutureToken
+from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
 from transformers_confu.training.anchors import IGNORE_INDEX, Anchors, draft_rows
 from transformers_confu.training.arguments import parameter_group
 

@@ -8,7 +8,7 @@ Build a set of prompts from public sources for a target to answer, without the q
 `prompts.md` beside it says where each prompt came from, under which licence, and whom to credit.
 """
 
-from transformers_confu.training.prompts import main
+from transformers_confu.data.prompts import main
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from itertools import chain
 from datasets import concatenate_datasets
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
-from transformers_confu.demo_target import demo_target_path
-from transformers_confu.training import build_draft_vocabulary, count_assistant_tokens, load_rows, prepare_dataset
+from transformers_confu.common.demo_target import demo_target_path
+from transformers_confu.data import build_draft_vocabulary, count_assistant_tokens, load_rows, prepare_dataset
 
 
 @dataclass

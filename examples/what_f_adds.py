@@ -17,13 +17,13 @@ import torch
 from _targets import example_arguments, load_draft, load_target
 
 from transformers_confu import ConFuDraftModel
-from transformers_confu.target_runner import TargetRunner
-from transformers_confu.training import load_rows, prepare_dataset
+from transformers_confu.data import load_rows, prepare_dataset
+from transformers_confu.inference.target import TargetRunner
 from transformers_confu.training.anchors import sample_anchors
+from transformers_confu.training.batch import Texts
 from transformers_confu.training.batching import ConFuDataCollator
 from transformers_confu.training.objective import contemplate_rows
-from transformers_confu.training.teaching import read_texts, teach
-from transformers_confu.training.texts import Texts
+from transformers_confu.training.teacher import read_texts, teach
 from transformers_confu.training.unroll import unroll
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from helpers import make_tiny_target
-from transformers_confu.demo_target import load_demo_target
+from transformers_confu.common.demo_target import load_demo_target
 
 
 # Most models here are tiny, and to them a second thread costs more than it gives, many times more on a busy machine.

@@ -24,9 +24,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from transformers_confu import ConFuCandidateGenerator, ConFuDraftModel, confu_generation_config
-from transformers_confu.draft_tree import DraftTree
-from transformers_confu.generation_confu import ConFuStatistics
-from transformers_confu.target_runner import TargetRunner
+from transformers_confu.inference.call_statistics import ConFuStatistics
+from transformers_confu.inference.draft_tree import DraftTree
+from transformers_confu.inference.target import TargetRunner
 
 
 TIE = 1e-4

@@ -45,10 +45,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.initialization import no_init_weights
 
 from transformers_confu import ConFuConfig, ConFuDraftModel
-from transformers_confu.demo_target import demo_target_path
+from transformers_confu.common.demo_target import demo_target_path
+from transformers_confu.common.loading import default_device
 from transformers_confu.evaluation.machine import PeakMemory, describe_machine, synchronise
-from transformers_confu.hub_cards import UNTRAINED
-from transformers_confu.loading import default_device
+from transformers_confu.publishing.hub_cards import UNTRAINED
 from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
 from transformers_confu.training.arguments import parameter_group
 from transformers_confu.training.chunked_loss import BYTES_OF_SCORE, rows_per_chunk

@@ -61,7 +61,7 @@ fi
 # accelerate for one GPU would have the last word.
 several=()
 if [ "$gpus" -gt 1 ]; then several=(--multi_gpu); fi
-run accelerate launch ${several[@]+"${several[@]}"} --num_processes "$gpus" --num_machines 1 --mixed_precision no --dynamo_backend no --module transformers_confu.training.train \
+run accelerate launch ${several[@]+"${several[@]}"} --num_processes "$gpus" --num_machines 1 --mixed_precision no --dynamo_backend no --module transformers_confu.cli train \
   "$yaml" --data "$work/answers.jsonl" --output_dir "$work/runs"
 
 run confu evaluate --target "$target" --drafts "confu=$work/runs/joint" --eagle3_drafts "core=${CORE:-$work/runs/core}" \

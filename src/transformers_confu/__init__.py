@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .candidate_generator_confu import ConFuCandidateGenerator as ConFuCandidateGenerator
-    from .configuration_confu import ConFuConfig as ConFuConfig
-    from .generation_confu import ConFuGenerate as ConFuGenerate
-    from .generation_confu import ConFuStatistics as ConFuStatistics
-    from .generation_confu import confu_generation_config as confu_generation_config
-    from .modeling_confu import ConFuDraftModel as ConFuDraftModel
+    from .inference.call_statistics import ConFuStatistics as ConFuStatistics
+    from .inference.candidate_generator_confu import ConFuCandidateGenerator as ConFuCandidateGenerator
+    from .inference.configuration_confu import ConFuConfig as ConFuConfig
+    from .inference.generation_confu import ConFuGenerate as ConFuGenerate
+    from .inference.knobs import confu_generation_config as confu_generation_config
+    from .inference.modeling_confu import ConFuDraftModel as ConFuDraftModel
 
 
 __version__ = "0.1.0"
 
 # Public name -> its module, loaded when the name is first asked for: `confu --help` need not wait for torch.
 _MODULES = {
-    "ConFuCandidateGenerator": "candidate_generator_confu",
-    "ConFuConfig": "configuration_confu",
-    "ConFuDraftModel": "modeling_confu",
-    "ConFuGenerate": "generation_confu",
-    "ConFuStatistics": "generation_confu",
-    "confu_generation_config": "generation_confu",
+    "ConFuCandidateGenerator": "inference.candidate_generator_confu",
+    "ConFuConfig": "inference.configuration_confu",
+    "ConFuDraftModel": "inference.modeling_confu",
+    "ConFuGenerate": "inference.generation_confu",
+    "ConFuStatistics": "inference.call_statistics",
+    "confu_generation_config": "inference.knobs",
 }
 
 __all__ = list(_MODULES)

@@ -24,27 +24,27 @@ class Command:
 # A command of two words is a part of a group: `confu data` lists its parts.
 COMMANDS = {
     "demo": Command(
-        "demo",
+        "commands.demo",
         "Plain generate and ConFu side by side on a small real model: same text, other speed.",
         "confu demo",
     ),
     "chat": Command(
-        "chat",
+        "commands.chat",
         "Chat in the terminal with a target and its draft, and watch tau.",
         "confu chat --target demo",
     ),
     "data prompts": Command(
-        "training.prompts",
+        "data.prompts",
         "Build a set of prompts from public sources, without the questions of evaluation sets.",
         "confu data prompts --sources open --output prompts.jsonl",
     ),
     "data regenerate": Command(
-        "training.regeneration",
+        "data.regeneration",
         "Let the target answer prompts: a draft learns from its target's own answers.",
         "confu data regenerate --target demo --prompts prompts.jsonl --output answers.jsonl",
     ),
     "data serve-regenerate": Command(
-        "training.served_regeneration",
+        "data.served_regeneration",
         "The same through a server of vLLM or SGLang, at scale, and turn by turn.",
         "confu data serve-regenerate --server http://localhost:8000/v1 --tokenizer Qwen/Qwen3-4B "
         "--prompts prompts.jsonl --output answers.jsonl",
@@ -70,12 +70,12 @@ COMMANDS = {
         "confu convert in org/eagle3-draft --target org/target --output runs/draft",
     ),
     "check": Command(
-        "fit",
+        "publishing.compatibility",
         "Say whether a draft fits a target, and what to do if not; no weights of the target are read.",
         "confu check org/target runs/draft",
     ),
     "publish": Command(
-        "hub",
+        "publishing.publish",
         "Check a draft, write its model card and push it to the Hub; --dry-run only writes the folder.",
         "confu publish runs/draft org/target org/confu-draft --dry-run out",
     ),

@@ -11,7 +11,6 @@ from questions_and_words import QUESTIONS, tiny_tokenizer
 
 from helpers import make_tiny_target
 from transformers_confu import ConFuCandidateGenerator, ConFuDraftModel
-from transformers_confu.draft_tree import DraftTree
 from transformers_confu.evaluation import runner
 from transformers_confu.evaluation.aggregation import Comparison
 from transformers_confu.evaluation.arguments import EvaluationArguments
@@ -19,6 +18,7 @@ from transformers_confu.evaluation.arms import Setting
 from transformers_confu.evaluation.records import Answer, RecordFile
 from transformers_confu.evaluation.report import about
 from transformers_confu.evaluation.runner import measure
+from transformers_confu.inference.draft_tree import DraftTree
 
 
 def rows_of(options, kind="answer"):

@@ -7,7 +7,7 @@ from transformers.utils import logging
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import confu_generation_config
 from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
-from transformers_confu.training.decoding import DecodingEvaluation
+from transformers_confu.training.decoding_callback import DecodingEvaluation
 
 
 PROMPTS = [[3, 14, 15], [92, 65], [35, 89, 79, 32]]

@@ -7,7 +7,9 @@ import torch
 from datasets import Dataset
 
 from helpers import make_tiny_draft, make_tiny_target
-from transformers_confu.target_runner import TargetRunner
+from transformers_confu.data.fingerprints import fingerprint_of_module, fingerprint_of_target
+from transformers_confu.inference.target import TargetRunner
+from transformers_confu.training.batch import Texts
 from transformers_confu.training.batching import ConFuDataCollator
 from transformers_confu.training.features import (
     CachedFeatures,
@@ -16,9 +18,7 @@ from transformers_confu.training.features import (
     RowStore,
     draft_head,
 )
-from transformers_confu.training.fingerprints import fingerprint_of_module, fingerprint_of_target
 from transformers_confu.training.objective import Objective, Recipe, compute_live
-from transformers_confu.training.texts import Texts
 
 
 RECIPE = Recipe(num_steps=3, decay=0.8)

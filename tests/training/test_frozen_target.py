@@ -5,11 +5,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from helpers import make_tiny_draft, make_tiny_target
-from transformers_confu.target_runner import TargetRunner
+from transformers_confu.inference.target import TargetRunner
 from transformers_confu.training.anchors import sample_anchors
+from transformers_confu.training.batch import Texts
 from transformers_confu.training.objective import Recipe, compute_live
 from transformers_confu.training.targets import freeze, shard
-from transformers_confu.training.texts import Texts
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from transformers import DynamicCache
 
 from helpers import make_tiny_target, rotate
 from transformers_confu import ConFuConfig, ConFuDraftModel
-from transformers_confu.target_runner import TargetRunner
+from transformers_confu.inference.target import TargetRunner
+from transformers_confu.training.batch import Texts
 from transformers_confu.training.initialisation import warm_start
 from transformers_confu.training.objective import Recipe, compute_live
-from transformers_confu.training.texts import Texts
 
 
 TOKENS = torch.tensor([90, 3, 41, 7, 66, 15, 23, 58, 80, 11])

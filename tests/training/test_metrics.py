@@ -5,8 +5,8 @@ import torch
 from transformers.utils import logging
 
 from transformers_confu import ConFuConfig
-from transformers_confu.training.metrics import Counts, warn_of_collapse
 from transformers_confu.training.objective import Objective
+from transformers_confu.training.running_metrics import Counts, warn_of_collapse
 
 
 @pytest.fixture

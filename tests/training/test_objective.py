@@ -14,12 +14,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from helpers import make_tiny_draft, make_tiny_target, rotate
 from transformers_confu import ConFuDraftModel
-from transformers_confu.draft_tree import DraftTree
-from transformers_confu.target_runner import TargetRunner
+from transformers_confu.inference.draft_tree import DraftTree
+from transformers_confu.inference.target import TargetRunner
 from transformers_confu.training.anchors import Anchors, draft_rows, place_anchors, sample_anchors
+from transformers_confu.training.batch import Texts
 from transformers_confu.training.batching import ConFuDataCollator, pack_rows
 from transformers_confu.training.objective import Objective, Recipe, compute_live
-from transformers_confu.training.texts import Texts
 
 
 STEPS, DECAY = 4, 0.7

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import torch
-from commands import weights_of, write_run
 
+from commands import weights_of, write_run
 from transformers_confu.training.train import main
 
 
@@ -41,7 +41,7 @@ def test_two_processes_are_one(saved_target, tmp_path):
     run = write_run(tmp_path, saved_target, output_dir=str(tmp_path / "two"), stages=stages, **SETTINGS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
-        [*launcher, "-m", "transformers_confu.training.train", run],
+        [*launcher, "-m", "transformers_confu.cli", "train", run],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from commands import weights_of, write_run
 from transformers import TrainerCallback
 
+from commands import weights_of, write_run
 from helpers import make_tiny_target
 from transformers_confu import ConFuDraftModel
-from transformers_confu.generation_confu import ConFuKnobs
+from transformers_confu.common.option_files import read_option_file
+from transformers_confu.inference.knobs import ConFuKnobs
 from transformers_confu.training import ConFuTrainer
-from transformers_confu.training.runs import read_runs
 from transformers_confu.training.train import load_target_once, main
 
 
@@ -316,12 +316,12 @@ TYPES = {
 
 def read(folder: Path, text: str, *options: str) -> list[list[str]]:
     (folder / "run.yaml").write_text(text)
-    return read_runs([str(folder / "run.yaml"), *options], TYPES)
+    return read_option_file([str(folder / "run.yaml"), *options], TYPES)
 
 
 def test_options_alone_are_one_run():
-    assert read_runs(["--max_steps", "3"], TYPES) == [["--max_steps", "3"]]
-    assert read_runs([], TYPES) == [[]]
+    assert read_option_file(["--max_steps", "3"], TYPES) == [["--max_steps", "3"]]
+    assert read_option_file([], TYPES) == [[]]
 
 
 def test_a_file_becomes_options(tmp_path):

@@ -7,16 +7,16 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from commands import write_run
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import _http
 from safetensors.torch import load
 from transformers import AutoModel
 
+from commands import write_run
 from helpers import make_tiny_draft, make_tiny_target
 from hub_stand_in import HubServer
-from transformers_confu.model_card import CardFacts
+from transformers_confu.publishing.model_card import CardFacts
 from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
 from transformers_confu.training.train import main
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import write_run
 from transformers import HfArgumentParser
 
+from commands import write_run
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuDraftModel
+from transformers_confu.common.option_files import read_option_file
 from transformers_confu.training import ConFuTrainingArguments
-from transformers_confu.training.runs import read_runs
 from transformers_confu.training.train import NEW_DRAFT, DraftArguments, main, recipe_of
 
 
@@ -130,7 +130,7 @@ def runs_of(name: str) -> dict[str, tuple[DraftArguments, ConFuTrainingArguments
     parser = HfArgumentParser((DraftArguments, ConFuTrainingArguments))
     kinds = (DraftArguments, ConFuTrainingArguments)
     types = {option.name: option.type for kind in kinds for option in dataclasses.fields(kind)}
-    lines = read_runs([str(EXAMPLES / "train_smollm2" / name)], types)
+    lines = read_option_file([str(EXAMPLES / "train_smollm2" / name)], types)
     runs = (parser.parse_args_into_dataclasses([*line, "--use_cpu=true"], look_for_args_file=False) for line in lines)
     return {Path(training.output_dir).name: (draft, training) for draft, training in runs}
 

@@ -6,10 +6,10 @@ from torch import nn
 from transformers import DynamicCache
 
 from helpers import make_tiny_draft, make_tiny_target
-from transformers_confu.target_runner import TargetRunner
+from transformers_confu.inference.target import TargetRunner
 from transformers_confu.training import warm_up
 from transformers_confu.training.anchors import sample_anchors
-from transformers_confu.training.texts import Texts
+from transformers_confu.training.batch import Texts
 from transformers_confu.training.warm_up import compute_foresight
 
 

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -19,6 +18,8 @@ from transformers.utils import (
     WEIGHTS_NAME,
     cached_file,
 )
+
+from ..common.sentences import some
 
 
 # Names that decoder-only models of Transformers give their table of input embeddings.
@@ -118,15 +119,6 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
     return content
 
 
-def load_target_config(target: str | Path | PreTrainedConfig | PreTrainedModel) -> PreTrainedConfig:
-    """Configuration of a target that is given as such, as a model, as a folder or as a Hub id."""
-    if isinstance(target, PreTrainedConfig):
-        return target
-    if isinstance(target, PreTrainedModel):
-        return target.config
-    return AutoConfig.from_pretrained(target)
-
-
 def read_target_embeddings(
     target: str | Path | PreTrainedConfig | PreTrainedModel, vocab_size: int, hidden_size: int
 ) -> torch.Tensor | None:
@@ -162,9 +154,3 @@ def _cached_file(target: str | Path, name: str) -> str | None:
         return cached_file(target, name)
     except OSError:  # there is none, or the Hub cannot be reached
         return None
-
-
-def some(names: Iterable[str], most: int = 6) -> str:
-    """Names in a sentence: the first few, and how many more."""
-    names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

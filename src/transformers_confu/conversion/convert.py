@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..loading import dtype_named, load_draft
+from ..common.loading import dtype_named, load_draft
 from .checkpoints import require_new
 from .from_eagle3 import convert_eagle3
 from .to_eagle3 import export_eagle3

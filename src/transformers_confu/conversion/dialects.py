@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ..configuration_confu import default_taps
+from ..inference.configuration_confu import default_taps
 
 
 logger = logging.getLogger(__name__)

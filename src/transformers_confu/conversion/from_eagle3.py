@@ -8,11 +8,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..configuration_confu import ConFuConfig
-from ..modeling_confu import ConFuDraftModel
-from .checkpoints import fetch, load_target_config, read_json, read_target_embeddings, read_weights, some
+from ..common.loading import load_target_config
+from ..common.sentences import some
+from ..common.vocabulary_map import check_vocabulary_map, marks_of
+from ..inference.configuration_confu import ConFuConfig
+from ..inference.modeling_confu import ConFuDraftModel
+from .checkpoints import fetch, read_json, read_target_embeddings, read_weights
 from .dialects import dialect_of, read_settings
-from .vocabulary_map import check_vocabulary_map, marks_of
 
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from ..configuration_confu import SPECIAL_TOKENS, ConFuConfig
-from ..generation_confu import ConFuKnobs
-from ..modeling_confu import ConFuDraftModel
-from .checkpoints import load_target_config, read_target_embeddings, require_new
+from ..common.loading import load_target_config
+from ..inference.configuration_confu import SPECIAL_TOKENS, ConFuConfig
+from ..inference.knobs import ConFuKnobs
+from ..inference.modeling_confu import ConFuDraftModel
+from .checkpoints import read_target_embeddings, require_new
 from .dialects import LAYER_IDS
 
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field, fields
 
-from ..loading import default_device, default_dtype
-from ..training.data import json_option
+from ..common.loading import default_device, default_dtype
+from ..data.dataset import json_option
 
 
 BASELINES = ("plain", "prompt_lookup")

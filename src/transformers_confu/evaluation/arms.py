@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..generation_confu import ConFuKnobs, confu_generation_config
+from ..inference.knobs import ConFuKnobs, confu_generation_config
 from .arguments import EvaluationArguments
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from ..training.runs import read_runs
+from ..common.option_files import read_option_file
 from .aggregation import Comparison, settings_of
 from .arguments import EvaluationArguments
 from .plots import matplotlib_pyplot
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     command = f"confu evaluate {shlex.join(argv)}"
     parser = HfArgumentParser(EvaluationArguments, allow_abbrev=False)
-    (options,) = read_runs(argv, {option.name: option.type for option in fields(EvaluationArguments)})
+    (options,) = read_option_file(argv, {option.name: option.type for option in fields(EvaluationArguments)})
     (arguments,) = parser.parse_args_into_dataclasses(options, look_for_args_file=False)
     if options is not argv:
         command += f"\n\n# {argv[0]}\n{Path(argv[0]).read_text(encoding='utf-8').rstrip()}"

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ..draft_tree import DraftTree
-from ..generation_confu import confu_generation_config
-from ..modeling_confu import ConFuDraftModel, ConFuFutureChannel
-from ..target_runner import TargetRunner, crop
+from ..inference.draft_tree import DraftTree
+from ..inference.knobs import confu_generation_config
+from ..inference.modeling_confu import ConFuDraftModel, ConFuFutureChannel
+from ..inference.target import TargetRunner, crop
 from .arms import Arm
 from .machine import synchronise
 
@@ -116,7 +116,7 @@ def arm_cost(target: PreTrainedModel, draft: ConFuDraftModel, arm: Arm, context:
     bench = Bench(target, draft, context)
     config = copy.deepcopy(draft.config)
     config.num_soft_prompts = 0
-    slotless = TargetRunner(target, config, WithoutSlots(draft.future_channel))  # type: ignore[arg-type]
+    slotless = TargetRunner(target, config, WithoutSlots(draft.future_channel))
     tree = bench.tree(arm.tree_size)
     nodes = tree.contemplated_nodes(arm.contemplation)
     forward = medians(

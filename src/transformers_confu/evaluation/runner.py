@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from ..demo_target import demo_target_path
-from ..loading import load_draft, load_target
-from ..modeling_confu import ConFuDraftModel
-from ..training.data import encode_prompt
+from ..common.demo_target import demo_target_path
+from ..common.loading import load_draft, load_target
+from ..data.dataset import encode_prompt
+from ..inference.modeling_confu import ConFuDraftModel
 from .arguments import EvaluationArguments
 from .arms import Arm, Draft, Setting, comparisons, drafts_of, generate_kwargs
 from .costs import arm_cost, forward_curve

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 
-from ..loading import default_dtype
+from ..common.loading import default_dtype
 from .losses import LOSSES
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from .data import IGNORE_INDEX
+from ..data.dataset import IGNORE_INDEX
 
 
 # Lengths (in tokens) are rounded up to this step for grouping, so that rows of nearly equal length change places

@@ -5,8 +5,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .continuous_batching import end_token_ids
-from .data import IGNORE_INDEX
+from ..data.continuous_batching import end_token_ids
+from ..data.dataset import IGNORE_INDEX
 
 
 logger = logging.get_logger(__name__)

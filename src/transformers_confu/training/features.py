@@ -21,13 +21,13 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from ..modeling_confu import ConFuDraftModel
-from ..target_runner import TargetRunner
+from ..data.fingerprints import fingerprint_of_dataset, fingerprint_of_module, fingerprint_of_target
+from ..inference.modeling_confu import ConFuDraftModel
+from ..inference.target import TargetRunner
 from .anchors import Anchors, draft_rows, place_anchors, sample_anchors
-from .fingerprints import fingerprint_of_dataset, fingerprint_of_module, fingerprint_of_target
+from .batch import Texts
 from .objective import Objective, Recipe, compute_objective, contemplate
-from .teaching import read_texts, summarize, teach_within
-from .texts import Texts
+from .teacher import read_texts, summarize, teach_within
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ..configuration_confu import ConFuConfig
-from ..modeling_confu import ConFuDraftModel
+from ..inference.configuration_confu import ConFuConfig
+from ..inference.modeling_confu import ConFuDraftModel
 
 
 logger = logging.getLogger(__name__)

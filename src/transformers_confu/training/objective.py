@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from ..modeling_confu import ConFuDraftModel, ConFuExpertMixture
-from ..target_runner import TargetRunner
+from ..inference.modeling_confu import ConFuDraftModel, ConFuExpertMixture
+from ..inference.target import TargetRunner
 from .anchors import Anchors
+from .batch import Texts
 from .chunked_loss import ChunkedLoss
-from .teaching import Teaching, read_texts, teach
-from .texts import Texts
+from .teacher import Teaching, read_texts, teach
 from .unroll import unroll
 
 

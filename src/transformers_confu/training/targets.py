@@ -7,9 +7,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..demo_target import demo_target_path
-from ..loading import load_target
-from ..target_runner import check_prompt_learning
+from ..common.demo_target import demo_target_path
+from ..common.loading import load_target
+from ..inference.checks import check_prompt_learning
 
 
 def load_frozen_target(

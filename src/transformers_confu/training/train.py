@@ -3,7 +3,7 @@
 A YAML file describes one run or several stages, see [`~runs.read_runs`]. A run whose `output_dir` holds a finished run
 of the same options is skipped, an interrupted one continues from its last checkpoint.
 
-In several processes: `torchrun --nproc_per_node=2 -m transformers_confu.training.train run.yaml`. Tested with two
+In several processes: `torchrun --nproc_per_node=2 -m transformers_confu.cli train run.yaml`. Tested with two
 processes on the CPU (gloo), with `shard_target` and with `feature_cache`; on several GPUs it has not run yet, on
 one it has.
 """
@@ -22,20 +22,21 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ..configuration_confu import ConFuConfig
-from ..demo_target import HUB_ID, demo_target_path
-from ..loading import load_draft
-from ..modeling_confu import ConFuDraftModel
+from ..common.demo_target import HUB_ID, demo_target_path
+from ..common.loading import load_draft
+from ..common.option_files import read_option_file
+from ..data.continuous_batching import end_token_ids
+from ..data.dataset import IGNORE_INDEX, DatasetReport, json_option, load_rows, prepare_dataset
+from ..data.fingerprints import fingerprint_of_dataset
+from ..data.vocabulary import build_draft_vocabulary, count_assistant_tokens
+from ..inference.configuration_confu import ConFuConfig
+from ..inference.modeling_confu import ConFuDraftModel
 from .arguments import ConFuTrainingArguments
-from .continuous_batching import end_token_ids
-from .data import IGNORE_INDEX, DatasetReport, json_option, load_rows, prepare_dataset
-from .decoding import DecodingEvaluation
-from .fingerprints import fingerprint_of_dataset
+from .decoding_callback import DecodingEvaluation
 from .initialisation import is_channel_untrained, start_future_channel, warm_start
-from .runs import RunFolder, read_runs
+from .run_folder import RunFolder
 from .targets import load_frozen_target
 from .trainer import ConFuTrainer
-from .vocabulary import build_draft_vocabulary, count_assistant_tokens
 
 
 @dataclass
@@ -114,7 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     # All are parsed, and their folders looked into, first: a mistake in the last stage shows before the first has run.
     runs = [
-        parser.parse_args_into_dataclasses(options, look_for_args_file=False) for options in read_runs(argv, types)
+        parser.parse_args_into_dataclasses(options, look_for_args_file=False)
+        for options in read_option_file(argv, types)
     ]
     for _, training in runs:
         if training.save_only_model:
@@ -342,9 +344,3 @@ def decoding_evaluation(trainer: ConFuTrainer, arguments: DraftArguments) -> Dec
 
 def _prompt_length(labels: list[int]) -> int:
     return max(1, next(index for index, label in enumerate(labels) if label != IGNORE_INDEX))
-
-
-if __name__ == "__main__":
-    from ..cli import main as confu
-
-    sys.exit(confu(["train", *sys.argv[1:]]))

@@ -14,21 +14,22 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..configuration_confu import SPECIAL_TOKENS
-from ..modeling_confu import ConFuDraftModel
-from ..target_runner import TargetRunner, check_target
+from ..data.dataset import sequence_lengths
+from ..inference.checks import check_target
+from ..inference.configuration_confu import SPECIAL_TOKENS
+from ..inference.modeling_confu import ConFuDraftModel
+from ..inference.target import TargetRunner
 from .anchors import Anchors, draft_rows, sample_anchors
 from .arguments import NOT_SHARDED_BY, PARAMETER_GROUPS, ConFuTrainingArguments, parameter_group
+from .batch import Texts
 from .batching import ConFuDataCollator, LengthGroupedTokenBatchSampler, PackedTokenBatchSampler, TokenBatchSampler
 from .checks import check_dataset, check_tokenizer
-from .data import sequence_lengths
 from .features import CachedFeatures, FixedAnchors
+from .hub_uploads import PublishingTrainer
 from .initialisation import is_channel_untrained
-from .metrics import Counts, warn_of_collapse
 from .objective import Objective, Recipe, compute_live
-from .publishing import PublishingTrainer
+from .running_metrics import Counts, warn_of_collapse
 from .targets import freeze, load_frozen_target, shard
-from .texts import Texts
 from .warm_up import compute_foresight
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import repeat_kv
 
-from ..modeling_confu import ConFuAttention, ConFuDraftModel, rotate
+from ..inference.modeling_confu import ConFuAttention, ConFuDraftModel, rotate
 
 
 # Of a weight of the draft's attention, of one row to one token in one head, at most at once: scores and weights in

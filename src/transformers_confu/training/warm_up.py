@@ -8,12 +8,12 @@ has no use for it yet, stays where it began.
 import torch
 from torch import nn
 
-from ..modeling_confu import ConFuDraftModel
-from ..target_runner import TargetRunner
+from ..inference.modeling_confu import ConFuDraftModel
+from ..inference.target import TargetRunner
 from .anchors import Anchors
+from .batch import Texts
 from .objective import Objective, contemplate_rows, expert_load, nothing_taught
-from .teaching import read_texts
-from .texts import Texts
+from .teacher import read_texts
 
 
 POSITIONS = (256, 1024, 4096)

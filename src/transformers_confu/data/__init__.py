@@ -1,0 +1,32 @@
+"""Data for training: prompts, the target's answers, datasets, vocabularies. Names are imported on first use."""
+
+from importlib import import_module
+from typing import Any
+
+
+_MODULE_OF_NAME = {
+    "DatasetReport": "dataset",
+    "load_jsonl": "dataset",
+    "load_rows": "dataset",
+    "prepare_dataset": "dataset",
+    "sequence_lengths": "dataset",
+    "EvaluationOverlap": "prompts",
+    "PromptSource": "prompts",
+    "build_prompts": "prompts",
+    "find_sources": "prompts",
+    "RegenerationReport": "regeneration",
+    "regenerate": "regeneration",
+    "ServedRegenerationReport": "served_regeneration",
+    "regenerate_served": "served_regeneration",
+    "next_prompt": "conversations",
+    "regenerate_turns": "regeneration",
+    "DraftVocabulary": "vocabulary",
+    "build_draft_vocabulary": "vocabulary",
+    "count_assistant_tokens": "vocabulary",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF_NAME[name]}", __name__), name)

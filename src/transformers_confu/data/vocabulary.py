@@ -1,0 +1,117 @@
+"""The draft vocabulary: the target tokens a draft can propose, chosen by how often the target's answers hold them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+
+from .dataset import IGNORE_INDEX
+
+
+_ROWS_PER_COUNT = 1000
+
+
+@dataclass(frozen=True)
+class DraftVocabulary:
+    """A subset of Vd of the target's V tokens, in EAGLE-3's format.
+
+    Attributes:
+        token_ids: LongTensor [Vd], target ids in ascending order; entry i is the target id of draft id i.
+        d2t: LongTensor [Vd] of *offsets*: the target id of draft id i is `i + d2t[i]`.
+        t2d: BoolTensor [V], True where the target token has a draft id.
+        coverage: share (0..1) of the counted tokens that the vocabulary holds.
+    """
+
+    token_ids: torch.LongTensor
+    d2t: torch.LongTensor
+    t2d: torch.BoolTensor
+    coverage: float
+
+
+def count_assistant_tokens(dataset: Iterable[Mapping[str, Any]], vocab_size: int) -> torch.LongTensor:
+    """How often each target token occurs among the labels of a dataset; labels of -100 are not counted.
+
+    Args:
+        dataset: rows with `labels`, as `prepare_dataset` makes them.
+        vocab_size: V, the target's vocabulary size.
+
+    Returns:
+        LongTensor [V].
+
+    Raises:
+        ValueError: a label is neither -100 nor an id of the target.
+    """
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for labels in _label_chunks(dataset):
+        labels = labels[labels != IGNORE_INDEX]
+        if labels.size and not 0 <= labels.min() <= labels.max() < vocab_size:
+            raise ValueError(
+                f"The labels span {labels.min()} to {labels.max()}, expected {IGNORE_INDEX} or ids from 0 to "
+                f"{vocab_size - 1}: prepare the data with the target's tokenizer."
+            )
+        counts += np.bincount(labels, minlength=vocab_size)
+    return torch.from_numpy(counts)
+
+
+def _label_chunks(dataset: Iterable[Mapping[str, Any]]) -> Iterator[np.ndarray]:
+    if isinstance(dataset, Dataset):  # without a Python list for every row
+        columns = dataset.select_columns("labels").with_format("arrow")
+        for chunk in columns.iter(batch_size=_ROWS_PER_COUNT):
+            yield pc.list_flatten(chunk["labels"]).to_numpy()
+        return
+    rows = iter(dataset)
+    while some := list(islice(rows, _ROWS_PER_COUNT)):
+        yield np.concatenate([np.asarray(row["labels"], dtype=np.int64) for row in some])
+
+
+def build_draft_vocabulary(
+    counts: torch.LongTensor, draft_vocab_size: int, always_include: Iterable[int] = ()
+) -> DraftVocabulary:
+    """The `draft_vocab_size` most frequent tokens; of equally frequent ones those with the lower id.
+
+    Args:
+        counts: LongTensor [V], occurrences of each target token.
+        draft_vocab_size: Vd, from 1 to V.
+        always_include: target ids to include whatever their count. Pass every id that ends an answer: a draft that
+            cannot propose them loses the last round of each answer.
+
+    Raises:
+        ValueError: a size, count or id is out of range, or nothing was counted.
+    """
+    if counts.ndim != 1 or counts.dtype != torch.long:
+        raise ValueError(f"counts is {counts.dtype} of shape {tuple(counts.shape)}, expected int64 of shape [V].")
+    vocab_size = counts.numel()
+    if not 1 <= draft_vocab_size <= vocab_size:
+        raise ValueError(
+            f"draft_vocab_size is {draft_vocab_size}, expected 1 to {vocab_size}, the target's vocabulary size."
+        )
+    total = int(counts.sum())
+    if int(counts.min()) < 0 or total == 0:
+        raise ValueError(
+            "counts holds a negative number or no token at all, expected occurrences of assistant tokens."
+        )
+    forced = sorted(set(always_include))
+    if forced and not 0 <= forced[0] <= forced[-1] < vocab_size:
+        raise ValueError(f"always_include spans {forced[0]} to {forced[-1]}, expected ids from 0 to {vocab_size - 1}.")
+    if len(forced) > draft_vocab_size:
+        raise ValueError(
+            f"always_include holds {len(forced)} ids, expected at most draft_vocab_size = {draft_vocab_size}."
+        )
+
+    rank = counts.clone()
+    rank[forced] = counts.max() + 1
+    # Stable: of equal counts the lower id stays first, on every device and version.
+    token_ids = torch.sort(rank, descending=True, stable=True).indices[:draft_vocab_size].sort().values
+    t2d = torch.zeros(vocab_size, dtype=torch.bool)
+    t2d[token_ids] = True
+    return DraftVocabulary(
+        token_ids=token_ids,
+        d2t=token_ids - torch.arange(draft_vocab_size),
+        t2d=t2d,
+        coverage=int(counts[token_ids].sum()) / total,
+    )

@@ -1,0 +1,245 @@
+"""The proposing side of decoding: keeps the draft's state for one text and grows trees from it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.generation import CandidateGenerator
+from transformers.utils import ModelOutput
+
+from .draft_tree import DraftTree, TreeGrower
+from .target import additive_mask, input_device
+
+
+@dataclass
+class TrueRows:
+    r"""
+    Draft rows made from the target's own hidden states: row i pairs the feature at i with the token at i + 1.
+
+    Args:
+        inputs_embeds (`torch.FloatTensor` of shape `(batch, rows, hidden_size)`): Embeddings of the next tokens.
+        taps (`torch.FloatTensor` of shape `(batch, rows, taps_size)`).
+        position_ids (`torch.LongTensor` of shape `(batch, rows)`): Positions of the taps.
+    """
+
+    inputs_embeds: torch.Tensor
+    taps: torch.Tensor
+    position_ids: torch.LongTensor
+
+
+@dataclass
+class CarriedState:
+    r"""
+    What the draft knows of a text, carried on the target's returned cache to the next call.
+
+    Args:
+        draft_id (`str`): Which draft it belongs to.
+        length (`int`): Rows in the target's cache, all of which the draft has seen.
+        last_key (`torch.FloatTensor`): The newest key of the target's last layer, which depends on the whole text: a
+            cache of the same length may hold another one by now.
+        cache ([`DynamicCache`]): The draft's own keys and values: a row for every cached token but the newest.
+        last_taps (`torch.FloatTensor` of shape `(batch, 1, taps_size)`), last_position (`torch.LongTensor` of shape
+            `(batch, 1)`): The newest cached token, whose draft row waits for the token that follows.
+    """
+
+    draft_id: str
+    length: int
+    last_key: torch.Tensor
+    cache: DynamicCache
+    last_taps: torch.Tensor
+    last_position: torch.LongTensor
+
+    @staticmethod
+    def take_from(target_cache: DynamicCache) -> "CarriedState | None":
+        """Remove and return the state that a cache carries."""
+        return target_cache.__dict__.pop("confu_state", None)
+
+    def put_on(self, target_cache: DynamicCache) -> None:
+        target_cache.confu_state = self
+
+    def fits(self, draft_id: str, target_cache: DynamicCache) -> bool:
+        return (
+            self.draft_id == draft_id
+            and self.length == target_cache.get_seq_length()
+            and torch.equal(self.last_key, target_cache.layers[-1].keys[..., -1, :])
+        )
+
+
+class ConFuCandidateGenerator(CandidateGenerator):
+    r"""
+    Proposes continuations of one text with a ConFu draft.
+
+    The ConFu loop asks for trees: [`~ConFuCandidateGenerator.observe`] what the target computed, then
+    [`~ConFuCandidateGenerator.propose`]. In Transformers' own assisted-decoding loop, which carries neither trees nor
+    contemplate rows, [`~ConFuCandidateGenerator.get_candidates`] proposes a chain in EAGLE-3 mode: greedy ids are
+    those of plain `generate`, sampled ones follow the same law with other draws.
+
+    ```python
+    >>> target._get_candidate_generator = lambda **kwargs: ConFuCandidateGenerator(draft, target)
+    >>> target.generate(**inputs, prompt_lookup_num_tokens=1)  # any option that selects the assisted loop
+    ```
+
+    Args:
+        draft ([`ConFuDraftModel`]): The draft.
+        target ([`PreTrainedModel`]): The target; its input embeddings are called where the draft has none of its own.
+        depth (`int`): Longest path of drafted tokens.
+        branching (`int`): Nodes expanded per level, and children of each.
+    """
+
+    requires_model_outputs = True
+
+    def __init__(self, draft: PreTrainedModel, target: PreTrainedModel, depth: int = 4, branching: int = 1):
+        self.draft = draft
+        self.depth = depth
+        self.branching = branching
+        self.model_kwargs_overrides = {"output_hidden_states": list(draft.config.target_hidden_state_indices)}
+        if draft.embed_tokens is None:
+            self._embed, self._embed_device = target.get_input_embeddings(), input_device(target)
+        else:
+            self._embed, self._embed_device = draft.embed_tokens, draft.device
+        self._token_ids = draft.draft_token_ids
+        self._cache = DynamicCache(config=draft.config)
+        self._pending: list[TrueRows] = []
+
+    def embed(self, token_ids: torch.LongTensor) -> torch.Tensor:
+        """Token ids of any shape -> embeddings on the draft's device and dtype."""
+        return self._embed(token_ids.to(self._embed_device)).to(self.draft.device, self.draft.dtype)
+
+    def observe(self, inputs_embeds: torch.Tensor, taps: torch.Tensor, position_ids: torch.LongTensor) -> None:
+        """Note new true rows (see [`TrueRows`]). Costs nothing until the next proposal."""
+        if taps.shape[1] > 0:
+            self._pending.append(TrueRows(inputs_embeds, taps, position_ids.to(self.draft.device)))
+
+    @property
+    def cache(self) -> DynamicCache:
+        """Keys and values of the true rows stored so far."""
+        return self._cache
+
+    @property
+    def last_taps(self) -> torch.Tensor:
+        """Taps of the newest token with a true hidden state, `(B, taps_size)`."""
+        return self._pending[-1].taps[:, -1]
+
+    def propose(
+        self, root_tokens: torch.LongTensor, tree_size: int, max_depth: int, future_states: torch.Tensor | None
+    ) -> DraftTree:
+        r"""
+        A tree of at most `tree_size` nodes below `root_tokens`, whose draft rows must have been observed.
+
+        Args:
+            root_tokens (`torch.LongTensor` of shape `(batch,)`): The newest emitted tokens.
+            tree_size (`int`): Nodes at most, the root included.
+            max_depth (`int`): Depth at most, below the generator's own.
+            future_states (`torch.FloatTensor` of shape `(batch, future_size)`, *optional*): The future prediction f;
+                without it the draft runs in EAGLE-3 mode.
+        """
+        root_tokens = root_tokens.to(self._token_ids.device)
+        # No deeper than a chain that fills the tree.
+        depth = min(self.depth, max_depth, tree_size - 1)
+        if depth < 1:
+            return DraftTree.root_only(root_tokens)
+
+        last_taps, last_position = self.last_taps, self._pending[-1].position_ids[:, -1:]
+        future = None
+        if future_states is not None:
+            future = self.draft.future(future_states[:, None], self.draft.fuse_taps(last_taps)[:, None])
+        output = self._extend(future)
+        grower = TreeGrower(log_softmax(output.logits[:, -1]), self.branching)
+        features, num_true_rows = output.features, self._cache.get_seq_length()
+        for level in range(1, depth):
+            frontier_tokens = self._token_ids[grower.frontier_tokens]  # (B, k)
+            parents = grower.frontier_parents[..., None].expand(-1, -1, features.shape[-1])
+            output = self.draft(
+                inputs_embeds=self.embed(frontier_tokens),
+                features=features.gather(1, parents),
+                position_ids=(last_position + level).expand_as(frontier_tokens),
+                attention_mask=self._tree_mask(grower.frontier_ancestors, num_true_rows),
+                cache=self._cache,
+                future=future,
+            )
+            features = output.features
+            grower.expand(log_softmax(output.logits))
+        self._cache.crop(num_true_rows - self._cache.get_seq_length())  # drafted features are no true ones
+        return grower.tree(root_tokens, self._token_ids, tree_size)
+
+    def _extend(self, future: Any):
+        """Store the pending true rows; output of the newest, which starts the tree."""
+        rows, self._pending = self._pending, []
+        return self.draft(
+            inputs_embeds=torch.cat([row.inputs_embeds for row in rows], dim=1),
+            features=self.draft.fuse_taps(torch.cat([row.taps for row in rows], dim=1)),
+            position_ids=torch.cat([row.position_ids for row in rows], dim=1),
+            cache=self._cache,
+            future=future,
+            num_queries=1,
+        )
+
+    def _tree_mask(self, ancestors: torch.BoolTensor, num_true_rows: int) -> torch.Tensor:
+        """Frontier rows `(B, k, drafted rows)` -> additive mask `(B, 1, k, true + drafted rows)`."""
+        sees = torch.nn.functional.pad(ancestors, (num_true_rows, 0), value=True)
+        return additive_mask(sees, like=self.draft.norm.weight)
+
+    def restore(self, state: CarriedState, next_embeds: torch.Tensor) -> None:
+        """Continue from a carried state; `next_embeds` `(B, 1, H)` embeds the token after the newest cached one."""
+        self._cache = state.cache
+        self.observe(next_embeds, state.last_taps, state.last_position)
+
+    def carried_state(
+        self, target_cache: DynamicCache, last_taps: torch.Tensor, last_position: torch.LongTensor
+    ) -> CarriedState:
+        """The state to put on `target_cache`, whose newest token has these taps and position (see the fields)."""
+        if self._pending:
+            self._extend(future=None)
+        return CarriedState(
+            draft_id=self.draft.instance_id,
+            length=target_cache.get_seq_length(),
+            last_key=target_cache.layers[-1].keys[..., -1, :].clone(),
+            cache=self._cache,
+            last_taps=last_taps,
+            last_position=last_position,
+        )
+
+    # Transformers' own assisted-decoding loop.
+
+    def get_candidates(
+        self,
+        input_ids: torch.LongTensor,
+        model_kwargs: dict[str, Any],
+        model_outputs: ModelOutput | None,
+        is_first_iteration: bool,
+        n_last_matches: int,
+        **kwargs: Any,
+    ) -> tuple[torch.LongTensor, None]:
+        """A chain of up to `depth` tokens behind `input_ids` `(1, length)`; no logits, so they are only matched."""
+        if is_first_iteration:
+            return input_ids, None  # the first forward is the prefill, which yields the first taps
+        taps = torch.cat(
+            [
+                model_outputs.hidden_states[index].to(self.draft.device, self.draft.dtype)
+                for index in self.draft.config.target_hidden_state_indices
+            ],
+            dim=-1,
+        )
+        is_prefill = not self._pending and self._cache.get_seq_length() == 0
+        num_rows = taps.shape[1] if is_prefill else n_last_matches + 1
+        next_tokens, position_ids = input_ids[:, -num_rows:], model_kwargs["position_ids"][:, -num_rows - 1 : -1]
+        taps = taps[:, :num_rows]
+        if (attention_mask := model_kwargs.get("attention_mask")) is not None:
+            real = attention_mask[0, -num_rows - 1 : -1].bool()
+            next_tokens, position_ids, taps = (
+                next_tokens[:, real],
+                position_ids[:, real],
+                taps[:, real.to(taps.device)],
+            )
+        self.observe(self.embed(next_tokens), taps, position_ids)
+        chain = self.propose(input_ids[:, -1], tree_size=self.depth + 1, max_depth=self.depth, future_states=None)
+        return torch.cat([input_ids, chain.tokens[:, 1:].to(input_ids.device)], dim=-1), None
+
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
+        """The chain's length is fixed."""
+
+
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """In float32: in half precision a child can tie with its parent far more often."""
+    return torch.log_softmax(logits, dim=-1, dtype=torch.float32)

@@ -1,0 +1,366 @@
+"""The loop of rounds.
+
+One round: extend the draft with what the target computed, grow a tree, verify it in one forward of the target that
+also contemplates, walk the tree along the target's own choices, keep the rows of the path.
+"""
+
+import time
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+from .call_statistics import ConFuStatistics
+from .candidate_generator_confu import CarriedState, ConFuCandidateGenerator
+from .checks import check_cache, check_call, check_target
+from .draft_tree import DraftTree
+from .knobs import ConFuKnobs
+from .target import TargetRunner, cache_bytes, crop
+
+
+@torch.no_grad()
+def confu_decode(
+    draft: PreTrainedModel,
+    target: PreTrainedModel,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    inputs_tensor: torch.Tensor | None = None,
+    assistant_model: PreTrainedModel | None = None,
+    assistant_tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **model_kwargs: Any,
+) -> GenerateDecoderOnlyOutput | torch.LongTensor:
+    r"""
+    Decode with a draft. Same text, scores, streaming and stopping as the target's plain `generate`.
+
+    Takes what `GenerationMixin.generate` passes to a decoding method, after it has prepared inputs, cache, processors
+    and criteria; `inputs_tensor`, `assistant_model`, `assistant_tokenizer` and `tokenizer` are not needed.
+
+    Raises:
+        ValueError: the call, the target or the cache is one that tree decoding cannot serve; before any work.
+    """
+    knobs = ConFuKnobs.resolve(generation_config, draft.generation_config)
+    check_target(target, draft.config)
+    check_call(generation_config, input_ids, synced_gpus, model_kwargs)
+    check_cache(model_kwargs["cache"], draft.config)
+    decoding = _Decoding(draft, target, input_ids, knobs, logits_processor, stopping_criteria, generation_config)
+    output = decoding.run(model_kwargs, streamer)
+    draft.last_statistics = decoding.statistics
+    return output
+
+
+class _Decoding:
+    """One call of `generate`. Holds what the parts of a round share; no other object does."""
+
+    def __init__(
+        self,
+        draft: PreTrainedModel,
+        target: PreTrainedModel,
+        input_ids: torch.LongTensor,
+        knobs: ConFuKnobs,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+    ):
+        self.draft, self.target, self.knobs = draft, target, knobs
+        self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
+        self.generation_config = generation_config
+        self.generator = ConFuCandidateGenerator(draft, target, knobs.depth, knobs.branching)
+        self.statistics = ConFuStatistics()
+
+        self.input_ids = input_ids
+        self.finished = False
+        self.transient_rows = 0  # of the target's cache, most in a round
+        wanted = generation_config.return_dict_in_generate
+        self.scores: tuple | None = () if wanted and generation_config.output_scores else None
+        self.logits: tuple | None = () if wanted and generation_config.output_logits else None
+        self.attentions: tuple | None = () if wanted and generation_config.output_attentions else None
+        self.hidden_states: tuple | None = () if wanted and generation_config.output_hidden_states else None
+        self.returned_states = selected_hidden_states(
+            generation_config.output_hidden_states if wanted else None, draft.config.target_num_hidden_layers + 1
+        )
+        self.runner = TargetRunner(target, draft.config, draft.future_channel, also_recorded=self.returned_states)
+
+    def run(
+        self, model_kwargs: dict[str, Any], streamer: BaseStreamer | None
+    ) -> GenerateDecoderOnlyOutput | torch.LongTensor:
+        self.streamer = streamer
+        cache: DynamicCache = model_kwargs["cache"]
+        length, carried = cache.get_seq_length(), CarriedState.take_from(cache)
+        draft_length = 0 if carried is None else carried.cache.get_seq_length()
+        try:
+            future = self._prefill(cache, carried, model_kwargs)
+            while not self.finished:
+                future = self._round(cache, future)
+        except BaseException:
+            # Some layers may hold rows that others lack, or refused ones: give the caller's cache back as it was.
+            crop(cache, length)
+            if carried is not None:
+                crop(carried.cache, draft_length)
+                carried.put_on(cache)
+            raise
+        self._measure_caches(cache)
+        if self.generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False):
+            self.generator.carried_state(cache, self.last_taps, self.root_positions[:, None] - 1).put_on(cache)
+        if streamer is not None:
+            streamer.end()
+        if not self.generation_config.return_dict_in_generate:
+            return self.input_ids
+        return GenerateDecoderOnlyOutput(
+            sequences=self.input_ids,
+            scores=self.scores,
+            logits=self.logits,
+            attentions=self.attentions,
+            hidden_states=self.hidden_states,
+            cache=cache,
+        )
+
+    def _prefill(
+        self, cache: DynamicCache, carried: CarriedState | None, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """Run the prompt, emit the first token, contemplate behind the prompt; the first f `(B, future_size)`."""
+        started = time.perf_counter()
+        past_length = cache.get_seq_length()
+        if carried is not None and not carried.fits(self.draft.instance_id, cache):
+            carried = None
+        if past_length > 0:
+            self.statistics.draft_state = "restarted" if carried is None else "carried"
+        prompt = self._new_inputs(past_length, model_kwargs)
+        outputs, taps = self._forward_prompt(prompt, model_kwargs)
+        if not past_length:
+            check_cache(cache, self.draft.config)  # its shape is known only now
+
+        if model_kwargs.get("attention_mask") is not None:
+            self.visible = model_kwargs["attention_mask"].to(taps.device).bool()
+        else:
+            self.visible = torch.ones(1, cache.get_seq_length(), dtype=torch.bool, device=taps.device)
+        self.root_positions = prompt["position_ids"][:, -1].to(taps.device) + 1  # (B,)
+
+        # The draft reads real tokens only; each row waits for the embedding of the next real token.
+        real = self.visible[0, -taps.shape[1] :].nonzero()[:, 0]  # batch 1: all rows have the same real columns
+        if real.shape[0] == 0:
+            real = real.new_tensor([taps.shape[1] - 1])  # everything is masked; plain decoding goes on all the same
+        taps, position_ids = taps[:, real], prompt["position_ids"].to(taps.device)[:, real]
+        if "inputs_embeds" in prompt:
+            embeddings = prompt["inputs_embeds"].to(self.draft.device, self.draft.dtype)[:, real]
+        else:
+            embeddings = self.generator.embed(prompt["input_ids"].to(taps.device)[:, real])
+        if carried is not None:
+            self.generator.restore(carried, embeddings[:, :1])
+        self.generator.observe(embeddings[:, 1:], taps[:, :-1], position_ids[:, :-1])
+        self.last_taps = taps[:, -1:]
+
+        self._emit(outputs.logits[:, -1])
+        if self.attentions is not None:
+            self.attentions += (outputs.attentions,)
+        if self.hidden_states is not None:
+            self.hidden_states += (self._returned(outputs.hidden_states),)
+        self._observe_newest()
+        future = None
+        if self.knobs.contemplation > 0 and not self.finished:
+            # The round that this f opens has its root where the row stands.
+            root_positions = self.root_positions[:, None]
+            future = self.runner.contemplate(
+                cache, self.last_taps, root_positions, root_positions, self.visible[:, None]
+            )[:, 0]
+        self.statistics.prefill_seconds = time.perf_counter() - started
+        return future
+
+    def _new_inputs(self, past_length: int, model_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The part of the prompt that is not in the cache yet: ids or embeddings, and positions."""
+        position_ids = model_kwargs["position_ids"]
+        if (inputs_embeds := model_kwargs.get("inputs_embeds")) is not None:
+            if self.draft.config.has_own_embeddings:
+                raise ValueError(
+                    f"This draft embeds tokens itself (hidden_size {self.draft.config.hidden_size}, target "
+                    f"{self.draft.config.target_hidden_size}) and cannot read `inputs_embeds`; pass `input_ids`."
+                )
+            inputs_embeds = inputs_embeds[:, past_length:]
+            length = inputs_embeds.shape[1]
+            new = {"inputs_embeds": inputs_embeds}
+        else:
+            # A continued text comes as all of its ids, or as the new ones with a mask that covers the cached ones too.
+            attention_mask = model_kwargs.get("attention_mask")
+            total = (
+                attention_mask.shape[1]
+                if attention_mask is not None
+                else getattr(self.generation_config, "_mask_length", self.input_ids.shape[1])
+            )
+            ids = self.input_ids[:, past_length:] if total == self.input_ids.shape[1] else self.input_ids
+            length = ids.shape[1]
+            new = {"input_ids": ids}
+        if length == 0:
+            raise ValueError(
+                f"The cache holds {past_length} tokens and the inputs add none; the newest token must not be cached. "
+                "Pass the whole text, or the new ids with an `attention_mask` that also covers the cached ones."
+            )
+        return new | {"position_ids": position_ids[:, -length:]}
+
+    def _forward_prompt(
+        self, prompt: dict[str, torch.Tensor], model_kwargs: dict[str, Any]
+    ) -> tuple[ModelOutput, torch.Tensor]:
+        """The target's forward over the prompt, in chunks if asked for; last outputs, and taps of all rows."""
+        length = prompt["position_ids"].shape[1]
+        chunk_size = self.generation_config.prefill_chunk_size or length
+        cache = model_kwargs["cache"]
+        mask = model_kwargs.get("attention_mask")
+        kwargs = {
+            name: value for name, value in model_kwargs.items() if name not in ("inputs_embeds", "attention_mask")
+        }
+        kwargs["output_hidden_states"] = self.runner.recorded
+        taps = []
+        for start in range(0, length, chunk_size):
+            chunk = {name: value[:, start : start + chunk_size] for name, value in prompt.items()}
+            seen = cache.get_seq_length() + chunk["position_ids"].shape[1]
+            ids = chunk.pop("input_ids", self.input_ids)
+            inputs = self.target.prepare_inputs_for_generation(
+                ids,
+                is_first_iteration=True,
+                attention_mask=None if mask is None else mask[:, :seen],
+                **(kwargs | chunk),
+            )
+            outputs = self.target(**inputs, return_dict=True)
+            taps.append(self.runner.taps(outputs.hidden_states))
+        return outputs, torch.cat(taps, dim=1)
+
+    def _round(self, cache: DynamicCache, future: torch.Tensor | None) -> torch.Tensor | None:
+        """One round; the future prediction of the last accepted node, `(B, future_size)`."""
+        started = time.perf_counter()
+        # A round emits at most one token more than its tree is deep.
+        limit = self.stopping_criteria.max_length  # the caller's criterion may stand in for the config's
+        remaining = (self.generation_config.max_length if limit is None else limit) - self.input_ids.shape[1]
+        tree = self.generator.propose(
+            self.input_ids[:, -1], self.knobs.tree_size, max_depth=remaining - 1, future_states=future
+        )
+        nodes = None
+        if self.knobs.contemplation > 0 and remaining > 1:
+            # A node at depth `remaining` - 1 ends the text: no round is left that could use its future prediction, and
+            # its contemplate row would lie one position beyond the longest text.
+            nodes = tree.contemplated_nodes(self.knobs.contemplation, max_depth=remaining - 2)
+        drafted = time.perf_counter()
+
+        verification = self.runner.verify(
+            tree,
+            nodes,
+            self.last_taps[:, -1],
+            cache,
+            self.root_positions,
+            self.visible,
+            output_attentions=self.attentions is not None,
+        )
+        self.transient_rows = max(self.transient_rows, cache.get_seq_length() - verification.prefix_length)
+        verified = time.perf_counter()
+
+        path, num_accepted = self._walk(tree, verification.outputs, verification.prefix_length)
+        walked = time.perf_counter()
+
+        path_rows = torch.tensor(path, device=tree.tokens.device)
+        self.runner.compact(cache, verification.prefix_length, path_rows)
+        self.visible = torch.nn.functional.pad(self.visible, (0, len(path)), value=True)
+        taps = verification.taps[:, path_rows]
+        positions = self.root_positions[:, None] + tree.depths[:, path_rows]
+        self.generator.observe(self.generator.embed(tree.tokens[:, path_rows[1:]]), taps[:, :-1], positions[:, :-1])
+        self.last_taps = taps[:, -1:]
+        self.root_positions = self.root_positions + len(path)
+        self._observe_newest()
+        future = None
+        if verification.futures is not None:
+            row = tree.contemplate_row_of(nodes)[:, path[-1]]
+            future = verification.futures[torch.arange(row.shape[0], device=row.device), row]
+        compacted = time.perf_counter()
+
+        self.statistics.draft_seconds += drafted - started
+        self.statistics.target_seconds += verified - drafted
+        self.statistics.walk_seconds += walked - verified
+        self.statistics.compaction_seconds += compacted - walked
+        num_rows = 0 if nodes is None else nodes.shape[1]
+        self.statistics.count_round(len(path), num_accepted, tree.size, num_rows)
+        return future
+
+    def _measure_caches(self, cache: DynamicCache) -> None:
+        self.statistics.target_cache_bytes = cache_bytes(cache)
+        self.statistics.draft_cache_bytes = cache_bytes(self.generator.cache)
+        row_bytes = self.statistics.target_cache_bytes // cache.get_seq_length()
+        self.statistics.transient_cache_bytes = self.transient_rows * row_bytes
+
+    def _observe_newest(self) -> None:
+        """Pair the newest cached token's taps with the token just emitted; the row that the next tree starts from."""
+        if not self.finished:
+            root_embeds = self.generator.embed(self.input_ids[:, -1:])
+            self.generator.observe(root_embeds, self.last_taps, self.root_positions[:, None] - 1)
+
+    def _walk(self, tree: DraftTree, outputs: ModelOutput, prefix_length: int) -> tuple[list[int], int]:
+        r"""
+        Emit the target's own choices along the tree, until one is no child of its node or a criterion stops.
+
+        Returns:
+            The nodes whose rows are now part of the text, root first, one per emitted token; and how many of the
+            emitted tokens were drafted.
+        """
+        children = tree.children()[0]
+        path, num_accepted = [0], 0
+        while True:
+            token = self._emit(outputs.logits[:, path[-1]])
+            self._record_states(outputs, path, prefix_length)
+            child = children.get((path[-1], token))
+            num_accepted += child is not None
+            if child is None or self.finished:
+                return path, num_accepted
+            path.append(child)
+
+    def _emit(self, logits: torch.Tensor) -> int:
+        r"""
+        Choose the next token from the target's logits `(1, V)`, append and stream it; its id.
+
+        The logits are processed with the true prefix and one token is taken or drawn, as plain decoding does: one
+        draw per emitted token and none besides, so a seed gives the same text and leaves the random generator in the
+        same state.
+        """
+        logits = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
+        scores = self.logits_processor(self.input_ids, logits)
+        if self.generation_config.do_sample:
+            token = torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
+        else:
+            token = scores.argmax(dim=-1)
+        self.input_ids = torch.cat([self.input_ids, token[:, None]], dim=-1)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+        self.finished = bool(self.stopping_criteria(self.input_ids, self.scores).all())
+        if self.streamer is not None:
+            self.streamer.put(token.cpu())
+        return int(token)
+
+    def _record_states(self, outputs: ModelOutput, path: list[int], prefix_length: int) -> None:
+        """Add the last path node's attentions and hidden states, in the shapes of a one-token forward."""
+        node = path[-1]
+        if self.hidden_states is not None:
+            states = self._returned(outputs.hidden_states)
+            self.hidden_states += (tuple(None if s is None else s[:, node : node + 1] for s in states),)
+        if self.attentions is not None:
+            seen = [*range(prefix_length), *(prefix_length + row for row in path)]
+            self.attentions += (
+                tuple(
+                    None if weights is None else weights[:, :, node : node + 1, seen] for weights in outputs.attentions
+                ),
+            )
+
+    def _returned(self, hidden_states: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+        """Only those that the caller asked for, out of all that were recorded."""
+        return tuple(states if index in self.returned_states else None for index, states in enumerate(hidden_states))
+
+
+def selected_hidden_states(output_hidden_states: bool | int | list[int] | None, count: int) -> set[int]:
+    """Indices that `output_hidden_states` selects among `count` hidden states: all, none, or those it names."""
+    if output_hidden_states is None or isinstance(output_hidden_states, bool):
+        return set(range(count)) if output_hidden_states else set()
+    named = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+    return {index % count for index in named if -count <= index < count}

@@ -1,0 +1,278 @@
+"""The frozen target: its forwards over tree nodes and contemplate rows, and the rows of its cache.
+
+Shapes: B batch, P cached rows, N tree nodes, C contemplate rows, S soft prompts, Ht target width. Only the target's
+modules are called and no weight is read, so quantised, offloaded, split and LoRA-wrapped targets work.
+"""
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_confu import ConFuConfig
+from .draft_tree import DraftTree
+from .soft_prompts import KeyRotation, SlotCache
+
+
+@dataclass
+class Verification:
+    r"""
+    What one target forward says about a tree.
+
+    Args:
+        outputs: The target's outputs; `logits` and hidden states start with the N real rows.
+        taps (`torch.FloatTensor` of shape `(batch, nodes, taps_size)`): Tapped hidden states of the real rows.
+        futures (`torch.FloatTensor` of shape `(batch, contemplate rows, future_size)`, *optional*).
+        prefix_length (`int`): Rows in the cache before this forward, P.
+    """
+
+    outputs: ModelOutput
+    taps: torch.Tensor
+    futures: torch.Tensor | None
+    prefix_length: int
+
+
+class TargetRunner:
+    r"""
+    Runs a target for one ConFu draft.
+
+    Args:
+        target ([`PreTrainedModel`]): The target, one that `checks.check_target` lets pass.
+        config ([`ConFuConfig`]): The draft's configuration.
+        channel: The draft's future channel; soft prompts and `[con]`.
+        also_recorded: Indices of further hidden states that the caller of a forward wants.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        config: ConFuConfig,
+        channel: nn.Module,
+        also_recorded: Iterable[int] = (),
+    ):
+        self.target = target
+        self.config = config
+        self.channel = channel
+        self.embed = target.get_input_embeddings()
+        self.rotation = KeyRotation(target) if config.rotate_soft_prompts and config.num_soft_prompts else None
+        self.recorded = sorted(
+            {*config.target_hidden_state_indices, *config.future_hidden_state_indices, *also_recorded}
+        )
+        """Indices of the hidden states to record, for `output_hidden_states`."""
+        self.asked_of_all = {"return_dict": True} | without_router_loss(target)
+        """Options of every forward over rows that a mask of ours describes."""
+
+    def taps(self, hidden_states: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+        """Concatenated taps of recorded hidden states, `(B, rows, taps_size)`, on the draft's device and dtype."""
+        return self._select(hidden_states, self.config.target_hidden_state_indices)
+
+    def _select(self, hidden_states: tuple[torch.Tensor | None, ...], indices: list[int]) -> torch.Tensor:
+        like = self.channel.soft_prompts
+        return torch.cat([hidden_states[index].to(like.device, like.dtype) for index in indices], dim=-1)
+
+    def contemplate(
+        self,
+        cache: DynamicCache,
+        routed_by: torch.Tensor,
+        position_ids: torch.LongTensor,
+        root_positions: torch.LongTensor,
+        visible: torch.BoolTensor,
+    ) -> torch.Tensor:
+        r"""
+        Future predictions of contemplate rows behind rows that are all cached. The cache is left as it was.
+
+        Args:
+            cache ([`DynamicCache`]): P rows of the target.
+            routed_by (`torch.FloatTensor` of shape `(batch, rows, taps_size)`): Taps that route `[con]`, row by row.
+            position_ids (`torch.LongTensor` of shape `(batch, rows)`): One more than the position of the token that a
+                row stands behind.
+            root_positions (`torch.LongTensor` of shape `(batch, rows)`): Position of the root of the round that a row
+                belongs to: one more than that of the token whose taps route it. Rotated soft prompts stand there.
+            visible (`torch.BoolTensor` of shape `(batch, rows, P)`): Cached rows that a row sees.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, rows, future_size)`.
+        """
+        # Their scores are not wanted, but a head is not asked for none. One index, and not the number 1, which makes a
+        # slice: over several texts that is not contiguous, and the head's weight would be copied for each of them.
+        keep: int | torch.Tensor = 1
+        if can_name_logits(self.target):
+            keep = torch.zeros(1, dtype=torch.long, device=input_device(self.target))
+        outputs = self._contemplate(cache, routed_by, position_ids, root_positions, visible, logits_to_keep=keep)
+        return self._select(outputs.hidden_states, self.config.future_hidden_state_indices)
+
+    def foresee(
+        self,
+        cache: DynamicCache,
+        routed_by: torch.Tensor,
+        position_ids: torch.LongTensor,
+        root_positions: torch.LongTensor,
+        visible: torch.BoolTensor,
+    ) -> torch.Tensor:
+        """What the target itself would predict after contemplate rows, logits `(B, rows, V)`; see `contemplate`."""
+        return self._contemplate(cache, routed_by, position_ids, root_positions, visible, logits_to_keep=0).logits
+
+    def _contemplate(
+        self,
+        cache: DynamicCache,
+        routed_by: torch.Tensor,
+        position_ids: torch.LongTensor,
+        root_positions: torch.LongTensor,
+        visible: torch.BoolTensor,
+        logits_to_keep: int | torch.LongTensor,
+    ) -> ModelOutput:
+        # Any token's embedding tells where and in what dtype the target wants its input.
+        like = self.embed(torch.zeros(1, 1, dtype=torch.long, device=input_device(self.target)))
+        embeddings = self.channel.contemplate_token(routed_by).to(like.device, like.dtype)
+        num_rows = embeddings.shape[1]
+        itself = torch.eye(num_rows, dtype=torch.bool, device=visible.device).expand(visible.shape[0], -1, -1)
+        num_slots = self.config.num_soft_prompts
+        if self.rotation is None:
+            slots = itself.new_ones(*itself.shape[:2], num_slots)
+        else:
+            slots = itself.repeat_interleave(num_slots, dim=-1)  # each row has its round's: (B, rows, rows * S)
+        return self.target(
+            inputs_embeds=embeddings,
+            attention_mask=additive_mask(torch.cat([visible, itself, slots], dim=-1), like=embeddings),
+            position_ids=position_ids.to(embeddings.device),
+            cache=self._with_slots(cache, root_positions, keep=False),
+            use_cache=True,
+            output_hidden_states=self.config.future_hidden_state_indices,
+            **self.asked_of_all,
+            **({"logits_to_keep": logits_to_keep} if self.target._supports_logits_to_keep() else {}),
+        )
+
+    def verify(
+        self,
+        tree: DraftTree,
+        nodes: torch.LongTensor | None,
+        routed_by: torch.Tensor,
+        cache: DynamicCache,
+        root_positions: torch.LongTensor,
+        visible: torch.BoolTensor,
+        output_attentions: bool = False,
+    ) -> Verification:
+        r"""
+        One forward over [root and drafted nodes | contemplate rows]; all rows and slots end up in the cache.
+
+        Node v at depth d sits at position n + d and sees the visible cache, its ancestors and itself. Its contemplate
+        row sits at n + d + 1 and sees what v sees, v, itself and the soft prompts. No node sees a contemplate row or
+        a soft prompt, so the target's own outputs do not change.
+
+        Args:
+            tree ([`DraftTree`]): The tree of N nodes.
+            nodes (`torch.LongTensor` of shape `(batch, C)`, *optional*): Nodes with a contemplate row.
+            routed_by (`torch.FloatTensor` of shape `(batch, taps_size)`): Taps of the newest token with a true hidden
+                state; one `[con]` embedding serves all rows of the forward.
+            cache ([`DynamicCache`]): P rows of the accepted prefix.
+            root_positions (`torch.LongTensor` of shape `(batch,)`): Position n of the root.
+            visible (`torch.BoolTensor` of shape `(batch, P)`): Cached rows that are no padding.
+            output_attentions (`bool`): Return them, for the caller.
+        """
+        prefix_length = visible.shape[1]
+        num_nodes = tree.size
+        inputs_embeds = self.embed(tree.tokens.to(input_device(self.target)))  # (B, N, Ht)
+        depths, sees = tree.depths, tree.ancestors
+        written: Cache = cache
+        if nodes is not None:
+            num_rows = nodes.shape[1]
+            contemplate = self.channel.contemplate_token(routed_by)[:, None, :].expand(-1, num_rows, -1)
+            inputs_embeds = torch.cat([inputs_embeds, contemplate.to(inputs_embeds)], dim=1)
+            depths = torch.cat([depths, depths.gather(1, nodes) + 1], dim=1)
+            sees = self._rows_see(sees, nodes)
+            written = self._with_slots(cache, root_positions[:, None], keep=True)
+        prefix = visible[:, None, :].expand(-1, depths.shape[1], -1)
+        outputs = self.target(
+            inputs_embeds=inputs_embeds,
+            attention_mask=additive_mask(torch.cat([prefix, sees], dim=-1), like=inputs_embeds),
+            position_ids=(root_positions[:, None] + depths).to(inputs_embeds.device),
+            cache=written,
+            use_cache=True,
+            output_hidden_states=self.recorded,
+            **self.asked_of_all,
+            **({"output_attentions": True} if output_attentions else {}),
+            **(
+                {"logits_to_keep": torch.arange(num_nodes, device=inputs_embeds.device)}
+                if can_name_logits(self.target)
+                else {}
+            ),
+        )
+        return Verification(
+            outputs=outputs,
+            taps=self.taps(outputs.hidden_states)[:, :num_nodes],
+            futures=None
+            if nodes is None
+            else self._select(outputs.hidden_states, self.config.future_hidden_state_indices)[:, num_nodes:],
+            prefix_length=prefix_length,
+        )
+
+    def _with_slots(self, cache: DynamicCache, root_positions: torch.LongTensor, keep: bool) -> SlotCache:
+        """`cache` with one set of soft prompts, or with one at each of `root_positions` `(B, R)` if they rotate."""
+        rotated_keys = None
+        if self.rotation is not None:
+            rotated_keys = self.rotation(self.channel.soft_prompts[:, 0], root_positions)
+        return SlotCache(cache, self.channel, keep, rotated_keys)
+
+    def _rows_see(self, ancestors: torch.BoolTensor, nodes: torch.LongTensor) -> torch.BoolTensor:
+        """Who sees whom among [N nodes | C contemplate rows | S slots]: `(B, N + C, N + C + S)`."""
+        batch_size, num_nodes, _ = ancestors.shape
+        num_rows, num_slots = nodes.shape[1], self.config.num_soft_prompts
+        above = ancestors.gather(1, nodes[..., None].expand(-1, -1, num_nodes))  # (B, C, N)
+        itself = torch.eye(num_rows, dtype=torch.bool, device=nodes.device).expand(batch_size, -1, -1)
+        slots = itself.new_ones(batch_size, num_rows, num_slots)
+        contemplate = torch.cat([above, itself, slots], dim=-1)
+        return torch.cat([nn.functional.pad(ancestors, (0, num_rows + num_slots)), contemplate], dim=1)
+
+    def compact(self, cache: DynamicCache, prefix_length: int, path: torch.LongTensor) -> None:
+        """Keep the first P rows and, after them, the tree rows `path` `(length,)`, rising; drop all others."""
+        length = path.shape[0]
+        moves = bool((path != torch.arange(length, device=path.device)).any())
+        for layer in cache.layers:
+            if moves:
+                rows = (prefix_length + path).to(layer.keys.device)
+                layer.keys[..., prefix_length : prefix_length + length, :] = layer.keys[..., rows, :]
+                layer.values[..., prefix_length : prefix_length + length, :] = layer.values[..., rows, :]
+        crop(cache, prefix_length + length)
+
+
+def crop(cache: DynamicCache, length: int) -> None:
+    """Cut every layer to its first `length` rows, also where layers differ in length."""
+    for layer in cache.layers:
+        if layer.is_initialized:
+            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes of all keys and values."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+
+
+def input_device(target: PreTrainedModel) -> torch.device:
+    """Where to put inputs. An offloaded target has its weights on `meta`, and moves inputs from wherever they are."""
+    return torch.device("cpu") if target.device.type == "meta" else target.device
+
+
+def without_router_loss(target: PreTrainedModel) -> dict[str, bool]:
+    """Options of a forward under a 4D mask, which the balancing loss of a mixture of experts cannot read."""
+    takes_it = "output_router_logits" in inspect.signature(target.forward).parameters
+    return {"output_router_logits": False} if takes_it else {}
+
+
+def can_name_logits(target: PreTrainedModel) -> bool:
+    """Whether a tensor may say which rows' logits are wanted: not if a device map puts the last states elsewhere."""
+    is_split = len(set(getattr(target, "hf_device_map", {}).values())) > 1
+    return target._supports_logits_to_keep() and not is_split
+
+
+def additive_mask(sees: torch.BoolTensor, like: torch.Tensor) -> torch.Tensor:
+    """`(B, queries, keys)` -> mask `(B, 1, queries, keys)`: 0 where a row sees, the lowest number elsewhere.
+
+    Of the dtype and on the device of `like`. Always float: eager attention adds the mask, and adding a boolean one
+    would give wrong scores without a word.
+    """
+    mask = torch.zeros(sees.shape, dtype=like.dtype, device=like.device)
+    return mask.masked_fill_(~sees.to(like.device), torch.finfo(like.dtype).min)[:, None]

@@ -1,0 +1,1 @@
+"""Drafts on the Hub: checks, model cards, uploads."""

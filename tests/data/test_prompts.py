@@ -1,0 +1,190 @@
+"""Prompt sets from local files: forms of rows, overlap with evaluation questions, drawing, provenance."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transformers_confu.data import prompts
+from transformers_confu.data.conversations import count_turns
+from transformers_confu.data.dataset import load_jsonl
+from transformers_confu.data.prompts import (
+    OVERLAP_WORDS,
+    SETS,
+    SOURCES,
+    EvaluationOverlap,
+    PromptSource,
+    build_prompts,
+    find_sources,
+    user_turns,
+)
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NOTHING = EvaluationOverlap([])
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]}, ["a"]),
+        (
+            {"messages": [{"role": r, "content": r + c} for c in "12" for r in ("user", "assistant")]},
+            ["user1", "user2"],
+        ),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, ["a"]),
+        ({"conversations": [{"from": "gpt", "value": "b"}, {"from": "human", "value": "a"}]}, []),
+        ({"conversations": []}, []),
+        ({"prompt": [{"role": "user", "content": "a"}]}, ["a"]),
+        ({"turns": ["a", "b"]}, ["a", "b"]),
+        ({"turns": [{"content": "a"}]}, ["a"]),
+        ({"prompt": "a", "messages": None}, ["a"]),
+        ({"question": "a", "answer": "b"}, ["a"]),
+        ({"instruction": "a", "input": "b"}, ["a\n\nb"]),
+        ({"instruction": "a", "instances": [{"input": "b", "output": "c"}]}, ["a\n\nb"]),
+        ({"instruction": "a", "instances": [{"input": "", "output": "c"}]}, ["a"]),
+        ({"text": "a"}, []),
+    ],
+)
+def test_user_turns_of_every_form(row, turns):
+    assert user_turns(row) == turns
+
+
+# A row of each source whose form is its own, as its publisher documents it.
+@pytest.mark.parametrize(
+    ("source", "row", "turns"),
+    [
+        ("oasst2", {"text": "a", "role": "prompter", "parent_id": None, "lang": "en"}, ["a"]),
+        ("oasst2", {"text": "a", "role": "prompter", "parent_id": "x", "lang": "en"}, []),
+        ("oasst2", {"text": "a", "role": "prompter", "parent_id": None, "lang": "de"}, []),
+        ("mbpp-train", {"text": "a", "code": "b"}, ["a"]),
+        ("webquestions-train", {"qId": "w1", "qText": "a"}, ["a"]),
+        ("aqua-dev", {"question": "a", "options": ["A)1", "B)2"]}, ["a\nOptions:\nA)1\nB)2"]),
+        ("scitldr-train", {"source": ["a.", "b."]}, ["Summarize this abstract in one or two sentences:\n\na. b."]),
+    ],
+)
+def test_sources_with_forms_of_their_own(source, row, turns):
+    assert SOURCES[source].turns(row) == turns
+
+
+def test_sets_name_sources_with_licence_and_credit():
+    assert SETS["paper"] == ["sharegpt", "ultrachat-200k"]
+    assert sorted(name for names in SETS.values() for name in names) == sorted(SOURCES)
+    for source in SOURCES.values():
+        assert source.license and "https://" in source.credit
+    for source in find_sources(["open"]):
+        assert not source.license.startswith(("CC-BY-SA", "CC-BY-NC"))
+    assert [source.name for source in find_sources(["gsm8k-train", "folder/mine.jsonl"])] == ["gsm8k-train", "mine"]
+
+
+WORDS = st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=30)
+
+
+@settings(max_examples=300, deadline=None)
+@given(questions=st.lists(WORDS, max_size=3), text=WORDS)
+def test_overlap_is_the_naive_one(questions, text):
+    def overlaps(question):
+        if len(question) < 5:
+            return question == text
+        length = min(len(question), OVERLAP_WORDS)
+        return any(
+            question[first : first + length] == text[at : at + length]
+            for first in range(len(question) - length + 1)
+            for at in range(len(text) - length + 1)
+        )
+
+    overlap = EvaluationOverlap(" ".join(question) for question in questions)
+    assert (" ".join(text) in overlap) == any(overlaps(question) for question in questions)
+
+
+def test_overlap_sees_words_only():
+    overlap = EvaluationOverlap(["Who wrote “Faust”, the play?"])
+    assert "Tell me: who wrote FAUST\nthe_play" in overlap
+    assert "who wrote the play Faust" not in overlap
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return PromptSource(path.stem, str(path), "MIT", "someone, https://example.org")
+
+
+def test_rows_are_kept_cut_and_dropped(tmp_path):
+    rows = [
+        {"prompt": "  What is a good first question?  "},
+        {"turns": ["Say something about cats.", "Now about dogs.", "", "And birds."]},
+        {"turns": ["Say something about ants.", "Now about bees.", "Wasps?", "Flies?", "Gnats?"]},
+        {"turns": ["A short beginning here", "x" * 101, "And then?"]},
+        {"prompt": "what is a GOOD first question"},
+        {"prompt": "too short"},
+        {"prompt": "y" * 101},
+        {"turns": ["Something else entirely.", "Name the capital of France, please, now."]},
+        {"text": "no prompt at all"},
+        {"prompt": "Rows may state their origin.", "source": "elsewhere", "license": "CC0-1.0"},
+    ]
+    overlap = EvaluationOverlap(["the capital of France, please"])
+    taken, report = build_prompts([write(tmp_path / "mine.jsonl", rows)], overlap, max_characters=100)
+    assert sorted(taken, key=lambda row: row["id"]) == [
+        {"id": "mine-000000", "source": "mine", "license": "MIT", "prompt": "What is a good first question?"},
+        {
+            "id": "mine-000001",
+            "source": "mine",
+            "license": "MIT",
+            "turns": ["Say something about cats.", "Now about dogs."],
+        },
+        {
+            "id": "mine-000002",
+            "source": "mine",
+            "license": "MIT",
+            "turns": ["Say something about ants.", "Now about bees.", "Wasps?", "Flies?"],
+        },
+        {"id": "mine-000003", "source": "mine", "license": "MIT", "prompt": "A short beginning here"},
+        {
+            "id": "mine-000009",
+            "source": "elsewhere",
+            "license": "CC0-1.0",
+            "prompt": "Rows may state their origin.",
+        },
+    ]
+    assert report.read == {"mine": 9, "elsewhere": 1} and report.kept == {"mine": 4, "elsewhere": 1}
+    assert report.dropped["mine"] == {
+        "there already": 1,
+        "too short": 1,
+        "too long": 1,
+        "in an evaluation set": 1,
+        "no prompt": 1,
+    }
+    assert [count_turns(row) for row in sorted(taken, key=lambda row: row["id"])] == [1, 2, 4, 1, 1]
+    assert "| elsewhere | CC0-1.0 | someone, https://example.org | 1 | 1 |  |" in str(report)
+
+
+def test_drawing_is_bounded_and_repeats(tmp_path):
+    sources = [
+        write(tmp_path / f"{name}.jsonl", [{"prompt": f"Question {index} of {name}"} for index in range(number)])
+        for name, number in (("few", 10), ("many", 200))
+    ]
+    rows, report = build_prompts(sources, NOTHING, max_per_source=50, max_prompts=40, seed=1)
+    again, _ = build_prompts(sources, NOTHING, max_per_source=50, max_prompts=40, seed=1)
+    other, _ = build_prompts(sources, NOTHING, max_per_source=50, max_prompts=40, seed=2)
+    assert rows == again != other
+    assert len(rows) == 40 == report.kept.total() and 0 < report.kept["few"] <= 10
+    assert report.dropped["many"]["not drawn"] == 200 - report.kept["many"]
+    assert [row["id"] for row in rows] != sorted(row["id"] for row in rows)
+
+
+def test_the_example_writes_prompts_and_their_provenance(tmp_path):
+    write(tmp_path / "mine.jsonl", [{"prompt": f"Question number {index}"} for index in range(5)])
+    write(tmp_path / "theirs.jsonl", [{"question_id": 1, "turns": ["Question number 3", "And then?"]}])
+    command = [sys.executable, EXAMPLES / "prepare_prompts.py", "--sources", tmp_path / "mine.jsonl"]
+    command += ["--evaluation", tmp_path / "theirs.jsonl", "--output", tmp_path / "out" / "prompts.jsonl"]
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert len(load_jsonl(tmp_path / "out" / "prompts.jsonl")) == 4
+    provenance = (tmp_path / "out" / "prompts.md").read_text()
+    assert "4 prompts, seed 0." in provenance and "in an evaluation set 1" in provenance
+    assert f"- {tmp_path / 'theirs.jsonl'}" in provenance
+    with pytest.raises(ValueError, match=r"expected a \.jsonl file"):
+        prompts.main(["--output", "prompts.json"])

@@ -1,0 +1,477 @@
+"""Answers through a stand-in server on this machine against `regenerate`, and under all that a server can do wrong."""
+
+import asyncio
+import json
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest import mock
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from helpers import make_tiny_target
+from transformers_confu.data import regeneration, served_regeneration
+from transformers_confu.data.conversations import next_prompt
+from transformers_confu.data.dataset import encode_prompt, load_jsonl, prepare_dataset
+from transformers_confu.data.regeneration import regenerate, regenerate_turns
+from transformers_confu.data.served_regeneration import regenerate_served
+
+
+WORDS = ["<s>", "</s>", "<unk>", "system", "user", "assistant", *(f"w{index}" for index in range(26))]
+TEMPLATE = (
+    "{% if tone is defined %}{{ tone }} {% endif %}{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s> "
+    "{% endfor %}{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
+SETTINGS = {"max_new_tokens": 10, "max_prompt_length": 40}
+
+
+@pytest.fixture(scope="module")
+def target() -> LlamaForCausalLM:
+    model = make_tiny_target(vocab_size=len(WORDS), bos_token_id=0, eos_token_id=1)
+    model.generation_config.eos_token_id = [1, 9, 11]  # a random target hardly ever ends an answer
+    model.generation_config.suppress_tokens = [0, 2, 3, 4, 5]  # nor does a trained one write a template's words
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(served_regeneration, "_FIRST_WAIT", 0.001)
+
+
+class StandIn:
+    """Answers completions with `complete(body)`: a choice, or (status, headers, text) for an error."""
+
+    def __init__(self, complete, models=("tiny",)):
+        self.complete, self.models = complete, models
+        self.bodies, self.headers = [], []
+        self.under_way = self.most_under_way = 0
+        self.lock = threading.Lock()
+
+    def reply(self, path, headers, body):
+        if path == "/v1/models":
+            return 200, {}, json.dumps({"data": [{"id": model} for model in self.models]})
+        if path != "/v1/completions":
+            return 404, {}, "no such path"
+        with self.lock:
+            self.bodies.append(body)
+            self.headers.append(headers)
+            self.under_way += 1
+            self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            choice = self.complete(body)
+        finally:
+            with self.lock:
+                self.under_way -= 1
+        return choice if isinstance(choice, tuple) else (200, {}, json.dumps({"choices": [choice]}))
+
+
+@contextmanager
+def serve(stand_in: StandIn):
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            self.do_POST()
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            reply = stand_in.reply(self.path, dict(self.headers), json.loads(body) if body else None)
+            if reply[0] is None:  # hang up
+                self.close_connection = True
+                return
+            status, headers, text = reply
+            self.send_response(status)
+            for name, value in (headers | {"Content-Length": str(len(text.encode()))}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(timeout=10)
+
+
+def answer_with(target, tokenizer, with_ids=True, with_end=True):
+    """The tiny target behind the protocol: greedy at temperature 0, else sampled by the request's seed."""
+    lock = threading.Lock()
+
+    def complete(body):
+        sampling = {"do_sample": True, "temperature": body["temperature"]} if body["temperature"] else {}
+        prompt = torch.tensor([body["prompt"]])
+        with lock, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(body["seed"])
+            ids = target.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=body["max_tokens"],
+                pad_token_id=0,
+                **sampling,
+            )
+        ids = ids[0, prompt.shape[1] :].tolist()
+        ends = ids[-1] in target.generation_config.eos_token_id
+        if ends and ids[-1] != 1:  # as if it were the one end-of-text token
+            ids[-1] = 1
+        choice = {
+            "text": tokenizer.decode(ids[:-1] if ends else ids, skip_special_tokens=body["skip_special_tokens"]),
+            "finish_reason": "stop" if ends else "length",
+            "stop_reason": None,
+        }
+        return choice | ({"token_ids": ids if with_end or not ends else ids[:-1]} if with_ids else {})
+
+    return complete
+
+
+def make_prompts(number=8):
+    return [
+        {"id": f"p{index}", "prompt": " ".join(f"w{(index * 5 + word) % 26}" for word in range(1 + index % 4))}
+        for index in range(number)
+    ]
+
+
+@pytest.mark.parametrize("form", ["ids", "ids without end", "text"])
+def test_greedy_answers_are_those_of_regenerate(target, tokenizer, tmp_path, form):
+    prompts = make_prompts()
+    regenerate(target, tokenizer, prompts, tmp_path / "local.jsonl", batch_size=4, temperatures=(0.0,), **SETTINGS)
+    expected = {row["id"]: row for row in load_jsonl(tmp_path / "local.jsonl")}
+    for row in expected.values():
+        row["made_with"] = {"model": "tiny", "seed": 0}
+        if row["finished"]:
+            row["answer_ids"][-1] = 1
+            row["answer"] = tokenizer.decode(row["answer_ids"], skip_special_tokens=True)
+    assert {row["finished"] for row in expected.values()} == {True, False}
+    complete = answer_with(target, tokenizer, with_ids=form != "text", with_end=form == "ids")
+    with serve(StandIn(complete)) as url:
+        report = regenerate_served(url, tokenizer, prompts, tmp_path / "a.jsonl", temperatures=(0.0,), **SETTINGS)
+    rows = load_jsonl(tmp_path / "a.jsonl")
+    assert {row.pop("retokenized", False) for row in rows} == {form == "text"}
+    assert report.retokenized == (8 if form == "text" else 0)
+    assert {row["id"]: row for row in rows} == expected
+    assert (report.written, report.unfinished) == (8, sum(not row["finished"] for row in expected.values()))
+    dataset = prepare_dataset(rows, tokenizer, 100)
+    for row, prepared in zip(rows, dataset, strict=True):
+        assert prepared["input_ids"] == encode_prompt(row["prompt"], tokenizer) + row["answer_ids"]
+
+
+def test_it_runs_in_a_notebook(target, tokenizer, tmp_path):
+    async def cell(url):  # a notebook's code runs within its own loop
+        return regenerate_served(url, tokenizer, make_prompts(), tmp_path / "a.jsonl", max_retries=0, **SETTINGS)
+
+    with serve(StandIn(answer_with(target, tokenizer))) as url:
+        assert asyncio.run(cell(url)).written == 8
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(ValueError, match="400"), serve(StandIn(lambda body: (400, {}, "no"))) as url:
+        asyncio.run(cell(url))
+
+    # What is interrupted ends at once, though a request is under way.
+    (tmp_path / "a.jsonl").unlink()
+    under_way, answered = threading.Event(), threading.Event()
+
+    def complete(body):
+        under_way.set()
+        answered.wait(timeout=30)
+        return 500, {}, ""
+
+    def interrupt(self, timeout=None):
+        assert under_way.wait(timeout=30)
+        raise KeyboardInterrupt
+
+    with serve(StandIn(complete)) as url, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("concurrent.futures.Future.result", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(cell(url))
+        assert not answered.is_set()
+        answered.set()
+
+
+def test_requests_say_what_was_asked_for(target, tokenizer, tmp_path):
+    stand_in = StandIn(answer_with(target, tokenizer), models=("a", "b"))
+    prompts = [{**prompt, "chat_template_kwargs": {"tone": "w9"}} for prompt in make_prompts(4)]
+    with serve(stand_in) as url:
+        regenerate_served(
+            url + "/",
+            tokenizer,
+            prompts,
+            tmp_path / "a.jsonl",
+            model="b",
+            seed=3,
+            api_key="key",
+            extra_body={"top_p": 0.5},
+            **SETTINGS,
+        )
+    bodies = {tuple(body["prompt"]): body for body in stand_in.bodies}
+    for index, prompt in enumerate(prompts):
+        body = bodies[tuple(encode_prompt(prompt["prompt"], tokenizer, None, {"tone": "w9"}))]
+        assert body["temperature"] == (0.0, 0.8)[index % 2]
+        assert (body["model"], body["max_tokens"], body["top_p"], body["return_token_ids"]) == ("b", 10, 0.5, True)
+    assert len({body["seed"] for body in stand_in.bodies}) == 4
+    assert all(headers["Authorization"] == "Bearer key" for headers in stand_in.headers)
+    assert all(row["chat_template_kwargs"] == {"tone": "w9"} for row in load_jsonl(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_requests_under_way_are_bounded(tokenizer, tmp_path, concurrency):
+    def complete(body):
+        time.sleep(0.02)
+        return {"text": "w1", "finish_reason": "stop", "token_ids": [7, 1]}
+
+    stand_in = StandIn(complete)
+    with serve(stand_in) as url:
+        regenerate_served(url, tokenizer, make_prompts(), tmp_path / "a.jsonl", concurrency=concurrency, **SETTINGS)
+    assert stand_in.most_under_way == concurrency
+    assert len(load_jsonl(tmp_path / "a.jsonl")) == 8
+
+
+def test_conversations_are_answered_turn_by_turn(tokenizer, tmp_path):
+    rows = [
+        {"id": "a", "turns": ["w1", "w2 w3", "w4"], "system": "w9"},
+        {"id": 7, "turns": ["w5", "w6"]},
+        {"id": "one", "prompt": "w7"},
+        {"id": "long", "turns": ["w5", "w6 " * 50, "w7"]},
+    ]
+
+    def complete(body):
+        word = 6 + sum(body["prompt"]) % 26
+        return {"text": WORDS[word], "finish_reason": "stop", "token_ids": [word, 1]}
+
+    with serve(StandIn(complete)) as url:
+        report = regenerate_served(url, tokenizer, rows, tmp_path / "a.jsonl", **SETTINGS)
+    answered = {row["id"]: row for row in load_jsonl(tmp_path / "a.jsonl")}
+    assert set(answered) == {"a/0", "a/1", "a/2", "7/0", "7/1", "one", "long/0"}
+    assert answered["a/2"]["prompt"] == [
+        {"role": "system", "content": "w9"},
+        {"role": "user", "content": "w1"},
+        {"role": "assistant", "content": answered["a/0"]["answer"]},
+        {"role": "user", "content": "w2 w3"},
+        {"role": "assistant", "content": answered["a/1"]["answer"]},
+        {"role": "user", "content": "w4"},
+    ]
+    assert (report.prompts, report.written, report.too_long, report.stopped) == (9, 7, 1, 0)
+    dataset = prepare_dataset(answered.values(), tokenizer, 200)
+    assert len(dataset) == 4  # turns that go on from each other are one row
+    learned = sorted(label for row in dataset for label in row["labels"] if label != -100)
+    assert learned == sorted(token for row in answered.values() for token in row["answer_ids"])
+
+
+def test_turns_through_the_target_itself(target, tokenizer, tmp_path):
+    rows = [{"id": "a", "turns": ["w1 w2", "w3"]}, {"id": "b", "turns": ["w4", "w5"]}, {"id": "c", "prompt": "w6"}]
+    settings = SETTINGS | {"temperatures": (0.0,), "batch_size": 2}
+    reports = regenerate_turns(target, tokenizer, rows, tmp_path / "a.jsonl", **settings)
+    first = {row["id"]: row for row in load_jsonl(tmp_path / "a.0.jsonl")}
+    assert set(first) == {"a/0", "b/0", "c"}
+    going_on = {row_id for row_id, row in first.items() if row["finished"] and row["answer"]} - {"c"}
+    second = {row["id"]: row for row in load_jsonl(tmp_path / "a.1.jsonl")} if len(reports) == 2 else {}
+    assert set(second) == {row_id.replace("/0", "/1") for row_id in going_on}
+    for row in second.values():
+        row_id = row["id"].replace("/1", "/0")
+        assert row["prompt"][1] == {"role": "assistant", "content": first[row_id]["answer"]}
+    again = regenerate_turns(target, tokenizer, rows, tmp_path / "a.jsonl", **settings)
+    assert [report.written for report in again] == [0] * len(reports)
+
+
+def test_the_local_command_takes_turns_and_options_of_the_template(target, tokenizer, tmp_path, capsys):
+    for part in (target, tokenizer):
+        part.save_pretrained(tmp_path / "target")
+    tone = {"chat_template_kwargs": {"tone": "w9"}}
+    rows = [{"id": "a", "turns": ["w1", "w2"], **tone}, {"id": "b", "prompt": "w3", "tools": None}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--target", str(tmp_path / "target"), "--prompts", str(tmp_path / "prompts.jsonl"), "--dtype", "float64"]
+    argv += ["--output", str(tmp_path / "a.jsonl"), "--device", "cpu", "--max_new_tokens", "10"]
+    for _ in range(2):  # the second finds it all done
+        regeneration.main([*argv, "--max_prompt_length", "40", "--temperatures", "0.0"])
+        assert capsys.readouterr().out.startswith("turn 0: prompts: 2")
+    answers = {row["id"]: row for row in load_jsonl(tmp_path / "a.0.jsonl")}
+    assert set(answers) == {"a/0", "b"}
+    assert answers["a/0"]["chat_template_kwargs"] == tone["chat_template_kwargs"] and "tools" not in answers["b"]
+    ids = torch.tensor([encode_prompt("w1", tokenizer, **tone)])
+    expected = target.generate(ids, max_new_tokens=10, pad_token_id=1, attention_mask=torch.ones_like(ids))
+    assert answers["a/0"]["answer_ids"] == expected[0, ids.shape[1] :].tolist()
+
+
+def test_next_prompt():
+    tools = [{"name": "f"}]
+    assert next_prompt({"id": 1, "prompt": "x", "tools": tools, "source": "s"}, []) == {
+        "id": 1,
+        "prompt": "x",
+        "tools": tools,
+    }
+    assert next_prompt({"id": 1, "prompt": "x"}, ["y"]) is None
+    assert next_prompt({"id": 1, "turns": ["x", "z"]}, ["y", "y"]) is None
+    for row in ({"id": 1}, {"prompt": "x"}, {"id": 1, "prompt": "x", "turns": ["x"]}):
+        with pytest.raises(ValueError, match="expected 'id' and either 'prompt' or 'turns'"):
+            next_prompt(row, [])
+    for turns in ([], "x", [1]):
+        with pytest.raises(ValueError, match="expected a non-empty list of the user's turns"):
+            next_prompt({"id": 1, "turns": turns}, [])
+
+
+def test_a_conversation_ends_behind_a_cut_answer(tokenizer, tmp_path):
+    def complete(body):
+        return {"text": "w1 w1", "finish_reason": "length", "token_ids": [7] * 10}
+
+    rows = [{"id": "a", "turns": ["w1", "w2"]}]
+    with serve(StandIn(complete)) as url:
+        report = regenerate_served(url, tokenizer, rows, tmp_path / "a.jsonl", **SETTINGS)
+        assert (report.written, report.stopped) == (1, 1)
+        assert "ended early" in str(report)
+        assert regenerate_served(url, tokenizer, rows, tmp_path / "a.jsonl", **SETTINGS).written == 0
+
+
+def test_an_interrupted_run_is_resumed(target, tokenizer, tmp_path):
+    rows = [{"id": f"c{index}", "turns": [f"w{index}", "w5", "w6"]} for index in range(4)] + make_prompts()
+    complete = answer_with(target, tokenizer)
+    with serve(StandIn(complete)) as url:
+        regenerate_served(url, tokenizer, rows, tmp_path / "whole.jsonl", **SETTINGS)
+    stand_in = StandIn(complete)
+    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "part.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:-4])
+    with serve(stand_in) as url:
+        report = regenerate_served(url, tokenizer, rows, tmp_path / "part.jsonl", **SETTINGS)
+    assert (report.resumed, report.written) == (5, len(lines) - 5) == (5, len(stand_in.bodies))
+
+    def by_id(name):
+        return {row["id"]: row for row in load_jsonl(tmp_path / name)}
+
+    assert by_id("part.jsonl") == by_id("whole.jsonl")
+    for changed in ({"temperatures": (0.3,)}, {"max_new_tokens": 1}, {"max_new_tokens": 11}):
+        with pytest.raises(ValueError, match=r"line \d+ is no answer .* this call would write"):
+            regenerate_served(url, tokenizer, rows, tmp_path / "whole.jsonl", **SETTINGS | changed)
+    with pytest.raises(ValueError, match=r"line \d+ is no answer .* this call would write"):
+        regenerate_served(url, tokenizer, rows[5:], tmp_path / "whole.jsonl", **SETTINGS)
+
+
+def test_answers_of_another_model_seed_or_body_are_refused(target, tokenizer, tmp_path):
+    path, complete = tmp_path / "a.jsonl", answer_with(target, tokenizer)
+    with serve(StandIn(complete)) as url:
+        regenerate_served(url, tokenizer, make_prompts(), path, extra_body={"top_p": 0.5}, **SETTINGS)
+    part = b"".join(path.read_bytes().splitlines(keepends=True)[:3])
+    path.write_bytes(part)
+    given = {"extra_body": {"top_p": 0.5}}
+    with serve(StandIn(complete, ("other",))) as url:
+        for settings, message in (
+            (
+                {"seed": 1} | given,
+                r"line 1 was made with other settings \(seed was 0, is 1\): repeat the earlier",
+            ),
+            ({}, r"other settings \(extra_body was \{'top_p': 0.5\}, is None\)"),
+            ({"model": "other"} | given, r"other settings \(model was 'tiny', is 'other'\)"),
+            (given, r"a\.jsonl holds answers of tiny, and http.* serves other: serve the earlier model"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                regenerate_served(url, tokenizer, make_prompts(), path, **settings, **SETTINGS)
+    assert path.read_bytes() == part
+
+    # An older version did not write what it was made with.
+    rows = [{name: value for name, value in row.items() if name != "made_with"} for row in load_jsonl(path)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serve(StandIn(complete)) as url, mock.patch.object(regeneration.logger, "warning") as warning:
+        regenerate_served(url, tokenizer, make_prompts(), path, **SETTINGS)
+    assert warning.call_args.args[1:] == (path, 3)
+    assert [row.get("made_with") for row in load_jsonl(path)] == [None] * 3 + [{"model": "tiny", "seed": 0}] * 5
+
+
+def test_busy_failing_and_vanishing_servers_are_asked_again(target, tokenizer, tmp_path):
+    complete = answer_with(target, tokenizer)
+    troubles = iter([(429, {"Retry-After": "0"}, "busy"), (503, {}, "loading"), (None,), (200, {}, "<html>")])
+    with serve(StandIn(lambda body: next(troubles, None) or complete(body))) as url:
+        report = regenerate_served(
+            url, tokenizer, make_prompts(3), tmp_path / "a.jsonl", concurrency=1, timeout=20, **SETTINGS
+        )
+    assert (report.written, report.retries) == (3, 4)
+    assert "requests repeated: 4" in str(report)
+
+
+def test_a_server_that_stays_away_ends_the_run_with_its_answers_kept(target, tokenizer, tmp_path):
+    complete = answer_with(target, tokenizer)
+    calls = iter(range(100))
+    stand_in = StandIn(lambda body: complete(body) if next(calls) < 2 else (500, {}, "out of memory"))
+    with serve(stand_in) as url:
+        with pytest.raises(
+            ConnectionError, match=r"no answer in 3 attempts .*HTTP 500: out of memory.*repeat the call"
+        ):
+            regenerate_served(
+                url, tokenizer, make_prompts(), tmp_path / "a.jsonl", concurrency=1, max_retries=2, **SETTINGS
+            )
+    assert len(load_jsonl(tmp_path / "a.jsonl")) == 2
+    with pytest.raises(ConnectionError, match="no answer in 1 attempts"):
+        regenerate_served(url, tokenizer, make_prompts(), tmp_path / "b.jsonl", max_retries=0, **SETTINGS)
+
+
+def test_refused_prompts_are_counted_and_refused_requests_end_the_run(target, tokenizer, tmp_path):
+    complete = answer_with(target, tokenizer)
+    refused = encode_prompt("w5 w6", tokenizer)
+    stand_in = StandIn(lambda body: (400, {}, "too long") if body["prompt"] == refused else complete(body))
+    with serve(stand_in) as url:
+        report = regenerate_served(url, tokenizer, make_prompts(), tmp_path / "a.jsonl", **SETTINGS)
+    assert (report.written, dict(report.refused)) == (7, {"HTTP 400: too long": 1})
+    assert "prompts refused (HTTP 400: too long): 1" in str(report)
+
+    for reply, message in (
+        ((400, {}, "no field prompt"), "refuses the requests: HTTP 400: no field prompt"),
+        ((401, {}, "no key"), "refuses access or does not exist, HTTP 401: no key"),
+        ((200, {}, '{"text": "x"}'), r"expected `choices` with"),
+        ({"text": "x", "finish_reason": "stop", "token_ids": [400]}, "answers with token 400"),
+    ):
+        with serve(StandIn(lambda body, reply=reply: reply)) as url:
+            with pytest.raises(ValueError, match=message):
+                regenerate_served(url, tokenizer, make_prompts(), tmp_path / "b.jsonl", **SETTINGS)
+    for names in ((), ("a", "b")):
+        with serve(StandIn(complete, names)) as url:
+            with pytest.raises(ValueError, match=r"serves (a, b|no model): name one"):
+                regenerate_served(url, tokenizer, make_prompts(), tmp_path / "b.jsonl", **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "message"),
+    [
+        ({"max_new_tokens": 0}, [], "max_new_tokens is 0"),
+        ({"max_prompt_length": 0}, [], "max_prompt_length is 0"),
+        ({"concurrency": 0}, [], "concurrency is 0"),
+        ({"temperatures": ()}, [], "temperatures is"),
+        ({"temperatures": (-1.0,)}, [], "temperatures is"),
+        ({}, [{"id": 1}], "Row 0: it has the fields"),
+        ({}, [{"id": 1, "prompt": "w1"}, {"id": 1, "turns": ["w1"]}], "Row 1 has the id 1 of an earlier one"),
+    ],
+)
+def test_bad_settings_and_rows_are_refused_before_a_request(tokenizer, tmp_path, settings, rows, message):
+    with pytest.raises(ValueError, match=message):
+        regenerate_served("http://127.0.0.1:9", tokenizer, rows, tmp_path / "a.jsonl", **SETTINGS | settings)
+    with pytest.raises(ValueError, match=r"expected a \.jsonl file"):
+        regenerate_served("http://127.0.0.1:9", tokenizer, rows, tmp_path / "a.json", **SETTINGS)
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_command_line(target, tokenizer, tmp_path, capsys):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in make_prompts()))
+    with serve(StandIn(answer_with(target, tokenizer))) as url:
+        argv = ["--server", url, "--tokenizer", str(tmp_path / "tokenizer"), "--max_new_tokens", "10"]
+        argv += ["--prompts", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "out" / "a.jsonl")]
+        served_regeneration.main([*argv, "--chat_template_kwargs", '{"tone": "w9"}', "--temperatures", "0.0"])
+        assert "answers written: 8" in capsys.readouterr().out
+        with pytest.raises(ValueError, match=r"extra_body is '\[1\]', expected a JSON object"):
+            served_regeneration.main([*argv, "--extra_body", "[1]"])
+    rows = load_jsonl(tmp_path / "out" / "a.jsonl")
+    assert all(row["chat_template_kwargs"] == {"tone": "w9"} for row in rows) and len(rows) == 8

@@ -1,0 +1,82 @@
+"""The draft vocabulary against a reference of plain Python loops."""
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transformers_confu.data.vocabulary import build_draft_vocabulary, count_assistant_tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.sampled_from([-100, 0, 1, 2, 3, 7]), max_size=8), max_size=12))
+def test_counts_are_those_of_the_labels(rows):
+    expected = [sum(row.count(token) for row in rows) for token in range(8)]
+    counts = count_assistant_tokens(({"labels": row} for row in rows), vocab_size=8)
+    assert counts.dtype == torch.long
+    assert counts.tolist() == expected
+
+
+def test_counts_of_more_rows_than_a_chunk():
+    rows = [{"input_ids": [1, 2], "labels": [-100, index % 3]} for index in range(2501)]
+    for dataset in (rows, Dataset.from_list(rows)):
+        assert count_assistant_tokens(dataset, vocab_size=4).tolist() == [834, 834, 833, 0]
+
+
+@pytest.mark.parametrize("label", [-1, 8])
+def test_counting_refuses_ids_outside(label):
+    with pytest.raises(ValueError, match="expected -100 or ids from 0 to 7"):
+        count_assistant_tokens([{"labels": [label, 3]}], vocab_size=8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_vocabulary_equals_the_naive_one(data):
+    counts = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=30).filter(any))
+    size = data.draw(st.integers(1, len(counts)))
+    forced = data.draw(st.lists(st.integers(0, len(counts) - 1), max_size=size))
+
+    chosen = list(dict.fromkeys(forced))
+    while len(chosen) < size:
+        best = None
+        for token, count in enumerate(counts):
+            if token not in chosen and (best is None or count > counts[best]):
+                best = token
+        chosen.append(best)
+    chosen.sort()
+
+    vocabulary = build_draft_vocabulary(torch.tensor(counts), size, always_include=iter(forced))
+    assert vocabulary.token_ids.tolist() == chosen
+    assert [index + offset for index, offset in enumerate(vocabulary.d2t.tolist())] == chosen
+    assert [token for token, inside in enumerate(vocabulary.t2d.tolist()) if inside] == chosen
+    assert vocabulary.token_ids.dtype == vocabulary.d2t.dtype == torch.long
+    assert vocabulary.t2d.dtype == torch.bool
+    assert vocabulary.t2d.shape == (len(counts),)
+    assert vocabulary.coverage == pytest.approx(sum(counts[token] for token in chosen) / sum(counts))
+
+
+def test_counts_are_not_changed():
+    counts = torch.tensor([3, 0, 1])
+    build_draft_vocabulary(counts, 2, always_include=[1])
+    assert counts.tolist() == [3, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("counts", "size", "forced", "message"),
+    [
+        (torch.tensor([1, 2]), 3, (), "draft_vocab_size is 3, expected 1 to 2"),
+        (torch.tensor([1, 2]), 0, (), "draft_vocab_size is 0"),
+        (torch.tensor([1, 2]), -1, (), "draft_vocab_size is -1"),
+        (torch.tensor([1, -2]), 1, (), "negative"),
+        (torch.tensor([0, 0]), 1, (), "no token at all"),
+        (torch.tensor([1.0, 2.0]), 1, (), "expected int64"),
+        (torch.tensor([[1, 2]]), 1, (), r"shape \(1, 2\)"),
+        (torch.tensor([1, 2]), 1, (2,), "always_include spans 2 to 2"),
+        (torch.tensor([1, 2]), 1, (-1,), "always_include spans -1"),
+        (torch.tensor([1, 2]), 1, (0, 1), "always_include holds 2 ids, expected at most"),
+    ],
+)
+def test_building_refuses_bad_input(counts, size, forced, message):
+    with pytest.raises(ValueError, match=message):
+        build_draft_vocabulary(counts, size, forced)

@@ -1,0 +1,290 @@
+"""What a configuration takes over from a target, what it keeps on disk, and what it refuses."""
+
+import json
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    T5Config,
+)
+
+from transformers_confu import ConFuConfig
+from transformers_confu.inference.configuration_confu import default_future_states, default_taps
+
+
+LLAMA = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 640,
+}
+
+
+def sizes(config: ConFuConfig, *names: str) -> list:
+    return [getattr(config, name) for name in names]
+
+
+def test_sizes_of_a_llama_target():
+    config = ConFuConfig.from_target(LlamaConfig(**LLAMA, rms_norm_eps=3e-5, rope_theta=5e5))
+    assert sizes(config, "vocab_size", "draft_vocab_size", "hidden_size", "target_hidden_size") == [97, 97, 32, 32]
+    assert sizes(config, "num_attention_heads", "num_key_value_heads", "head_dim") == [4, 2, 8]
+    assert sizes(config, "target_num_hidden_layers", "target_num_key_value_heads", "target_head_dim") == [12, 2, 8]
+    assert sizes(config, "num_hidden_layers", "intermediate_size", "max_position_embeddings") == [1, 48, 640]
+    assert config.rms_norm_eps == 3e-5 and config.rope_parameters["rope_theta"] == 5e5
+    assert config.target_hidden_state_indices == [2, 6, 9]  # EAGLE-3's 2, L // 2, L - 3
+    assert config.future_hidden_state_indices == [6, 9, 12]
+    assert (config.taps_size, config.future_size) == (96, 96)
+    assert not config.has_own_embeddings
+
+
+def test_the_papers_sizes_of_the_future_channel():
+    config = ConFuConfig.from_target(LlamaConfig(**LLAMA))
+    assert config.num_soft_prompts == 16
+
+
+def test_heads_of_a_qwen3_target_need_not_divide_its_width():
+    config = ConFuConfig.from_target(Qwen3Config(**LLAMA, head_dim=12))
+    assert sizes(config, "head_dim", "target_head_dim", "hidden_size") == [12, 12, 32]
+
+
+def test_a_target_without_grouped_heads_caches_every_head():
+    config = ConFuConfig.from_target(GPTNeoXConfig(**LLAMA | {"num_key_value_heads": None}))
+    assert sizes(config, "num_key_value_heads", "target_num_key_value_heads", "target_head_dim") == [4, 4, 8]
+
+
+def test_a_narrow_draft_owns_its_embeddings():
+    config = ConFuConfig.from_target(LlamaConfig(**LLAMA), hidden_size=16, head_dim=4, draft_vocab_size=40)
+    assert config.has_own_embeddings
+    assert sizes(config, "hidden_size", "target_hidden_size", "head_dim", "target_head_dim") == [16, 32, 4, 8]
+    assert (config.taps_size, config.draft_vocab_size, config.vocab_size) == (96, 40, 97)
+
+
+def test_a_draft_as_wide_as_its_target_may_own_embeddings():
+    assert ConFuConfig.from_target(LlamaConfig(**LLAMA), has_own_embeddings=True).has_own_embeddings
+
+
+@pytest.mark.parametrize(
+    "num_layers, taps, future_states",
+    [
+        (1, [1], [1]),
+        (2, [1], [1, 2]),
+        (3, [1, 2], [1, 2, 3]),
+        (4, [1, 2], [1, 2, 4]),
+        (5, [2], [2, 5]),
+        (6, [2, 3], [2, 3, 6]),
+        (7, [2, 3, 4], [3, 4, 7]),
+        (30, [2, 15, 27], [15, 27, 30]),
+    ],
+)
+def test_taps_by_depth_of_the_target(num_layers, taps, future_states):
+    assert default_taps(num_layers) == taps
+    assert default_future_states(num_layers) == future_states
+    # Whatever the depth, the defaults are valid.
+    config = ConFuConfig.from_target(LlamaConfig(**LLAMA | {"num_hidden_layers": num_layers}))
+    assert config.target_hidden_state_indices == taps and config.future_hidden_state_indices == future_states
+
+
+@pytest.mark.parametrize("bos, eos, pad", [(1, 2, 0), (None, None, None), (1, [2, 5], 2), (1, [7], None)])
+def test_special_tokens_are_taken_over_verbatim(bos, eos, pad, tmp_path):
+    target = LlamaConfig(**LLAMA, bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
+    config = ConFuConfig.from_target(target)
+    assert sizes(config, "bos_token_id", "eos_token_id", "pad_token_id") == [bos, eos, pad]
+    config.save_pretrained(tmp_path)
+    loaded = ConFuConfig.from_pretrained(tmp_path)
+    assert sizes(loaded, "bos_token_id", "eos_token_id", "pad_token_id") == [bos, eos, pad]
+
+
+@pytest.mark.parametrize(
+    "rope, expected",
+    [
+        ({"rope_type": "default", "rope_theta": 3e4}, {"rope_type": "default", "rope_theta": 3e4}),
+        (
+            {"rope_type": "linear", "rope_theta": 3e4, "factor": 2.0},
+            {"rope_type": "linear", "rope_theta": 3e4, "factor": 2.0},
+        ),
+        # The draft cannot follow these, and need not: its positions are its own affair.
+        ({"rope_type": "dynamic", "rope_theta": 3e4, "factor": 2.0}, {"rope_type": "default", "rope_theta": 3e4}),
+    ],
+)
+def test_rope_of_the_target(rope, expected):
+    assert ConFuConfig.from_target(LlamaConfig(**LLAMA, rope_parameters=rope)).rope_parameters == expected
+
+
+def test_partial_rotation_of_the_target_is_not_the_drafts():
+    target = GPTNeoXConfig(**LLAMA | {"num_key_value_heads": None})
+    assert target.rope_parameters["partial_rotary_factor"] == 0.25
+    assert ConFuConfig.from_target(target).rope_parameters["rope_type"] == "default"
+    assert "partial_rotary_factor" not in ConFuConfig.from_target(target).rope_parameters
+
+
+def test_a_configuration_survives_the_disk(tmp_path):
+    config = ConFuConfig.from_target(
+        LlamaConfig(**LLAMA, eos_token_id=[2, 5]),
+        draft_vocab_size=40,
+        target_hidden_state_indices=[1, 5, 11],
+        future_hidden_state_indices=[12],
+        num_soft_prompts=0,
+        num_contemplate_experts=1,
+        num_contemplate_experts_per_token=1,
+        num_future_experts=5,
+        num_future_experts_per_token=3,
+        use_future_residual=False,
+    )
+    config.save_pretrained(tmp_path)
+    # `auto_map` only exists on disk, as in every checkpoint with code of its own.
+    loaded = ConFuConfig.from_pretrained(tmp_path).to_dict()
+    assert loaded.pop("auto_map") == {"AutoConfig": "configuration_confu.ConFuConfig"}
+    expected = config.to_dict()
+    expected.pop("auto_map", None)
+    assert loaded == expected
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "confu"
+
+
+def test_a_configuration_loads_with_its_own_code(tmp_path):
+    config = ConFuConfig.from_target(LlamaConfig(**LLAMA), draft_vocab_size=40)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded).__name__ == "ConFuConfig" and type(loaded) is not ConFuConfig
+    assert loaded.draft_vocab_size == 40
+
+
+def test_the_targets_configuration_is_not_written_to():
+    target = LlamaConfig(**LLAMA, eos_token_id=[2, 5], rope_theta=5e5)
+    before = json.dumps(target.to_dict(), sort_keys=True)
+    config = ConFuConfig.from_target(target, hidden_size=16)
+    config.rope_parameters["rope_theta"] = 1.0
+    config.eos_token_id.append(9)
+    config.target_hidden_state_indices.append(12)
+    assert json.dumps(target.to_dict(), sort_keys=True) == before
+
+
+INVALID = {
+    "more contemplate experts chosen than there are": (
+        {"num_contemplate_experts": 2, "num_contemplate_experts_per_token": 3},
+        "`num_contemplate_experts_per_token` (3) exceeds `num_contemplate_experts` (2).",
+    ),
+    "more future experts chosen than there are": (
+        {"num_future_experts": 1, "num_future_experts_per_token": 2},
+        "`num_future_experts_per_token` (2) exceeds `num_future_experts` (1).",
+    ),
+    "tap behind the last": ({"target_hidden_state_indices": [2, 13]}, "a target of 12 layers has hidden states 0"),
+    "negative tap": ({"target_hidden_state_indices": [-1, 2]}, "a target of 12 layers has hidden states 0"),
+    "unsorted taps": (
+        {"target_hidden_state_indices": [6, 2]},
+        "must be a non-empty list of rising, distinct indices.",
+    ),
+    "doubled tap": ({"target_hidden_state_indices": [2, 2]}, "must be a non-empty list of rising, distinct indices."),
+    "no tap": ({"target_hidden_state_indices": []}, "`target_hidden_state_indices` is []; it must be a non-empty"),
+    "no future state": ({"future_hidden_state_indices": []}, "`future_hidden_state_indices` is []; it must be"),
+    "future state behind the last": ({"future_hidden_state_indices": [13]}, "but a target of 12 layers"),
+    "large draft vocabulary": ({"draft_vocab_size": 98}, "`draft_vocab_size` (98) exceeds `vocab_size` (97)"),
+    "odd groups": (
+        {"num_attention_heads": 4, "num_key_value_heads": 3},
+        "`num_attention_heads` (4) is not a multiple of `num_key_value_heads` (3).",
+    ),
+    "odd head_dim": ({"head_dim": 7}, "`head_dim` is 7; rotary embeddings need an even number."),
+    "two layers": ({"num_hidden_layers": 2}, "an EAGLE-3 draft has exactly 1 decoder layer."),
+    "no layer": ({"num_hidden_layers": 0}, "an EAGLE-3 draft has exactly 1 decoder layer."),
+    "dynamic rope": (
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        "`rope_parameters` asks for RoPE type 'dynamic'; a draft can use",
+    ),
+    "narrow without a table": (
+        {"hidden_size": 16, "has_own_embeddings": False},
+        "the draft is 16 wide and the target 32: only a draft as wide as its target can read the target's embeddings.",
+    ),
+    "taps normalised twice": ({"fc_norm": True, "norm_before_fc": True}, "either each by itself or together."),
+    "negative soft prompts": ({"num_soft_prompts": -1}, "`num_soft_prompts` is -1; it must be 0 (none) or more."),
+} | {
+    f"{name} of 0": ({name: 0}, f"`{name}` is 0; it must be at least 1.")
+    for name in (
+        "vocab_size",
+        "draft_vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "target_hidden_size",
+        "target_num_hidden_layers",
+        "target_num_key_value_heads",
+        "target_head_dim",
+        "num_contemplate_experts",
+        "num_contemplate_experts_per_token",
+        "num_future_experts",
+        "num_future_experts_per_token",
+    )
+}
+
+
+@pytest.mark.parametrize("changes, sentence", INVALID.values(), ids=INVALID.keys())
+def test_sizes_that_cannot_belong_together_are_refused(changes, sentence):
+    with pytest.raises(StrictDataclassError) as error:
+        ConFuConfig.from_target(LlamaConfig(**LLAMA), **changes)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "32"},
+        {"vocab_size": 97.0},
+        {"num_soft_prompts": True},
+        {"target_hidden_state_indices": 2},
+        {"target_hidden_state_indices": [2.5]},
+        {"future_hidden_state_indices": "12"},
+        {"use_future_residual": "yes"},
+        {"rms_norm_eps": "small"},
+        {"rope_parameters": [1]},
+        {"eos_token_id": "</s>"},
+    ],
+    ids=lambda changes: next(f"{name}={value!r}" for name, value in changes.items()),
+)
+def test_values_of_a_wrong_type_are_refused(changes):
+    (name,) = changes
+    with pytest.raises((StrictDataclassError, TypeError)) as error:
+        ConFuConfig.from_target(LlamaConfig(**LLAMA), **changes)
+    assert name in str(error.value)
+
+
+def test_a_zero_size_without_from_target_is_refused_by_name():
+    with pytest.raises(StrictDataclassError, match="`num_attention_heads` is 0; it must be at least 1."):
+        ConFuConfig(num_attention_heads=0)
+
+
+def test_a_target_without_the_sizes_of_a_decoder_is_refused():
+    class Featureless(PreTrainedConfig):
+        model_type = "featureless"
+
+    with pytest.raises(ValueError, match="Featureless has no `vocab_size`, `hidden_size`, `num_hidden_layers`"):
+        ConFuConfig.from_target(Featureless())
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        GPT2Config(vocab_size=97, n_embd=32, n_layer=8, n_head=4, n_positions=128),
+        GemmaConfig(**LLAMA, head_dim=8),
+    ],
+    ids=lambda target: target.model_type,
+)
+def test_other_names_of_the_same_sizes_are_found(target):
+    config = ConFuConfig.from_target(target)
+    assert sizes(config, "vocab_size", "hidden_size", "target_hidden_size") == [97, 32, 32]
+    assert config.target_num_hidden_layers == target.num_hidden_layers
+
+
+def test_an_encoder_decoder_target_is_refused():
+    with pytest.raises(ValueError, match="T5Config is of an encoder-decoder model; ConFu drafts for decoder-only"):
+        ConFuConfig.from_target(T5Config(d_model=32, num_heads=4, vocab_size=97))

@@ -1,0 +1,570 @@
+"""What plain `generate` returns, streams, calls and stops at, so does assisted decoding. Tiny targets in fp64."""
+
+import functools
+import math
+import threading
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    MaxLengthCriteria,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    SynthIDTextWatermarkingConfig,
+    TextIteratorStreamer,
+    WatermarkingConfig,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from exactness import FP64_ROUNDING, Oracle, assert_close, assert_identical, compare, truly_fp64
+from helpers import make_tiny_draft, make_tiny_target
+from transformers_confu import ConFuCandidateGenerator, confu_generation_config
+from transformers_confu.inference.target import TargetRunner
+
+
+NEW_TOKENS = 24
+KNOBS = {"tree_size": 16, "depth": 5, "branching": 4, "contemplation": 6}
+GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+SAMPLED = {"max_new_tokens": NEW_TOKENS, "do_sample": True, "top_k": 20}
+
+greedy_and_sampled = pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+draft_and_oracle = pytest.mark.parametrize("oracle", [False, True], ids=["draft", "oracle"])
+
+
+@pytest.fixture(autouse=True)
+def wide():
+    with truly_fp64():
+        yield
+
+
+@functools.cache
+def tiny(kind: str = "llama", attention: str = "sdpa"):
+    """A target and a draft for it."""
+    target = make_tiny_target(kind, attn_implementation=attention)
+    return target, make_tiny_draft(target, draft_vocab_size=60)
+
+
+def random_ids(length: int, seed: int = 0) -> torch.LongTensor:
+    return torch.randint(2, 97, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+PROMPT = random_ids(7)
+
+
+@functools.cache
+def greedy_text(kind: str = "llama") -> list[int]:
+    """What plain decoding writes after `PROMPT` with nothing to stop it."""
+    return tiny(kind)[0].generate(PROMPT, **GREEDY)[0, PROMPT.shape[1] :].tolist()
+
+
+def assisted(target, draft, *args, oracle_text=None, knobs=KNOBS, call=None, **options):
+    """An assisted call whose trees, if `oracle_text` is given, hold that text; it may go on where decoding stops."""
+    config = confu_generation_config(target, **options, **{f"confu_{name}": value for name, value in knobs.items()})
+    arguments = {"assistant_model": draft, "generation_config": config} | (call or {})
+    if oracle_text is None:
+        return target.generate(*args, **arguments)
+    max_length = options.get("max_length") or PROMPT.shape[1] + options["max_new_tokens"]
+    with Oracle(PROMPT[0].tolist() + oracle_text, max_length).proposing():
+        return target.generate(*args, **arguments)
+
+
+# --- returned fields
+
+
+@draft_and_oracle
+@greedy_and_sampled
+@pytest.mark.parametrize("contemplation", [0, 16])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_all_fields_together(kind, contemplation, options, oracle):
+    fields = {"output_logits": True, "output_attentions": True}
+    knobs = KNOBS | {"contemplation": contemplation}
+    comparison = compare(*tiny(kind, "eager"), PROMPT, options | fields, knobs, oracle=oracle)
+    assert_identical(comparison)
+    plain, other = comparison.plain, comparison.assisted
+    assert type(plain) is type(other) and plain.keys() == other.keys()
+    assert_close(plain.logits, other.logits, 1e-6)  # Transformers rounds them to fp32
+    assert_close(plain.attentions, other.attentions, FP64_ROUNDING)
+    assert plain.cache.get_seq_length() == other.cache.get_seq_length()
+    for one, two in zip(plain.cache.layers, other.cache.layers, strict=True):
+        assert_close((one.keys, one.values), (two.keys, two.values), FP64_ROUNDING)
+
+
+@pytest.mark.parametrize("field", ["scores", "logits", "attentions", "hidden_states", None])
+def test_each_field_alone(field):
+    target, draft = tiny("llama", "eager")
+    options = GREEDY | {"return_dict_in_generate": True} | ({f"output_{field}": True} if field else {})
+    plain = target.generate(PROMPT, **options)
+    other = assisted(target, draft, PROMPT, **options)
+    assert type(plain) is type(other) and plain.keys() == other.keys()
+    if field:
+        assert_close(plain[field], other[field], 1e-6 if field in ("scores", "logits") else FP64_ROUNDING)
+
+
+def test_fields_without_a_dict_are_not_returned():
+    target, draft = tiny()
+    other = assisted(target, draft, PROMPT, output_scores=True, output_hidden_states=True, **GREEDY)
+    assert torch.equal(other, target.generate(PROMPT, **GREEDY))
+
+
+def test_some_of_the_hidden_states():
+    target, draft = tiny()
+    options = GREEDY | {"return_dict_in_generate": True, "output_hidden_states": [0, 3]}
+    plain = target.generate(PROMPT, **options)
+    other = assisted(target, draft, PROMPT, **options)
+    assert len(plain.hidden_states) == len(other.hidden_states)
+    for one, two in zip(plain.hidden_states, other.hidden_states, strict=True):
+        assert [states is None for states in one] == [states is None for states in two]
+        assert_close(*(tuple(s for s in states if s is not None) for states in (one, two)), FP64_ROUNDING)
+
+
+# --- where it stops
+
+
+@pytest.mark.parametrize("position", range(1, 12))
+def test_eos_inside_an_accepted_path(position):
+    # The tree goes on behind the EOS: nothing of that may be emitted, cached or counted.
+    target, draft = tiny()
+    text = greedy_text()
+    options = GREEDY | {"eos_token_id": text[position], "return_dict_in_generate": True, "output_scores": True}
+    plain = target.generate(PROMPT, **options)
+    other = assisted(target, draft, PROMPT, oracle_text=text, **options)
+    assert torch.equal(plain.sequences, other.sequences)
+    assert_close(plain.scores, other.scores, 1e-6)
+    assert other.cache.get_seq_length() == other.sequences.shape[1] - 1
+    emitted = other.sequences.shape[1] - PROMPT.shape[1]
+    assert sum(draft.last_statistics.emitted) == emitted - 1
+
+
+def test_the_first_token_can_be_the_last():
+    target, draft = tiny()
+    options = GREEDY | {"eos_token_id": greedy_text()[0]}
+    assert torch.equal(target.generate(PROMPT, **options), assisted(target, draft, PROMPT, **options))
+    assert draft.last_statistics.rounds == 0
+    assert math.isnan(draft.last_statistics.tau)
+
+
+@draft_and_oracle
+def test_several_eos_tokens(oracle):
+    target, draft = tiny()
+    text = greedy_text()
+    options = GREEDY | {"eos_token_id": [96, text[8], text[14]], "pad_token_id": 0}
+    other = assisted(target, draft, PROMPT, oracle_text=text if oracle else None, **options)
+    assert torch.equal(target.generate(PROMPT, **options), other)
+    assert other[0, -1] in (text[8], text[14])
+
+
+@draft_and_oracle
+@pytest.mark.parametrize("limit", [{"max_new_tokens": n} for n in (1, 2, 3, 8)] + [{"max_length": 7 + 5}])
+def test_maximal_length(limit, oracle):
+    target, draft = tiny()
+    text = greedy_text() if oracle else None
+    other = assisted(target, draft, PROMPT, oracle_text=text, do_sample=False, **limit)
+    assert torch.equal(target.generate(PROMPT, do_sample=False, **limit), other)
+
+
+@pytest.mark.parametrize("max_time, new_tokens", [(0.0, 1), (1e9, NEW_TOKENS)])
+def test_maximal_time(max_time, new_tokens):
+    target, draft = tiny()
+    other = assisted(target, draft, PROMPT, max_time=max_time, **GREEDY)
+    assert torch.equal(target.generate(PROMPT, max_time=max_time, **GREEDY), other)
+    assert other.shape[1] == PROMPT.shape[1] + new_tokens
+
+
+@functools.cache
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """97 tokens: characters and pairs of them."""
+    letters = "abcdefghi"
+    tokens = ["<s>", "</s>", *letters, *(a + b for a in letters for b in letters)]
+    vocabulary = {token: index for index, token in enumerate(tokens)} | {f"<{i}>": i for i in range(len(tokens), 97)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@draft_and_oracle
+def test_stop_strings(oracle):
+    target, draft = tiny()
+    tokenizer, text = tiny_tokenizer(), greedy_text()
+    words = tokenizer.batch_decode([[token] for token in text])
+    # Within one token or across two, at any offset.
+    for stop in (words[6], words[4][-1] + words[5][:1], words[9] + words[10]):
+        options = GREEDY | {"stop_strings": stop}
+        call = {"tokenizer": tokenizer}
+        plain = target.generate(PROMPT, **options, **call)
+        assert plain.shape[1] < PROMPT.shape[1] + NEW_TOKENS, "the text never holds this string"
+        other = assisted(target, draft, PROMPT, oracle_text=text if oracle else None, call=call, **options)
+        assert torch.equal(plain, other)
+
+
+class StopOnScores(StoppingCriteria):
+    """Stops when the best scores so far add up to enough; notes what it was called with."""
+
+    def __init__(self, enough: float):
+        self.enough = enough
+        self.calls = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        total = sum(step.max().item() for step in scores)
+        self.calls.append((input_ids[0].tolist(), len(scores), round(total, 3)))
+        return torch.tensor([total > self.enough])
+
+
+@draft_and_oracle
+def test_a_criterion_that_reads_scores(oracle):
+    target, draft = tiny()
+    options = GREEDY | {"return_dict_in_generate": True, "output_scores": True}
+    everything = target.generate(PROMPT, **options)
+    enough = sum(step.max().item() for step in everything.scores[:13])
+    plain_criterion, other_criterion = StopOnScores(enough), StopOnScores(enough)
+    plain = target.generate(PROMPT, stopping_criteria=[plain_criterion], **options)
+    call = {"stopping_criteria": [other_criterion]}
+    text = greedy_text() if oracle else None
+    other = assisted(target, draft, PROMPT, oracle_text=text, call=call, **options)
+    assert torch.equal(plain.sequences, other.sequences)
+    assert plain_criterion.calls == other_criterion.calls
+    assert 5 < len(other_criterion.calls) < NEW_TOKENS
+
+
+@pytest.mark.parametrize("length", [PROMPT.shape[1] + 9, PROMPT.shape[1] + 40])
+def test_a_limit_of_the_callers_own_stands_in_for_that_of_the_config(length):
+    target, draft = tiny()
+    call = {"stopping_criteria": [MaxLengthCriteria(length)]}
+    plain = target.generate(PROMPT, **GREEDY, **call)
+    assert plain.shape[1] == length
+    options = {"max_length": length, "do_sample": False}
+    expected = assisted(target, draft, PROMPT, **options)
+    rounds = draft.last_statistics
+    assert torch.equal(assisted(target, draft, PROMPT, call=call, **GREEDY), plain)
+    assert torch.equal(expected, plain)
+    assert draft.last_statistics.tree_nodes == rounds.tree_nodes  # trees as deep as the text may still grow
+
+
+# --- what is called on the way
+
+
+class Notebook(LogitsProcessor):
+    """A processor with a state: each call shifts the scores by what all earlier calls saw."""
+
+    def __init__(self):
+        self.prefixes = []
+
+    def __call__(self, input_ids, scores):
+        self.prefixes.append(input_ids[0].tolist())
+        return scores.roll(len(self.prefixes) % 5, dims=-1) + scores.new_tensor(sum(self.prefixes[-1]) % 7)
+
+
+@greedy_and_sampled
+@draft_and_oracle
+def test_a_processor_is_called_once_per_token_with_the_true_prefix(options, oracle):
+    notebooks = []
+
+    def call():
+        notebooks.append(Notebook())
+        return {"logits_processor": [notebooks[-1]]}
+
+    comparison = compare(*tiny(), PROMPT, options, KNOBS, oracle=oracle, call=call)
+    assert_identical(comparison)
+    assert notebooks[0].prefixes == notebooks[1].prefixes
+    assert len(notebooks[1].prefixes) == NEW_TOKENS
+    if oracle:
+        assert comparison.statistics.tau > 1.5
+
+
+@draft_and_oracle
+@pytest.mark.parametrize(
+    "watermark",
+    [
+        WatermarkingConfig(bias=3.0, seeding_scheme="selfhash", context_width=2),
+        SynthIDTextWatermarkingConfig(ngram_len=3, keys=[11, 5, 80, 2], context_history_size=32),
+    ],
+    ids=["selfhash", "synthid"],
+)
+def test_watermarks(watermark, oracle):
+    options = SAMPLED | {"watermarking_config": watermark}
+    assert_identical(compare(*tiny(), PROMPT, options, KNOBS, oracle=oracle))
+
+
+class Recorder(BaseStreamer):
+    """Notes what it is given, and by which call."""
+
+    def __init__(self):
+        self.events = []
+
+    def put(self, value):
+        self.events.append((value.dtype, tuple(value.shape), value.tolist()))
+
+    def end(self):
+        self.events.append("end")
+
+
+@greedy_and_sampled
+@draft_and_oracle
+def test_streaming(options, oracle):
+    recorders = []
+
+    def call():
+        recorders.append(Recorder())
+        return {"streamer": recorders[-1]}
+
+    comparison = compare(
+        *tiny(), PROMPT, options | {"eos_token_id": greedy_text()[17]}, KNOBS, oracle=oracle, call=call
+    )
+    assert_identical(comparison)
+    assert recorders[0].events == recorders[1].events
+    assert recorders[1].events[-1] == "end"
+
+
+def test_streaming_text_from_a_thread():
+    target, draft = tiny()
+    tokenizer = tiny_tokenizer()
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    arguments = {"inputs": PROMPT, "assistant_model": draft, "streamer": streamer} | GREEDY
+    thread = threading.Thread(target=target.generate, kwargs=arguments)
+    thread.start()
+    streamed = "".join(streamer)
+    thread.join()
+    assert streamed == tokenizer.decode(greedy_text())
+
+
+# --- prompts of every form
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 7, 50])
+@greedy_and_sampled
+def test_chunked_prefill(options, chunk_size):
+    prompt = random_ids(20, seed=3)
+    comparison = compare(*tiny("qwen3"), prompt, options | {"prefill_chunk_size": chunk_size}, KNOBS)
+    assert_identical(comparison)
+    whole = compare(*tiny("qwen3"), prompt, options, KNOBS)
+    assert comparison.statistics.emitted == whole.statistics.emitted  # the draft gets the taps of every chunk
+
+
+MASKS = {
+    "left padding": [0, 0, 0, 1, 1, 1, 1],
+    "holes": [0, 1, 0, 1, 1, 0, 1],
+    "right padding": [1, 1, 1, 1, 1, 0, 0],
+    "one token": [0, 0, 0, 0, 0, 0, 1],
+    "nothing": [0, 0, 0, 0, 0, 0, 0],
+}
+
+
+@draft_and_oracle
+@greedy_and_sampled
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_masked_prompts(mask, attention, options, oracle):
+    def call():
+        return {"attention_mask": torch.tensor([MASKS[mask]])}
+
+    comparison = compare(*tiny("llama", attention), PROMPT, options, KNOBS, oracle=oracle, call=call)
+    assert_identical(comparison)
+
+
+def test_left_padding_changes_nothing_in_the_rounds():
+    target, draft = tiny()
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), PROMPT], dim=-1)
+    mask = torch.tensor([[0] * 5 + [1] * PROMPT.shape[1]])
+    short = assisted(target, draft, PROMPT, **GREEDY)
+    rounds = draft.last_statistics.emitted
+    long = assisted(target, draft, padded, call={"attention_mask": mask}, **GREEDY)
+    assert torch.equal(short, long[:, 5:])
+    assert draft.last_statistics.emitted == rounds
+
+
+def test_a_mask_inferred_from_padding():
+    target, draft = tiny()
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), PROMPT], dim=-1)
+    options = GREEDY | {"pad_token_id": 0, "eos_token_id": 1}
+    assert torch.equal(target.generate(padded, **options), assisted(target, draft, padded, **options))
+
+
+@greedy_and_sampled
+@pytest.mark.parametrize("with_ids", [True, False])
+@pytest.mark.parametrize("mask", [None, "left padding", "holes"])
+def test_embedded_prompts(with_ids, mask, options):
+    target, draft = tiny("qwen3")
+    with torch.no_grad():
+        embeddings = target.get_input_embeddings()(PROMPT) + 0.1  # of no token
+
+    def call():
+        return {"inputs_embeds": embeddings} | ({"attention_mask": torch.tensor([MASKS[mask]])} if mask else {})
+
+    comparison = compare(target, draft, PROMPT if with_ids else None, options, KNOBS, call=call)
+    assert_identical(comparison)
+    assert comparison.assisted_ids.shape[1] == NEW_TOKENS + (PROMPT.shape[1] if with_ids else 0)
+
+
+def test_embedded_prompts_need_a_draft_that_reads_them():
+    target, _ = tiny()
+    draft = make_tiny_draft(target, hidden_size=16, head_dim=4)
+    embeddings = target.get_input_embeddings()(PROMPT).detach()
+    with pytest.raises(ValueError, match="embeds tokens itself .* pass `input_ids`"):
+        target.generate(inputs_embeds=embeddings, assistant_model=draft, **GREEDY)
+    assert_identical(compare(target, draft, PROMPT, GREEDY, KNOBS))
+
+
+def test_positions_of_the_callers_own():
+    def call():
+        return {"position_ids": torch.arange(3, 3 + 2 * PROMPT.shape[1], 2)[None]}
+
+    assert_identical(compare(*tiny(), PROMPT, SAMPLED, KNOBS, call=call))
+
+
+# --- statistics
+
+
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize("contemplation", [0, 4, 99])
+def test_statistics_can_be_recounted(contemplation, eos, monkeypatch):
+    target, draft = tiny()
+    text = greedy_text()
+    trees, proposed = [], ConFuCandidateGenerator.propose
+    options = GREEDY | ({"eos_token_id": text[15]} if eos else {})
+    with Oracle(PROMPT[0].tolist() + text, PROMPT.shape[1] + NEW_TOKENS, seed=2).proposing() as oracle:
+        propose = ConFuCandidateGenerator.propose
+
+        def note(*args, **kwargs):
+            trees.append(propose(*args, **kwargs))
+            return trees[-1]
+
+        monkeypatch.setattr(ConFuCandidateGenerator, "propose", note)
+        ids = assisted(target, draft, PROMPT, knobs=KNOBS | {"contemplation": contemplation}, **options)
+        monkeypatch.undo()
+    assert ConFuCandidateGenerator.propose is proposed
+    statistics = draft.last_statistics
+
+    new = ids[0, PROMPT.shape[1] :].tolist()
+    written, emitted, accepted = 1, [], []  # prefill emits the first
+    for tree, path in zip(trees, oracle.paths, strict=True):
+        tokens = new[written : written + len(path)]
+        children, node, count = tree.children()[0], 0, 0
+        while count < len(tokens) and (node := children.get((node, tokens[count]))):
+            count += 1
+        written += len(path)
+        emitted.append(len(tokens))
+        accepted.append(count)
+    assert written == len(new)
+    assert statistics.emitted == emitted and statistics.accepted == accepted
+    assert all(e - a in (0, 1) for e, a in zip(emitted, accepted, strict=True))
+    assert statistics.accepted_by_depth == [sum(a > d for a in accepted) for d in range(max(accepted))]
+    assert statistics.rounds == len(trees)
+    assert statistics.tau == (len(new) - 1) / len(trees) > 1.5
+    assert statistics.tree_nodes == sum(tree.size for tree in trees)
+    assert statistics.contemplate_rows <= sum(min(contemplation, tree.size) for tree in trees)
+    assert (statistics.contemplate_rows > 0) == (contemplation > 0)
+    for part in ("prefill", "draft", "target", "walk", "compaction"):
+        assert getattr(statistics, f"{part}_seconds") >= 0
+    row_bytes = 5 * 2 * 2 * 8 * 8  # layers, keys and values, heads, head size, fp64
+    assert statistics.target_cache_bytes == (PROMPT.shape[1] + len(new) - 1) * row_bytes
+    slots = draft.config.num_soft_prompts if contemplation else 0
+    assert statistics.transient_cache_bytes == row_bytes * max(
+        t.size + min(contemplation, t.size) + slots for t in trees
+    )
+    config = draft.config
+    seen = PROMPT.shape[1] + len(new) - 1 - emitted[-1]  # true rows that the last tree grew from
+    assert statistics.draft_cache_bytes == seen * 2 * config.num_key_value_heads * config.head_dim * 8
+    assert statistics.draft_state == "new"
+    assert f"tau {statistics.tau:.2f}" in str(statistics)
+
+
+def test_each_call_has_statistics_of_its_own():
+    target, draft = tiny()
+    assisted(target, draft, PROMPT, **GREEDY)
+    first = draft.last_statistics
+    emitted = list(first.emitted)
+    assisted(target, draft, random_ids(3, seed=8), **GREEDY)
+    assert draft.last_statistics is not first
+    assert first.emitted == emitted
+
+
+# --- side by side, and cut short
+
+
+def test_threads_share_a_draft():
+    target, draft = tiny()
+    prompts = [random_ids(4 + i, seed=20 + i) for i in range(6)]
+    expected = [target.generate(prompt, **GREEDY) for prompt in prompts]
+    texts = [None] * len(prompts)
+    together = threading.Barrier(len(prompts), timeout=60)
+
+    def work(index):
+        together.wait()
+        texts[index] = assisted(target, draft, prompts[index], **GREEDY)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(one, two) for one, two in zip(expected, texts, strict=True))
+
+
+def test_inference_mode():
+    target, draft = tiny()
+    with torch.inference_mode():
+        first = assisted(target, draft, PROMPT, return_dict_in_generate=True, **GREEDY)
+    longer = torch.cat([first.sequences.clone(), random_ids(2)], dim=-1)
+    cache = first.cache
+    assert torch.equal(
+        target.generate(longer, **GREEDY),
+        assisted(target, draft, longer, call={"cache": cache}, **GREEDY),
+    )
+    assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("layer", [0, 2, 4])
+@pytest.mark.parametrize("forward", [1, 2, 3, 5])  # prefill, contemplation behind the prompt, rounds
+def test_an_interrupt_leaves_the_cache_as_it_was(forward, layer):
+    target, draft = tiny()
+    first = target.generate(PROMPT, return_dict_in_generate=True, **GREEDY)
+    cache, text = first.cache, torch.cat([first.sequences, random_ids(3)], dim=-1)
+    length = cache.get_seq_length()
+    before = [(cached.keys.clone(), cached.values.clone()) for cached in cache.layers]
+    calls = 0
+
+    def interrupt(module, args):
+        nonlocal calls
+        calls += 1
+        if calls == forward:
+            raise KeyboardInterrupt
+
+    # In the middle of a layer: those above hold no new rows yet.
+    hook = target.model.layers[layer].mlp.register_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            assisted(target, draft, text, call={"cache": cache}, **GREEDY)
+    finally:
+        hook.remove()
+    assert cache.get_seq_length() == length
+    for cached, (keys, values) in zip(cache.layers, before, strict=True):
+        assert torch.equal(cached.keys, keys) and torch.equal(cached.values, values)
+    again = assisted(target, draft, text, call={"cache": cache}, **GREEDY)
+    assert torch.equal(again, target.generate(text, **GREEDY))
+
+
+def test_an_interrupt_leaves_an_empty_cache_usable():
+    target, draft = tiny()
+    cache = DynamicCache()
+
+    class Interrupting(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] > PROMPT.shape[1] + 4:
+                raise KeyboardInterrupt
+            return scores
+
+    with pytest.raises(KeyboardInterrupt):
+        assisted(target, draft, PROMPT, call={"cache": cache, "logits_processor": [Interrupting()]}, **GREEDY)
+    assert cache.get_seq_length() == 0
+    expected = target.generate(PROMPT, **GREEDY)
+    assert torch.equal(expected, target.generate(PROMPT, cache=cache, **GREEDY))
+
+
+def test_a_refused_call_does_no_work(monkeypatch):
+    target, draft = tiny()
+    monkeypatch.setattr(TargetRunner, "__init__", lambda *args: pytest.fail("work was begun"))
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        target.generate(PROMPT.repeat(2, 1), assistant_model=draft, **GREEDY)

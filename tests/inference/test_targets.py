@@ -1,0 +1,496 @@
+"""Which targets a draft serves: architectures, precisions, and the ways in which a model may be loaded or wrapped."""
+
+import copy
+
+import peft
+import pytest
+import torch
+import transformers
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from packaging import version
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
+
+from exactness import compare
+from helpers import make_tiny_draft, make_tiny_target, rotate
+from transformers_confu import ConFuDraftModel, confu_generation_config
+from transformers_confu.inference.checks import check_cache, check_target
+from transformers_confu.inference.draft_tree import DraftTree
+from transformers_confu.inference.soft_prompts import KeyRotation
+from transformers_confu.inference.target import TargetRunner
+
+
+PROMPT = torch.tensor([[3, 4, 5, 2, 7, 6, 8]])
+KNOBS = {"tree_size": 12, "depth": 5, "branching": 3, "contemplation": 5}
+
+# Llama's names for the sizes of `make_tiny_target`, with so few tokens that even a random draft is often right.
+SIZES = {
+    "vocab_size": 13,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "init_std": 0.3,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+# GPT-2's names.
+OLD_SIZES = {
+    "vocab_size": 13,
+    "n_embd": 32,
+    "n_layer": 5,
+    "n_head": 4,
+    "n_positions": 128,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+ALL_HEADS_CACHED = {**SIZES, "num_key_value_heads": None}
+FULL_ATTENTION = {"layer_types": ["full_attention"] * 5}
+
+ARCHITECTURES = {
+    # Named in the documentation.
+    "Llama": SIZES,
+    "Qwen2": SIZES,
+    "Qwen3": SIZES,
+    "Mistral": {**SIZES, "sliding_window": None},
+    # Other norms and their places, biases, activations, scaled embeddings, residuals and logits.
+    "Olmo2": SIZES,
+    "Gemma": SIZES,
+    "Gemma2": {**SIZES, **FULL_ATTENTION},
+    "Gemma3Text": {**SIZES, **FULL_ATTENTION},
+    "Phi3": {**SIZES, "original_max_position_embeddings": 128},
+    "Granite": SIZES,
+    "Cohere": SIZES,
+    "Starcoder2": {**SIZES, "sliding_window": None},
+    "SmolLM3": SIZES,
+    "Nemotron": SIZES,
+    # Rotation of a part of each head; of pairs; none.
+    "GPTNeoX": ALL_HEADS_CACHED,
+    "Glm4": SIZES,
+    "GPTJ": {**OLD_SIZES, "rotary_dim": 8},
+    "GPT2": OLD_SIZES,
+    "OPT": {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32, "num_key_value_heads": None},
+    "GPTBigCode": OLD_SIZES,
+    "Falcon": {
+        "vocab_size": 13,
+        "hidden_size": 32,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_kv_heads": 2,
+        "new_decoder_architecture": True,
+        "initializer_range": 0.3,
+        "eos_token_id": None,
+    },
+    # Differential attention; attention sinks.
+    "DiffLlama": SIZES,
+    "GptOss": {**SIZES, **FULL_ATTENTION, "num_local_experts": 4},
+    # Mixtures of experts.
+    "Mixtral": {**SIZES, "num_local_experts": 4, "sliding_window": None, "output_router_logits": True},
+    "Qwen3Moe": {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+EAGER_ONLY = {"GPTJ", "GptOss", "Gemma2"}
+WITHOUT_FP64 = {"GptOss", "Mixtral", "Qwen3Moe"}  # the experts' grouped matrix product has none
+
+architectures = pytest.mark.parametrize(
+    "name, implementation",
+    [
+        (name, implementation)
+        for name in ARCHITECTURES
+        for implementation in ("sdpa", "eager")
+        if implementation == "eager" or name not in EAGER_ONLY
+    ],
+)
+
+
+def make_target(name: str, implementation: str = "sdpa", **changes) -> PreTrainedModel:
+    config_class = getattr(transformers, f"{name}Config")
+    known = config_class().to_dict().keys() | set(config_class.attribute_map)
+    settings = ARCHITECTURES[name] | changes
+    config = config_class(**{key: value for key, value in settings.items() if key in known})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        target = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    target.generation_config.eos_token_id = None
+    return target.to(torch.float32 if name in WITHOUT_FP64 else torch.float64).eval()
+
+
+def assert_same_text(target, draft: ConFuDraftModel, max_new_tokens: int = 24) -> None:
+    """Greedy and sampled, with trees that are often right and at random places, so that cache rows have to move."""
+    for do_sample in (False, True):
+        comparison = compare(
+            target,
+            draft,
+            PROMPT,
+            {"do_sample": do_sample, "max_new_tokens": max_new_tokens},
+            KNOBS,
+            record=False,
+            oracle=True,
+        )
+        assert comparison.first_difference() is None
+        assert torch.equal(comparison.plain_state, comparison.assisted_state)
+        assert comparison.statistics.tau > 1.2
+        assert any(path != list(range(len(path))) for path in comparison.oracle.paths)
+    text = comparison.plain.sequences[0, PROMPT.shape[1] :]
+    assert len(text.unique()) > 3  # on a text that repeats one token, wrong decoding would look right
+
+
+# Architectures
+
+
+@architectures
+def test_decoding_is_exact(name, implementation):
+    target = make_target(name, implementation)
+    assert_same_text(target, make_tiny_draft(target))
+
+
+TREE = DraftTree.from_parents(
+    torch.tensor([[9, 3, 4, 5, 6, 7, 7]]), torch.tensor([[0, 0, 0, 1, 2, 3, 0]]), torch.zeros(1, 7)
+)
+CONTEMPLATED = torch.tensor([[0, 2, 3, 5, 6]])
+
+
+def path_to(node: int) -> list[int]:
+    tokens = []
+    while node:
+        tokens.insert(0, int(TREE.tokens[0, node]))
+        node = int(TREE.parents[0, node])
+    return [int(TREE.tokens[0, 0]), *tokens]
+
+
+def prefill(target, runner: TargetRunner, ids: torch.LongTensor):
+    """A cache that holds `ids`, and the taps of the last of them."""
+    cache = DynamicCache(config=target.config)
+    positions = torch.arange(ids.shape[1])[None]
+    with torch.no_grad():
+        outputs = target(ids, cache=cache, position_ids=positions, output_hidden_states=runner.recorded)
+    return cache, runner.taps(outputs.hidden_states)[:, -1]
+
+
+def future_by_prefix(target, draft: ConFuDraftModel, ids: torch.LongTensor, routed_by: torch.Tensor) -> torch.Tensor:
+    """f behind `ids` without any code of the runner: the soft prompts are ordinary cached rows before them."""
+    cache, with_slots = DynamicCache(config=target.config), DynamicCache(config=target.config)
+    target(ids, cache=cache)
+    for index, layer in enumerate(cache.layers):
+        keys, values = draft.future_channel.soft_prompts[index].to(layer.keys)
+        keys, values = torch.cat([keys[None], layer.keys], 2), torch.cat([values[None], layer.values], 2)
+        with_slots.update(keys, values, index)
+    embedding = draft.future_channel.contemplate_token(routed_by)[:, None]
+    length = ids.shape[1]
+    hidden_states = target(
+        inputs_embeds=embedding,
+        cache=with_slots,
+        position_ids=torch.tensor([[length]]),
+        attention_mask=torch.zeros(1, 1, 1, length + draft.config.num_soft_prompts + 1, dtype=embedding.dtype),
+        output_hidden_states=True,
+    ).hidden_states
+    return torch.cat([hidden_states[index][0, -1] for index in draft.config.future_hidden_state_indices])
+
+
+@architectures
+@torch.no_grad()
+def test_a_verified_tree_is_a_forward_over_each_path(name, implementation):
+    """Logits, taps and f of every node, against fresh forwards; without contemplate rows the same logits."""
+    target = make_target(name, implementation)
+    draft = make_tiny_draft(target)
+    runner = TargetRunner(target, draft.config, draft.future_channel)
+    # Eager attention and most norms compute in fp32 even in an fp64 model.
+    tolerance = 1e-12 if target.dtype == torch.float64 and implementation == "sdpa" else 1e-4
+
+    def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+        return (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+    cache, routed_by = prefill(target, runner, PROMPT)
+    check_target(target, draft.config)
+    check_cache(cache, draft.config)
+    arguments = (torch.tensor([7]), torch.ones(1, 7, dtype=torch.bool))
+    verified = runner.verify(TREE, CONTEMPLATED, routed_by, copy.deepcopy(cache), *arguments)
+    alone = runner.verify(TREE, None, routed_by, cache, *arguments)
+    assert verified.outputs.logits.shape[1] == alone.outputs.logits.shape[1] == TREE.size
+    assert alone.futures is None and verified.taps.shape == (1, TREE.size, draft.config.taps_size)
+    assert close(verified.outputs.logits, alone.outputs.logits)
+
+    for node in range(TREE.size):
+        ids = torch.cat([PROMPT, torch.tensor([path_to(node)])], dim=1)
+        fresh = target(ids, use_cache=False, output_hidden_states=True)
+        assert close(verified.outputs.logits[0, node], fresh.logits[0, -1])
+        taps = torch.cat([fresh.hidden_states[index][0, -1] for index in draft.config.target_hidden_state_indices])
+        assert close(verified.taps[0, node], taps)
+        if node in CONTEMPLATED[0]:
+            future = verified.futures[0, CONTEMPLATED[0].tolist().index(node)]
+            assert close(future, future_by_prefix(target, draft, ids, routed_by))
+            # And as prefill computes it, behind a cache that really holds the path.
+            path_cache, _ = prefill(target, runner, ids)
+            length = ids.shape[1]
+            visible = torch.ones(1, 1, length, dtype=torch.bool)
+            place = torch.tensor([[length]])
+            contemplated = runner.contemplate(path_cache, routed_by[:, None], place, place, visible)
+            assert close(future, contemplated[0, 0])
+            assert path_cache.get_seq_length() == length  # left as it was
+
+
+# Rotated soft prompts
+
+
+NOT_ROTATED = {"GPT2", "OPT", "GPTBigCode", "GPTJ", "SmolLM3"}  # positions of another kind, or not in every layer
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_keys_rotate_as_the_target_rotates_its_own(name):
+    """A token that sees only itself has the same states at every position, but for the rotation of its keys."""
+    target = make_target(name, "eager")
+    if name in NOT_ROTATED:
+        draft = make_tiny_draft(target, rotate_soft_prompts=True)
+        with pytest.raises(ValueError, match=rf"RoPE .* but {type(target).__name__} has none that serves every layer"):
+            check_target(target, draft.config)
+        return
+
+    def keys_at(positions: list[int]) -> torch.Tensor:
+        cache = DynamicCache(config=target.config)
+        count = len(positions)
+        target(torch.full((count, 1), 5), position_ids=torch.tensor(positions)[:, None], cache=cache)
+        return torch.stack([layer.keys for layer in cache.layers])  # (layers, positions, kv_heads, 1, hd)
+
+    positions = [0, 1, 7, 100]
+    keys = keys_at(positions)
+    assert (keys[:, 0] - keys[:, -1]).abs().amax((1, 2, 3)).min() > 1e-2
+    rotated = KeyRotation(target)(keys[:, 0], torch.tensor([positions[:2], positions[2:]]))
+    # Sets of slots that follow one another in a row of the batch.
+    expected = torch.stack([keys[:, :2], keys[:, 2:]], dim=1).squeeze(-2).transpose(2, 3)
+    torch.testing.assert_close(rotated, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_scale_of_yarn_is_not_applied_twice():
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    target = make_target("Llama", rope_parameters=rope)
+    keys = torch.randn(5, 2, 3, 8, dtype=torch.float64)
+    assert target.model.rotary_emb.attention_scaling > 1.1
+    rotation = KeyRotation(target)
+    torch.testing.assert_close(rotation(keys, torch.tensor([[0]]))[:, 0], keys)
+    rotated = rotation(keys, torch.tensor([[9]]))[:, 0]
+    torch.testing.assert_close(rotated.norm(dim=-1), keys.norm(dim=-1), rtol=1e-6, atol=0)
+    assert (rotated - keys).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_rotated_soft_prompts_stand_at_the_root():
+    """f of every node against a forward whose slots are cached rows at the root's position; and the text is exact."""
+    target = make_target("Llama")
+    draft = make_tiny_draft(target, rotate_soft_prompts=True)
+    runner = TargetRunner(target, draft.config, draft.future_channel)
+    root = PROMPT.shape[1]
+    cache, routed_by = prefill(target, runner, PROMPT)
+    visible = torch.ones(1, root, dtype=torch.bool)
+    futures = runner.verify(TREE, CONTEMPLATED, routed_by, cache, torch.tensor([root]), visible).futures[0]
+    keys = draft.future_channel.soft_prompts[:, 0]
+    assert (rotate(keys, root) - keys).abs().max() > 0.1
+    keys.copy_(rotate(keys, root))
+    for node, future in zip(CONTEMPLATED[0].tolist(), futures, strict=True):
+        ids = torch.cat([PROMPT, torch.tensor([path_to(node)])], dim=1)
+        torch.testing.assert_close(future, future_by_prefix(target, draft, ids, routed_by), rtol=1e-6, atol=1e-6)
+    assert_same_text(target, draft)
+
+
+@torch.no_grad()
+def test_soft_prompts_and_routing_reach_f():
+    target = make_target("Llama")
+    draft = make_tiny_draft(target)
+    runner = TargetRunner(target, draft.config, draft.future_channel)
+    visible = torch.ones(1, 7, dtype=torch.bool)
+
+    def verify():
+        cache, routed_by = prefill(target, runner, PROMPT)
+        return runner.verify(TREE, CONTEMPLATED, routed_by, cache, torch.tensor([7]), visible)
+
+    before = verify()
+    for parameter in (draft.future_channel.soft_prompts, draft.future_channel.contemplate_token.experts):
+        parameter.add_(0.5)
+        after = verify()
+        assert (after.futures - before.futures).abs().amax(-1).min() > 1e-3  # of every row
+        assert torch.equal(after.outputs.logits, before.outputs.logits)  # and of no real one
+        assert torch.equal(after.taps, before.taps)
+        before = after
+
+
+@torch.no_grad()
+def test_a_target_of_text_and_images_decodes_text():
+    text = transformers.LlamaConfig(**{key: value for key, value in SIZES.items() if key != "init_std"})
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    torch.manual_seed(0)
+    target = AutoModelForImageTextToText.from_config(
+        transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_id=12)
+    )
+    target = target.double().eval()
+    assert_same_text(target, make_tiny_draft(target, rotate_soft_prompts=True))
+
+
+# Precision and place
+
+
+PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("draft_dtype", PRECISIONS, ids=str)
+@pytest.mark.parametrize("target_dtype", PRECISIONS, ids=str)
+def test_draft_and_target_may_differ_in_precision(target_dtype, draft_dtype):
+    target = make_tiny_target("llama", target_dtype, vocab_size=13)
+    draft = make_tiny_draft(target, draft_dtype)
+    if target_dtype == torch.float32:
+        assert_same_text(target, draft)
+        return
+    # In half precision, rounding differs with the number of rows, so only a target of fp32 can be compared by text.
+    config = confu_generation_config(
+        target, do_sample=False, max_new_tokens=24, confu_tree_size=12, return_dict_in_generate=True
+    )
+    output = target.generate(PROMPT, assistant_model=draft, generation_config=config)
+    assert output.sequences.shape == (1, PROMPT.shape[1] + 24)
+    assert {layer.keys.dtype for layer in output.cache.layers} == {target_dtype}
+    assert {parameter.dtype for parameter in draft.parameters()} == {draft_dtype}
+    assert draft.last_statistics.tau > 1
+
+
+def test_a_target_split_by_a_device_map():
+    target = make_target("Llama")
+    draft = make_tiny_draft(target, rotate_soft_prompts=True)
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{index}": "cpu" for index in range(5)}
+    dispatch_model(target, device_map, force_hooks=True)
+    assert_same_text(target, draft)
+
+
+@pytest.mark.parametrize("contemplation", [0, 5])
+def test_a_target_over_several_devices_is_named_no_rows(contemplation, monkeypatch):
+    """Its last states lie elsewhere than its inputs, and a tensor of row numbers would have to lie with them."""
+    target = make_target("Llama")
+    draft = make_tiny_draft(target)
+    monkeypatch.setattr(target, "hf_device_map", {"model": "cpu", "lm_head": "cuda:1"}, raising=False)
+    asked = []
+    target.register_forward_pre_hook(lambda module, args, kwargs: asked.append(kwargs), with_kwargs=True)
+    comparison = compare(
+        target,
+        draft,
+        PROMPT,
+        {"do_sample": False, "max_new_tokens": 24},
+        KNOBS | {"contemplation": contemplation},
+        record=False,
+        oracle=True,
+    )
+    assert comparison.first_difference() is None
+    assert asked and not any(isinstance(kwargs.get("logits_to_keep"), torch.Tensor) for kwargs in asked)
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_an_offloaded_target(where, tmp_path):
+    target = make_target("Llama")
+    draft = make_tiny_draft(target, rotate_soft_prompts=True)
+    if where == "cpu":
+        cpu_offload(target, torch.device("cpu"))
+    else:
+        disk_offload(target, str(tmp_path), torch.device("cpu"))
+    assert next(target.parameters()).device.type == "meta"  # weights are only there while their module runs
+    assert_same_text(target, draft)
+
+
+def test_a_partly_offloaded_target(tmp_path):
+    target = make_target("Llama")
+    draft = make_tiny_draft(target)
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    device_map |= {f"model.layers.{index}": "cpu" if index < 2 else "disk" for index in range(5)}
+    dispatch_model(target, device_map, main_device="cpu", offload_dir=str(tmp_path))
+    assert_same_text(target, draft)
+
+
+class Int8Linear(nn.Module):
+    """What quantised Linears have in common: no `weight`, and a product that is not `nn.Linear`'s."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.register_buffer("scale", linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127)
+        self.register_buffer("levels", (linear.weight.detach() / self.scale).round().to(torch.int8))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states @ (self.levels * self.scale).T
+
+
+def test_a_quantised_target():
+    target = make_target("Llama")
+    draft = make_tiny_draft(target)
+    plain = target.generate(PROMPT, max_new_tokens=24, do_sample=False)
+    for module in list(target.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Int8Linear(child))
+    assert not any(isinstance(module, nn.Linear) for module in target.modules())
+    assert not torch.equal(target.generate(PROMPT, max_new_tokens=24, do_sample=False), plain)
+    assert_same_text(target, draft)
+
+
+# Adapters
+
+
+LORA = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4, "init_lora_weights": False}
+
+
+def test_a_target_wrapped_by_peft():
+    target = make_target("Llama")
+    draft = make_tiny_draft(target, rotate_soft_prompts=True)
+    before = target.generate(PROMPT, max_new_tokens=24, do_sample=False)
+    torch.manual_seed(0)
+    wrapped = get_peft_model(target, LoraConfig(task_type="CAUSAL_LM", **LORA)).double().eval()
+    assert not torch.equal(wrapped.generate(PROMPT, max_new_tokens=24, do_sample=False), before)  # the adapter is felt
+    assert_same_text(wrapped, draft)
+    with wrapped.disable_adapter():
+        assert_same_text(wrapped, draft)
+
+
+NEEDS_NEWER_PEFT = pytest.mark.skipif(
+    version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION),
+    reason=f"`add_adapter` of this Transformers needs peft {MIN_PEFT_VERSION}",
+)
+
+
+@pytest.mark.parametrize("way", [pytest.param("add_adapter", marks=NEEDS_NEWER_PEFT), "load_adapter"])
+def test_a_target_with_an_adapter(way, tmp_path):
+    target = make_target("Llama")
+    draft = make_tiny_draft(target)
+    before = target.generate(PROMPT, max_new_tokens=24, do_sample=False)
+    torch.manual_seed(0)
+    if way == "add_adapter":
+        target.add_adapter(LoraConfig(**LORA))
+    else:
+        get_peft_model(make_target("Llama"), LoraConfig(task_type="CAUSAL_LM", **LORA)).save_pretrained(tmp_path)
+        target.load_adapter(str(tmp_path))
+    target.double().eval()
+    assert not torch.equal(target.generate(PROMPT, max_new_tokens=24, do_sample=False), before)
+    assert_same_text(target, draft)
+
+
+# Compilation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["module", "forward"])
+def test_a_compiled_target(way):
+    target = make_target("Llama", num_hidden_layers=2)
+    draft = make_tiny_draft(target, target_hidden_state_indices=[1, 2])
+    if way == "module":
+        target.compile(backend="eager", dynamic=True)
+    else:
+        target.forward = torch.compile(target.forward, backend="eager", dynamic=True)
+    try:
+        assert_same_text(target, draft, max_new_tokens=10)
+    finally:
+        torch.compiler.reset()

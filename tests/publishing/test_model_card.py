@@ -1,0 +1,205 @@
+"""The model card: metadata that the Hub can read, every fact in its place, and no gap."""
+
+import json
+import math
+import tomllib
+from pathlib import Path
+
+import jinja2.meta
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from helpers import make_tiny_draft, make_tiny_target
+from transformers_confu import ConFuConfig
+from transformers_confu.publishing.model_card import TEMPLATE, CardFacts, Evaluation, Measurement, describe, model_card
+
+
+FACTS = CardFacts(
+    base_model="org/target",
+    license="other",
+    license_name="some-licence",
+    license_link="https://example.org/licence",
+    license_note="A note on the licence.",
+    language=["en", "de"],
+    datasets=["org/answers"],
+    summary="A summary.",
+    training="Told **here**.\n\n| source | answers |\n|---|---|\n| one | 5 |",
+    evaluations=[
+        Evaluation(
+            dataset="Spec-Bench",
+            dataset_id="org/spec-bench",
+            setting="480 questions, temperature 0",
+            note="Three runs.",
+            rows=[
+                Measurement("EAGLE-3 mode", tau=2.5, speed_up=1.5, contemplation=0),
+                Measurement("ConFu", tau=2.75, speed_up=[1.7, 1.6, 1.8], speed_up_mean=math.nan, contemplation=4),
+                Measurement("prompt lookup", speed_up=1.3, others=True),
+            ],
+        ),
+        Evaluation("Spec-Bench", "org/spec-bench", "480 questions, temperature 1", [Measurement("ConFu", tau=2.25)]),
+    ],
+    evaluation="Further words.",
+    limits=["One.", "Two."],
+    paper="What the paper says.",
+)
+CONFIG = ConFuConfig.from_target(make_tiny_target().config)
+
+
+def test_the_metadata_are_those_of_the_hub():
+    data = model_card(FACTS, CONFIG, "org/draft").data
+    assert data.to_dict() == {
+        "license": "other",
+        "license_name": "some-licence",
+        "license_link": "https://example.org/licence",
+        "base_model": "org/target",
+        "base_model_relation": "adapter",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "language": ["en", "de"],
+        "datasets": ["org/answers"],
+        "tags": ["speculative-decoding", "draft-model", "confu", "eagle3", "custom_code", "custom_generate"],
+        "model-index": data.to_dict()["model-index"],
+    }
+    # Plain YAML, which anything can read.
+    assert yaml.safe_load(data.to_yaml()) == data.to_dict()
+
+
+def test_every_result_is_in_the_index_once():
+    name, results = model_index_to_eval_results(model_card(FACTS, CONFIG, "org/draft").data.to_dict()["model-index"])
+    assert name == "draft"
+    found = {(r.dataset_config, r.metric_type, r.metric_name): r.metric_value for r in results}
+    assert found == {
+        ("480 questions, temperature 0", "tau", "tau (EAGLE-3 mode, C = 0)"): 2.5,
+        ("480 questions, temperature 0", "speed_up", "speed-up, total (EAGLE-3 mode, C = 0)"): 1.5,
+        ("480 questions, temperature 0", "tau", "tau (ConFu, C = 4)"): 2.75,
+        ("480 questions, temperature 0", "speed_up", "speed-up, total (ConFu, C = 4)"): 1.7,
+        ("480 questions, temperature 1", "tau", "tau (ConFu)"): 2.25,
+    }
+
+
+def test_every_fact_is_in_the_text():
+    text = model_card(FACTS, CONFIG, "org/draft", {"confu_depth": 4}, check="It was checked.").text
+    for fact in (
+        "A summary.",
+        FACTS.training,
+        "**Spec-Bench**: 480 questions, temperature 0. Three runs.\n",
+        "| EAGLE-3 mode | 0 | 2.500 | 1.500 |  |\n",
+        "| ConFu | 4 | 2.750 | 1.700 [1.600, 1.800] |  |\n",
+        "| prompt lookup |  |  | 1.300 |  |\n",
+        "Further words.",
+        "It was checked.",
+        "- One.\n- Two.\n- Batch size 1.",
+        "### Of the paper, not of this checkpoint\n\nWhat the paper says.",
+        "[some-licence](https://example.org/licence).\nA note on the licence.",
+        "`confu_depth=4`",
+        'custom_generate="org/draft", trust_remote_code=True',
+        'AutoModel.from_pretrained("org/draft", trust_remote_code=True)',
+        'ConFuDraftModel.from_pretrained("org/draft")',
+        "assistant_model=draft)",
+        "not usable alone",
+    ):
+        assert fact in text
+    assert "Not trained" not in text and "More Information Needed" not in text
+    assert not any(blank in text for blank in ("\n\n\n", "{{", "{%", "None"))
+
+
+def test_the_least_card_is_whole_and_an_untrained_draft_says_so():
+    for untrained in (False, True):
+        card = model_card(CardFacts("org/target", "apache-2.0", untrained=untrained), CONFIG, "org/draft")
+        assert "model-index" not in card.data.to_dict() and "model_name" not in card.data.to_dict()
+        assert ("> **Not trained yet.**" in card.text) == ("## Use, once it is trained" in card.text) == untrained
+        assert ("This draft has no results: it is not trained." in card.text) == untrained
+        assert ("No benchmark has been recorded" in card.text) != untrained
+        assert "Apache-2.0." in card.text
+        assert not any(blank in card.text for blank in ("\n\n\n", "{{", "{%", "None."))
+        assert str(ModelCard(str(card))) == str(card)
+
+
+def test_the_template_uses_no_name_that_it_is_not_given():
+    # Jinja renders an unknown name as nothing.
+    names = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(TEMPLATE.read_text()))
+    assert names == {"card_data", "facts", "repo_id", "target_name", "description", "licence", "check"}
+
+
+def test_the_card_asks_for_the_transformers_that_the_package_asks_for():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    (needed,) = [line for line in project["dependencies"] if line.startswith("transformers>=")]
+    version = needed.removeprefix("transformers>=").removesuffix(".0")
+    assert f"Needs Transformers {version} or newer" in TEMPLATE.read_text()
+
+
+@pytest.mark.parametrize("own_embeddings", [False, True])
+def test_the_description_counts_what_the_draft_has(own_embeddings):
+    target = make_tiny_target()
+    draft = make_tiny_draft(target, **({"hidden_size": 16, "head_dim": 4} if own_embeddings else {}))
+    rows = dict(describe(draft.config, {}))
+    count = sum(parameter.numel() for parameter in draft.parameters())
+    assert rows["parameters"].startswith(f"{count / 1e6:.1f} million: EAGLE-3 core ")
+    assert ("an embedding table of its own" in rows["core"]) == own_embeddings
+    assert "hidden states 1, 2 and 4" in rows["core"]
+    assert rows["draft vocabulary"] == "97 of the target's 97 tokens"
+    assert rows["future channel"].startswith("4 soft prompts per target layer; mixtures of experts: 2 of 8 active")
+
+
+# card.yaml
+
+
+def test_facts_survive_the_file(tmp_path):
+    FACTS.save(tmp_path / "card.yaml")
+    assert repr(CardFacts.load(tmp_path / "card.yaml")) == repr(FACTS)  # not `==`, as one figure is NaN
+    least = CardFacts("org/target", "mit")
+    least.save(tmp_path / "least.yaml")
+    assert (tmp_path / "least.yaml").read_text() == "base_model: org/target\nlicense: mit\n"
+    assert CardFacts.load(tmp_path / "least.yaml") == least
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"license": "mit"}, "missing 1 required positional argument: 'base_model'"),
+        ({"base_model": "org/target", "licence": "mit"}, "`licence` is not known; did you mean `license`"),
+        ({"base_model": "org/target", "license": False}, "`license` of the card is False; it must be a text"),
+        ({"base_model": "target", "license": "mit"}, "`base_model` of the card is 'target'; expected the target's id"),
+        ({"base_model": "org/target", "license": "other"}, "needs `license_name` and `license_link`"),
+        (
+            {"base_model": "org/target", "license": "mit", "evaluations": [{"dataset": "x", "rows": [{"tau": 1}]}]},
+            "missing 1 required positional argument: 'arm'",
+        ),
+        (["a list"], "expected names and values"),
+        (
+            {"base_model": "org/target", "license": "mit", "limits": "Slow."},
+            "`limits` of the card is 'Slow.'; it must",
+        ),
+        ({"base_model": "org/target", "license": "mit", "datasets": None}, "`datasets` of the card is None; it must"),
+        (
+            {"base_model": "org/target", "license": "mit", "evaluations": None},
+            "`evaluations` is None; expected a list",
+        ),
+        (
+            {
+                "base_model": "org/target",
+                "license": "mit",
+                "evaluations": [
+                    {"dataset": "x", "dataset_id": "x", "setting": "x", "rows": [{"arm": "ConFu", "tau": [1.5, 1.4]}]}
+                ],
+            },
+            r"`tau` of 'ConFu' is \[1.5, 1.4\]; expected a number or \[median, lowest, highest\]",
+        ),
+    ],
+)
+def test_facts_that_cannot_be_are_refused_with_the_file_named(content, message, tmp_path):
+    path = tmp_path / "card.yaml"
+    path.write_text(json.dumps(content))  # which is YAML
+    with pytest.raises(ValueError, match=message) as error:
+        CardFacts.load(path)
+    assert str(error.value).startswith(str(path))
+
+
+def test_a_missing_or_broken_file_says_what_is_expected(tmp_path):
+    with pytest.raises(ValueError, match="does not exist. A card needs at least\n\nbase_model: "):
+        CardFacts.load(tmp_path / "card.yaml")
+    (tmp_path / "card.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="card.yaml: "):
+        CardFacts.load(tmp_path / "card.yaml")

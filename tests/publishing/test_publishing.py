@@ -1,0 +1,337 @@
+"""`publish`: what goes to the Hub, what is refused before, and that nothing is left behind. No network."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import _http
+from transformers import AutoModel
+from transformers.utils import logging
+
+from helpers import make_tiny_draft, make_tiny_target
+from hub_stand_in import HubServer
+from transformers_confu import cli
+from transformers_confu.publishing import publish as hub
+from transformers_confu.publishing.model_card import CARD_FILE, CardFacts
+from transformers_confu.publishing.publish import CHECK_PROMPTS, publish
+
+
+FACTS = CardFacts(base_model="org/target", license="mit", training="Trained on *nothing*.")
+FILES = {
+    ".gitattributes",
+    "README.md",
+    "candidate_generator_confu.py",
+    "config.json",
+    "configuration_confu.py",
+    "custom_generate/generate.py",
+    "draft_tree.py",
+    "generation_config.json",
+    "generation_confu.py",
+    "model.safetensors",
+    "modeling_confu.py",
+    "target_runner.py",
+}
+
+
+@pytest.fixture
+def tokenizer(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    from _targets import tiny_tokenizer
+
+    yield tiny_tokenizer()
+    sys.modules.pop("_targets")
+
+
+@pytest.fixture
+def target():
+    return make_tiny_target(vocab_size=258, max_position_embeddings=1024)
+
+
+@pytest.fixture
+def draft(target):
+    draft = make_tiny_draft(target)
+    draft.generation_config.confu_tree_size = 12
+    return draft
+
+
+@pytest.fixture(autouse=True)
+def a_shorter_check(monkeypatch):
+    monkeypatch.setattr(hub, "CHECK_PROMPTS", CHECK_PROMPTS[:2])
+    monkeypatch.setattr(hub, "CHECK_TOKENS", 16)
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A Hub, a machine on which nobody is logged in, and `tmp_path / "scratch"` for temporary folders."""
+    server = HubServer()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    before = _http._GLOBAL_CLIENT_FACTORY
+    huggingface_hub.set_client_factory(server.client)
+    yield server
+    huggingface_hub.set_client_factory(before)
+
+
+@pytest.fixture
+def nothing_left(tmp_path, server):
+    """After the test, no temporary folder is there."""
+    yield
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_published_draft_is_complete(draft, target, tokenizer, server, nothing_left, tmp_path):
+    address = publish(draft, target, tokenizer, "org/draft", FACTS, private=True, token="hf_good")
+    assert address.startswith("https://huggingface.co/org/draft/commit/")
+    assert server.private == {"org/draft": True}
+    assert server.messages == ["Upload ConFu draft"]
+    files = server.branches["org/draft", "main"]
+    assert files.keys() == FILES
+    assert json.loads(files["generation_config.json"])["confu_tree_size"] == 12
+
+    for name, data in files.items():
+        (tmp_path / "fetched" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fetched" / name).write_bytes(data)
+    fetched = AutoModel.from_pretrained(tmp_path / "fetched", trust_remote_code=True)
+    assert all(torch.equal(value, fetched.state_dict()[name]) for name, value in draft.state_dict().items())
+    generate = target.load_custom_generate(tmp_path / "fetched", trust_remote_code=True)
+    assert generate.__globals__["REPOSITORY"] == "org/draft"
+
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model == "org/target" and card.data.license == "mit"
+    assert "Trained on *nothing*." in card.text and "`confu_tree_size=12`" in card.text
+    assert "of 2 greedy answers of up to 16 tokens, target in float64, 2 equal plain `generate`'s; tau " in card.text
+
+
+def test_publishing_again_removes_what_is_no_longer_part_of_it(draft, target, tokenizer, server, nothing_left):
+    for _ in range(2):
+        publish(draft, target, tokenizer, "org/draft", FACTS, token="hf_good")
+        files = server.branches["org/draft", "main"]
+        assert files.keys() - {"LICENSE"} == FILES
+        leftovers = ("old_code.py", "model-00001-of-00002.safetensors", "training_args.bin", "LICENSE")
+        files.update(dict.fromkeys(leftovers, b"left"))
+    publish(draft, target, tokenizer, "org/draft", FACTS, token="hf_good")
+    assert server.branches["org/draft", "main"].keys() == FILES | {"LICENSE"}
+
+
+@pytest.mark.parametrize(
+    ("options", "branch", "address"),
+    [
+        ({"revision": "v2"}, "v2", "/commit/"),
+        ({"create_pr": True}, "refs/pr/1", "/discussions/1"),
+        ({"create_pr": True, "revision": "main"}, "refs/pr/1", "/discussions/1"),
+    ],
+    ids=["branch", "pull request", "pull request to main"],
+)
+def test_a_branch_or_a_pull_request(options, branch, address, draft, target, tokenizer, server, nothing_left):
+    options = {**options, "commit_message": "A better draft", "token": "hf_good"}
+    assert address in publish(draft, target, tokenizer, "org/draft", FACTS, **options)
+    assert server.branches["org/draft", branch].keys() == FILES
+    assert server.branches["org/draft", "main"].keys() == {".gitattributes"}
+    assert server.messages == ["A better draft"]
+
+
+@pytest.mark.parametrize("call", ["repos/create", "models/org/draft/preupload/main", "models/org/draft/commit/main"])
+def test_a_refused_upload_leaves_nothing(call, draft, target, tokenizer, server, nothing_left):
+    server.refuse[call] = 403
+    with pytest.raises(HfHubHTTPError, match="403"):
+        publish(draft, target, tokenizer, "org/draft", FACTS, token="hf_good")
+    assert server.branches.get(("org/draft", "main"), {}).keys() <= {".gitattributes"}
+    del server.refuse[call]
+    publish(draft, target, tokenizer, "org/draft", FACTS, token="hf_good")  # and can be tried again
+    assert server.branches["org/draft", "main"].keys() == FILES
+
+
+def test_an_interruption_leaves_nothing(draft, target, tokenizer, server, nothing_left, monkeypatch, tmp_path):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, "check_exactness", interrupt)
+    for options in ({"token": "hf_good"}, {"dry_run": tmp_path / "runs" / "out"}):
+        with pytest.raises(KeyboardInterrupt):
+            publish(draft, target, tokenizer, "org/draft", FACTS, **options)
+    assert list((tmp_path / "runs").iterdir()) == []
+    assert server.private == {}
+
+
+def test_who_is_not_logged_in_learns_it_first(draft, target, tokenizer, server, nothing_left, monkeypatch):
+    monkeypatch.setattr(hub, "build", lambda *args: pytest.fail("the check must not begin"))
+    with pytest.raises(LocalTokenNotFoundError, match="hf auth login"):
+        publish(draft, target, tokenizer, "org/draft", FACTS)
+    with pytest.raises(HfHubHTTPError, match="401|Invalid user token"):
+        publish(draft, target, tokenizer, "org/draft", FACTS, token="hf_bad")
+    assert server.private == {}
+
+
+def test_a_dry_run_writes_the_folder_and_sends_nothing(draft, target, tokenizer, server, tmp_path, monkeypatch):
+    out = tmp_path / "runs" / "out"
+    build = hub.build
+
+    def build_beside(folder, *arguments):
+        assert folder.parents[1] == out.parent  # from elsewhere it might not move in one step
+        build(folder, *arguments)
+
+    monkeypatch.setattr(hub, "build", build_beside)
+    assert publish(draft, target, tokenizer, "org/draft", FACTS, dry_run=out) == str(out)
+    written = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+    assert written == FILES - {".gitattributes"}
+    assert server.calls == []
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    with pytest.raises(ValueError, match="out exists; a dry run writes a new folder"):
+        publish(draft, target, tokenizer, "org/draft", FACTS, dry_run=out)
+
+
+def other_target(draft, target):
+    return draft, make_tiny_target(vocab_size=259)
+
+
+def broken_weights(draft, target):
+    draft.fc.weight.data[0, 0] = torch.nan
+    return draft, target
+
+
+def more_tokens(draft, target):
+    return make_tiny_draft(small := make_tiny_target(vocab_size=200)), small
+
+
+def renamed_target(draft, target):
+    target.name_or_path = "someone/else"
+    return draft, target
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (other_target, {}, "made for a target with `vocab_size=258`"),
+        (broken_weights, {}, "hold numbers that are not finite"),
+        (more_tokens, {}, "The tokenizer has token ids up to 257"),
+        (renamed_target, {}, "card names the target org/target, but the draft is checked against someone/else"),
+        (None, {"repo_id": "draft"}, "The repository is 'draft'; expected 'organisation/name'"),
+        (None, {"create_pr": True, "revision": "v2"}, "pull request goes to main, but `revision` is 'v2'"),
+        (None, {"facts": CardFacts("org/target", "mit", untrained=True)}, "a draft is published with its weights"),
+    ],
+    ids=[
+        "other sizes",
+        "weights",
+        "tokenizer",
+        "other name",
+        "no organisation",
+        "pull request to a branch",
+        "untrained",
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written_or_sent(
+    change, options, message, draft, target, tokenizer, server, tmp_path
+):
+    draft, target = change(draft, target) if change else (draft, target)
+    arguments = {"repo_id": "org/draft", "facts": FACTS} | options
+    for where in ({"token": "hf_good"}, {"dry_run": tmp_path / "runs" / "out"}):
+        with pytest.raises(ValueError, match=message):
+            publish(draft, target, tokenizer, **arguments, **where)
+    assert server.calls == []
+    assert not (tmp_path / "runs").exists() and list((tmp_path / "scratch").iterdir()) == []
+
+
+class Falsified:
+    """A target whose assisted answers have another token in their middle, where plain `generate` is unchanged."""
+
+    def __init__(self, target, monkeypatch):
+        native = type(target).generate
+
+        def generate(model, *args, assistant_model=None, **kwargs):
+            output = native(model, *args, assistant_model=assistant_model, **kwargs)
+            if assistant_model is not None:
+                output[0, -9] = (output[0, -9] + 1) % 258
+            return output
+
+        monkeypatch.setattr(type(target), "generate", generate)
+
+
+def test_a_text_that_is_not_plain_generates_is_not_published(
+    draft, target, tokenizer, server, nothing_left, monkeypatch
+):
+    Falsified(target, monkeypatch)
+    with pytest.raises(ValueError, match="is not plain generate's: it differs from token 8 on, .* please report it"):
+        publish(draft, target, tokenizer, "org/draft", FACTS, token="hf_good")
+    assert server.private == {}
+
+
+def test_half_precision_counts_differences(draft, target, tokenizer, monkeypatch):
+    target.bfloat16()
+    exact = hub.check_exactness(target, draft, tokenizer, CHECK_PROMPTS[:2])
+    assert exact.answers == 2 and exact.rounds > 0
+    Falsified(target, monkeypatch)
+    check = hub.check_exactness(target, draft, tokenizer, CHECK_PROMPTS[:2])
+    assert check.identical == 0
+    assert "target in bfloat16, 0 equal plain `generate`'s" in str(check)
+
+
+def test_ties_are_told_apart_from_faults(draft, target, tokenizer, monkeypatch):
+    """Where all scores are equal, any other token is a tie."""
+    torch.nn.init.zeros_(target.lm_head.weight)
+    Falsified(target, monkeypatch)
+    check = hub.check_exactness(target, draft, tokenizer, CHECK_PROMPTS[:1])
+    assert (check.identical, check.ties) == (0, 1)
+    assert "1 part at a tie of two scores" in str(check)
+
+
+# The command
+
+
+@pytest.fixture
+def warnings_of_hub(monkeypatch):
+    """What the module warns of, as it reaches the log."""
+    texts: list[str] = []
+    monkeypatch.setattr(hub.logger, "warning", texts.append)
+    logging.warning_once.cache_clear()
+    return texts
+
+
+@pytest.fixture
+def command(draft, target, tokenizer, server, tmp_path, monkeypatch):
+    """`confu publish` with the tiny models, for a saved draft with its card; its exit status."""
+    draft.save_pretrained(tmp_path / "draft")
+    FACTS.save(tmp_path / "draft" / CARD_FILE)
+    monkeypatch.setattr(hub, "load_target", lambda name, dtype, device: (copy.deepcopy(target), tokenizer))
+    return lambda *arguments: cli.main(["publish", str(tmp_path / "draft"), "demo", "org/draft", *arguments])
+
+
+def test_the_command_publishes_with_knobs(command, server, nothing_left, capsys):
+    assert command("--token", "hf_good", "--private", "--confu-tree-size", "9", "--confu-contemplation", "0") == 0
+    assert capsys.readouterr().out.startswith("https://huggingface.co/org/draft/commit/")
+    files = server.branches["org/draft", "main"]
+    assert files.keys() == FILES and server.private["org/draft"] is True
+    knobs = {name: value for name, value in json.loads(files["generation_config.json"]).items() if "confu" in name}
+    assert knobs == {"confu_tree_size": 9, "confu_contemplation": 0}
+    assert json.loads(files["config.json"])["dtype"] == "bfloat16"
+
+
+def test_the_command_warns_once_of_what_does_not_fit(command, server, nothing_left, tmp_path, warnings_of_hub):
+    config = tmp_path / "draft" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 99}))
+    assert command("--token", "hf_good") == 0
+    assert sum("`max_position_embeddings` is 99" in text for text in warnings_of_hub) == 1
+
+
+def test_the_command_fails_in_one_sentence(command, server, nothing_left, capsys, tmp_path):
+    server.refuse["repos/create"] = 403
+    assert command("--token", "hf_good") == 1
+    assert "Not published: " in capsys.readouterr().err
+    assert command() == 1
+    assert "hf auth login" in capsys.readouterr().err
+    weights = tmp_path / "draft" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert command("--token", "hf_good") == 1
+    assert "are damaged or incomplete" in capsys.readouterr().err
+    (tmp_path / "draft" / CARD_FILE).unlink()
+    assert command() == 1
+    assert "card.yaml does not exist. A card needs at least" in capsys.readouterr().err
