@@ -1,4 +1,4 @@
-"""Options of a command from a YAML file, which options of the command line override."""
+"""Options of a command from a YAML file, which options of the command line override; options that hold JSON."""
 
 import difflib
 import json
@@ -99,3 +99,14 @@ def _as_options(settings: dict[str, Any], types: Mapping[str, Any]) -> list[str]
         else:
             options.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return options
+
+
+def json_option(name: str, text: str) -> dict[str, Any]:
+    """The object that an option of a command holds as JSON; `name` goes into the ValueError of anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is {text!r}, expected a JSON object ({error}).") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {text!r}, expected a JSON object.")
+    return value

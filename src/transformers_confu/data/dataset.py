@@ -4,10 +4,8 @@ Every row becomes `input_ids` and `labels` of equal length. A label equals the i
 assistant wrote that token and is -100 elsewhere (TRL's convention: labels are not shifted; the loss shifts them).
 """
 
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,8 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..common.jsonl import parse_json_object, read_jsonl
 
 
 logger = logging.get_logger(__name__)
@@ -134,51 +134,8 @@ def _parse_json_rows(content: bytes, path: Path) -> list[dict[str, Any]]:
 
 
 def load_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Reads a `.jsonl` or `.jsonl.gz` file of one JSON object per line; blank lines are skipped.
-
-    The file is read whole, so that a bad line shows before any row is worked on.
-
-    Raises:
-        ValueError: a line is not a JSON object (the message names file and line), or the file is cut short.
-    """
-    path = Path(path)
-    lines = read_lines(path)
-    return [parse_json_object(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
-
-
-def read_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, decompressed if its name ends in `.gz`; ValueError if that one is damaged or cut short."""
-    number = 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-        try:
-            for number, line in enumerate(file, start=1):  # noqa: B007 - for the error
-                yield line
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(
-                f"{path} cannot be decompressed after line {number} ({error}): fetch or write the file again."
-            ) from error
-
-
-def parse_json_object(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    """The object of one line of a JSONL file; `path` and `number` (from 1) go into the ValueError of a bad line."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # covers bad JSON and bad UTF-8
-        raise ValueError(f"{path}, line {number} is not JSON ({error}): expected one JSON object per line.") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number} holds a {type(row).__name__}: expected one JSON object per line.")
-    return row
-
-
-def json_option(name: str, text: str) -> dict[str, Any]:
-    """The object that an option of a command holds as JSON; `name` goes into the ValueError of anything else."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{name} is {text!r}, expected a JSON object ({error}).") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is {text!r}, expected a JSON object.")
-    return value
+    """The rows of a `.jsonl` or `.jsonl.gz` file, read whole, so that a bad line shows before any row is worked on."""
+    return list(read_jsonl(path))
 
 
 def prepare_dataset(

@@ -23,12 +23,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..common.jsonl import parse_json_object
 from ..common.loading import default_device, default_dtype, load_target
 from ..inference.checks import check_target
 from ..inference.configuration_confu import ConFuConfig
 from .continuous_batching import Request, answer, end_token_ids
 from .conversations import TEMPLATE_FIELDS, count_turns, is_over, next_prompt
-from .dataset import Messages, encode_prompt, load_jsonl, load_rows, parse_json_object
+from .dataset import Messages, encode_prompt, load_jsonl, load_rows
 from .fingerprints import fingerprint_of_target
 
 

@@ -27,8 +27,10 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..common.jsonl import parse_json_object
+from ..common.option_files import json_option
 from .conversations import TEMPLATE_FIELDS, count_turns, is_over, next_prompt
-from .dataset import encode_prompt, json_option, load_rows, parse_json_object
+from .dataset import encode_prompt, load_rows
 from .regeneration import RegenerationReport, check_made_with, warn_of_unmarked
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 
 from ..common.loading import default_device, default_dtype
-from ..data.dataset import json_option
+from ..common.option_files import json_option
 
 
 BASELINES = ("plain", "prompt_lookup")

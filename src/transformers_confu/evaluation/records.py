@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..data.dataset import parse_json_object, read_lines
+from ..common.jsonl import parse_json_object, read_lines
 from .arms import Arm, Setting
 
 

@@ -24,9 +24,9 @@ from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTr
 
 from ..common.demo_target import HUB_ID, demo_target_path
 from ..common.loading import load_draft
-from ..common.option_files import read_option_file
+from ..common.option_files import json_option, read_option_file
 from ..data.continuous_batching import end_token_ids
-from ..data.dataset import IGNORE_INDEX, DatasetReport, json_option, load_rows, prepare_dataset
+from ..data.dataset import IGNORE_INDEX, DatasetReport, load_rows, prepare_dataset
 from ..data.fingerprints import fingerprint_of_dataset
 from ..data.vocabulary import build_draft_vocabulary, count_assistant_tokens
 from ..inference.configuration_confu import ConFuConfig

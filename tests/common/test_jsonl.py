@@ -1,0 +1,66 @@
+"""A file of JSON lines outlives an interruption, and says where it is damaged."""
+
+import gzip
+
+import pytest
+
+from transformers_confu.common.files import differences, read_json, write_atomically
+from transformers_confu.common.jsonl import JsonLines, read_jsonl
+
+
+def test_a_torn_last_line_is_dropped_and_the_file_goes_on(tmp_path):
+    path = tmp_path / "new folder" / "rows.jsonl"
+    JsonLines(path).append([{"a": 1}, {"a": "é"}])
+    with open(path, "ab") as file:
+        file.write(b'{"a": 3')
+    resumed = JsonLines(path)
+    assert list(resumed.rows()) == [(1, {"a": 1}), (2, {"a": "é"})]
+    assert path.read_bytes().endswith(b'{"a": 3')  # left alone until something is appended
+    resumed.append([{"a": 4}])
+    assert path.read_text(encoding="utf-8") == '{"a": 1}\n{"a": "é"}\n{"a": 4}\n'
+
+
+def test_lines_can_be_given_up(tmp_path):
+    file = JsonLines(tmp_path / "rows.jsonl")
+    file.append([{"a": number} for number in range(4)])
+    file.keep(2)
+    assert [row["a"] for _, row in file.rows()] == [0, 1]
+
+
+def test_a_bad_line_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n[2]\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 2 holds a list"):
+        list(read_jsonl(path))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('\ufeff{"a": 1}\n'.encode())
+    assert list(read_jsonl(path)) == [{"a": 1}]
+
+
+def test_a_cut_compressed_file_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-20])
+    with pytest.raises(ValueError, match="rows.jsonl.gz cannot be decompressed after line"):
+        list(read_jsonl(path))
+
+
+def test_a_text_is_replaced_whole(tmp_path):
+    path = tmp_path / "state.json"
+    write_atomically(path, '{"step": 1}')
+    write_atomically(path, '{"step": 2}')
+    assert read_json(path) == {"step": 2}
+    assert [file.name for file in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_an_empty_state_file_is_named(tmp_path):
+    (tmp_path / "state.json").touch()
+    with pytest.raises(ValueError, match="state.json is no valid JSON"):
+        read_json(tmp_path / "state.json")
+
+
+def test_settings_that_differ_are_listed():
+    assert differences({"a": 1, "b": 2}, {"b": 2, "c": "x"}) == "a was 1, is None; c was None, is 'x'"
+    assert differences({"a": 1}, {"a": 1}) == ""
