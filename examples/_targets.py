@@ -18,8 +18,8 @@ from transformers import (
     TokenizersBackend,
 )
 
-from transformers_confu import ConFuConfig, ConFuDraftModel, loading
-from transformers_confu.commands.demo import default_draft
+from transformers_confu import ConFuConfig, ConFuDraftModel
+from transformers_confu.common import loading
 
 
 CHAT_TEMPLATE = (
@@ -49,7 +49,7 @@ def load_draft(target: PreTrainedModel, tiny: bool) -> ConFuDraftModel:
         torch.manual_seed(0)
         draft = ConFuDraftModel(ConFuConfig.from_target(target.config)).eval()
     else:
-        draft = ConFuDraftModel.from_pretrained(default_draft(), dtype=target.dtype)
+        draft = loading.load_draft(loading.default_draft(), target.dtype)
     return draft.to(target.device)
 
 

@@ -8,10 +8,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from ..common.loading import default_device, default_dtype, load_draft, load_target
+from ..common.loading import default_device, default_draft, default_dtype, load_draft, load_target
 from ..inference.checks import check_target
 from ..inference.modeling_confu import ConFuDraftModel
-from .demo import default_draft
 
 
 class Chat:

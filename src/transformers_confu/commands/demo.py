@@ -14,12 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..common.demo_target import load_demo_target
-from ..common.loading import default_device, default_dtype, load_draft
+from ..common.loading import default_device, default_draft, default_dtype, load_draft
 from ..inference.modeling_confu import ConFuDraftModel
-from ..publishing.hub_cards import HUB_CARDS
 
-
-DRAFT_ID = "transformers-confu/confu-smollm2-135m-instruct"
 
 PROMPTS = [
     "Write a short story about a lighthouse keeper who finds a message in a bottle.",
@@ -32,12 +29,6 @@ PROMPTS = [
     "large part of the crops that people eat.",
     "Translate into French: Good morning! The train to Paris leaves at nine, and I still have to buy a ticket.",
 ]
-
-
-def default_draft() -> str:
-    """The draft of this repository where the package runs from a clone, else its Hub id."""
-    folder = HUB_CARDS / DRAFT_ID.split("/")[1]
-    return str(folder) if (folder / "model.safetensors").is_file() else DRAFT_ID
 
 
 @dataclass

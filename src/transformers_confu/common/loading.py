@@ -1,6 +1,10 @@
-"""Models by what a command line calls them."""
+"""Targets and drafts by the names that a command line gives them, and the options that say how a target is loaded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -15,24 +19,28 @@ from transformers import (
 )
 
 from ..inference.modeling_confu import ConFuDraftModel
-from .demo_target import load_demo_target
+from .demo_target import demo_target_path
+from .option_files import json_option
 
 
-def dtype_named(name: str) -> torch.dtype:
+DEMO_DRAFT = "transformers-confu/confu-smollm2-135m-instruct"
+
+
+def dtype_named(name: str | torch.dtype) -> torch.dtype:
     """
-    The torch dtype of a name, such as `"bfloat16"`.
+    The torch dtype of a name, such as `"bfloat16"`; a dtype is returned as it is.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none of that name.
     """
-    dtype = getattr(torch, name, None)
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype is {name!r}, expected the name of a torch dtype such as bfloat16.")
     return dtype
 
 
 def default_device() -> str:
-    """`"cuda"` if there is such a GPU, else `"cpu"`. Other accelerators are untested; ask for them by name."""
+    """`"cuda"` if there is such a GPU, else `"cpu"`. Other accelerators are untested; ask for them with `--device`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -54,37 +62,112 @@ def default_dtype(device: torch.device | str | None = None) -> str:
     return "bfloat16" if native else "float32"
 
 
+@dataclass
+class TargetOptions:
+    """How a command loads its target: options that all commands share. Their parsers read it as a dataclass."""
+
+    device: str | None = field(
+        default=None, metadata={"help": "Where to run, such as cuda:1; a GPU if there is one, else the CPU."}
+    )
+    device_map: str | None = field(
+        default=None,
+        metadata={
+            "help": "Spread a large target over devices, memory and disk: auto, balanced, or JSON of module to "
+            "device; in place of `device`."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that comes with the target's checkpoint; read it first."}
+    )
+
+    def __post_init__(self):
+        if self.device is not None and self.device_map is not None:
+            raise ValueError(f"`device` is {self.device} and `device_map` {self.device_map}; give one of the two.")
+
+    def load(self, name: str, dtype: str | torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The target of that name and its tokenizer, see [`load_target`]."""
+        return load_target(name, dtype, self.device, self.device_map, self.trust_remote_code)
+
+
 def load_target(
-    name: str, dtype: str, device: torch.device | str | None = None
+    name: str,
+    dtype: str | torch.dtype,
+    device: torch.device | str | None = None,
+    device_map: dict[str, Any] | str | None = None,
+    trust_remote_code: bool = False,
+    **model_kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     Load a target in eval mode, and its tokenizer.
 
     Args:
-        name: `"demo"`, a folder, or a Hub id.
-        dtype: Name of a torch dtype, such as `"bfloat16"`.
-        device: Where the model goes. `None` is the CPU.
+        name: `"demo"`, a folder (of a model, also quantised, or of a peft adapter), or a Hub id.
+        dtype: Of the weights, or the name of one.
+        device: Where the model goes. `None` is [`default_device`].
+        device_map: As of `from_pretrained`, also as JSON, for a target that is split or offloaded. In place of
+            `device`.
+        trust_remote_code: Whether to run the code that comes with the checkpoint.
+        model_kwargs: More arguments of `from_pretrained`, such as `quantization_config`.
 
     Raises:
-        ValueError: `dtype` names none.
+        ValueError: `dtype` names none, or the target cannot be loaded: why, and what to do.
     """
-    torch_dtype = dtype_named(dtype)
-    if name == "demo":
-        return load_demo_target(dtype=torch_dtype, device=device)
-    target = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype).to(device or "cpu").eval()
-    return target, AutoTokenizer.from_pretrained(name)
+    dtype = dtype_named(dtype)
+    path = checkpoint(name)
+    if isinstance(device_map, str) and device_map.startswith("{"):
+        device_map = json_option("device_map", device_map)
+    if device_map is None and torch.device(device or default_device()).type != "cpu":
+        # Straight to its device: a quantised model refuses `.to`.
+        device_map = {"": str(device or default_device())}
+    with refusals(name, "target"):
+        target = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **model_kwargs
+        )
+    return target.eval(), load_tokenizer(path, trust_remote_code)
 
 
-def load_target_config(target: str | Path | PreTrainedConfig | PreTrainedModel) -> PreTrainedConfig:
-    """Configuration of a target that is given as such, as a model, as a folder or as a Hub id."""
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a target: `"demo"`, a folder or a Hub id.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    with refusals(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(checkpoint(name), trust_remote_code=trust_remote_code)
+
+
+def load_target_config(
+    target: str | Path | PreTrainedConfig | PreTrainedModel, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """Configuration of a target that is given as such, as a model, as `"demo"`, a folder or a Hub id."""
     if isinstance(target, PreTrainedConfig):
         return target
     if isinstance(target, PreTrainedModel):
         return target.config
-    return AutoConfig.from_pretrained(target)
+    with refusals(target, "target"):
+        return AutoConfig.from_pretrained(checkpoint(target), trust_remote_code=trust_remote_code)
 
 
-def load_draft(name: str, dtype: torch.dtype | None = None) -> ConFuDraftModel:
+def checkpoint(name: str | Path) -> str:
+    """What `from_pretrained` calls a target that a command line calls `name`."""
+    return str(demo_target_path()) if name == "demo" else str(name)
+
+
+def default_draft() -> str:
+    """
+    The demo target's draft: the folder in `hub_cards/` where this package, or the command, runs inside a clone of the
+    repository, else its Hub id.
+    """
+    here = Path.cwd()
+    for folder in (Path(__file__).parents[3], here, *here.parents):
+        draft = folder / "hub_cards" / DEMO_DRAFT.split("/")[1]
+        if (draft / "model.safetensors").is_file():
+            return str(draft)
+    return DEMO_DRAFT
+
+
+def load_draft(name: str | Path, dtype: torch.dtype | None = None) -> ConFuDraftModel:
     """
     Load a draft in eval mode.
 
@@ -96,10 +179,36 @@ def load_draft(name: str, dtype: torch.dtype | None = None) -> ConFuDraftModel:
         ValueError: there is nothing of that name, or no draft, or one with damaged weights or an impossible config.
     """
     try:
-        return ConFuDraftModel.from_pretrained(name, dtype=dtype)
+        with refusals(name, "draft"):
+            return ConFuDraftModel.from_pretrained(name, dtype=dtype)
+    except ValueError as error:
+        if str(name) != DEMO_DRAFT:
+            raise
+        raise ValueError(
+            f"{error} A clone of transformers-confu holds it: run the command there, or name a draft with --draft."
+        ) from error
+
+
+@contextmanager
+def refusals(name: str | Path, what: str) -> Iterator[None]:
+    """
+    Say in one sentence why a checkpoint cannot be loaded: it is not there, it is damaged, or brings code of its own.
+
+    Args:
+        name: Folder or Hub id.
+        what: It is expected to hold, such as `"draft"`.
+    """
+    try:
+        yield
     except StrictDataclassError as error:
-        raise ValueError(f"{name}: its config cannot be that of a draft. {error.__cause__ or error}") from error
+        raise ValueError(f"{name}: its config cannot be that of a {what}. {error.__cause__ or error}") from error
     except (OSError, ValueError, SafetensorError) as error:
-        is_folder = Path(name).is_dir()
-        what = "holds no draft that can be read" if is_folder else "is no folder and cannot be had from the Hub"
-        raise ValueError(f"{name} {what} ({str(error).splitlines()[0]}).") from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"The {what} {name} comes with code of its own. Read it, and if you trust it, allow it to run with "
+                "--trust_remote_code (in Python: trust_remote_code=True)."
+            ) from error
+        where = f"holds no {what} that can be read" if Path(name).is_dir() else "is no folder and cannot be had"
+        where += "" if Path(name).is_dir() else " from the Hub"
+        raise ValueError(f"{name} {where} ({reason}).") from error
