@@ -57,19 +57,20 @@ class DraftTree:
             for parents, tokens in zip(self.parents.tolist(), self.tokens.tolist(), strict=True)
         ]
 
+    def chance_to_be_last(self) -> torch.FloatTensor:
+        """What the draft expects: the probability that a node is accepted and no child of it in the tree, `(B, N)`."""
+        probabilities = self.log_probs.exp()
+        below_root = probabilities * (self.depths > 0)
+        return probabilities - torch.zeros_like(probabilities).scatter_add_(1, self.parents, below_root)
+
     def contemplated_nodes(self, num_rows: int, max_depth: int | None = None) -> torch.LongTensor:
         r"""
         The nodes that get a contemplate row, `(B, C)`, rising: the root, then those most likely to be accepted last.
 
-        A node is accepted last when it is accepted and none of its children is, for which the draft expects the
-        probability of the node less that of its children in the tree. The root is always among them, so that every
-        node has itself or an ancestor to take a future prediction from. Nodes deeper than `max_depth` get no row, even
+        The root is always among them, so that every node has itself or an ancestor to take a future prediction from. Nodes deeper than `max_depth` get no row, even
         if fewer than `num_rows` are left.
         """
-        probabilities = self.log_probs.exp()
-        below_root = self.depths > 0
-        children = torch.zeros_like(probabilities).scatter_add_(1, self.parents, probabilities * below_root)
-        last = (probabilities - children).masked_fill(~below_root, float("inf"))
+        last = self.chance_to_be_last().masked_fill(self.depths == 0, float("inf"))
         if max_depth is not None:
             too_deep = self.depths > max_depth
             last = last.masked_fill(too_deep, float("-inf"))
@@ -104,6 +105,7 @@ class TreeGrower:
     ```python
     grower = TreeGrower(log_probs, branching=10)  # the root's children
     while deeper:
+        grower.narrow(width)  # where not all of the frontier is worth a draft row
         ...draft step over `grower.frontier_tokens`, whose features are those of the rows `grower.frontier_parents`
         grower.expand(log_probs)
     tree = grower.tree(root_tokens, draft_token_ids, tree_size)
@@ -111,7 +113,7 @@ class TreeGrower:
 
     Args:
         log_probs (`torch.FloatTensor` of shape `(batch, draft_vocab_size)`): What the draft expects after the root.
-        branching (`int`): Children per expanded node, and nodes expanded per level, k.
+        branching (`int`): Children per expanded node, and most nodes expanded per level, k.
     """
 
     def __init__(self, log_probs: torch.FloatTensor, branching: int):
@@ -122,7 +124,8 @@ class TreeGrower:
         self._pool_size = scores.shape[1]
         # The frontier: the nodes to expand next.
         self._frontier = torch.arange(self._pool_size, device=scores.device).expand_as(tokens)  # index into the pool
-        self._frontier_scores = scores
+        self.frontier_scores = scores
+        """Path log-probabilities of the nodes to expand, falling, `(B, k)`."""
         self.frontier_tokens = tokens
         """Draft token ids of the nodes to expand, `(B, k)`."""
         self.frontier_parents = torch.zeros_like(tokens)
@@ -132,26 +135,39 @@ class TreeGrower:
         )
         """Which rows of all draft steps so far, this one included, each of them sees, `(B, k, rows)`."""
 
+    def narrow(self, width: int) -> None:
+        """Leave only the best `width` nodes of the frontier to be expanded."""
+        rows = self.frontier_ancestors.shape[-1] - max(self.frontier_tokens.shape[1] - width, 0)
+        self._frontier = self._frontier[:, :width]
+        self.frontier_scores = self.frontier_scores[:, :width]
+        self.frontier_tokens = self.frontier_tokens[:, :width]
+        self.frontier_parents = self.frontier_parents[:, :width]
+        self.frontier_ancestors = self.frontier_ancestors[:, :width, :rows]  # the last columns are its own rows
+
+    def best_scores(self, count: int) -> torch.FloatTensor:
+        """The `count` best path log-probabilities of all candidates so far, falling; fewer if there are not as many."""
+        scores = torch.cat(self._scores, dim=1)
+        return scores.topk(min(count, scores.shape[1]), dim=1).values
+
     def expand(self, log_probs: torch.FloatTensor) -> None:
-        """Take the children of the frontier from `log_probs` `(B, k, Vd)` and make the best k the next frontier."""
-        batch_size, width = self.frontier_tokens.shape
+        """Take the children of the frontier from `log_probs` `(B, k, Vd)` and make the best of them the next one."""
         scores, tokens = _top_k(log_probs, self.branching)  # (B, width, k)
-        scores = (scores + self._frontier_scores[..., None]).flatten(1)  # (B, width * k)
+        scores = (scores + self.frontier_scores[..., None]).flatten(1)  # (B, width * k)
         tokens = tokens.flatten(1)
         self._scores.append(scores)
         self._tokens.append(tokens)
         self._parents.append(self._frontier.repeat_interleave(self.branching, dim=1))
 
-        order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :width]
+        order = scores.sort(dim=-1, descending=True, stable=True).indices[:, : self.branching]
         self._frontier = order + self._pool_size
         self._pool_size += scores.shape[1]
-        self._frontier_scores = scores.gather(1, order)
+        self.frontier_scores = scores.gather(1, order)
         self.frontier_tokens = tokens.gather(1, order)
         self.frontier_parents = order // self.branching
         inherited = self.frontier_ancestors.gather(
             1, self.frontier_parents[..., None].expand(-1, -1, self.frontier_ancestors.shape[-1])
         )
-        itself = torch.eye(width, dtype=torch.bool, device=scores.device).expand(batch_size, -1, -1)
+        itself = torch.eye(order.shape[1], dtype=torch.bool, device=scores.device).expand(order.shape[0], -1, -1)
         self.frontier_ancestors = torch.cat([inherited, itself], dim=-1)
 
     def tree(self, root_tokens: torch.LongTensor, draft_token_ids: torch.LongTensor, tree_size: int) -> DraftTree:
