@@ -5,11 +5,15 @@ The command line, `confu`: a table of commands, each the `main(argv)` of a modul
 import difflib
 import dis
 import sys
+import sysconfig
 import textwrap
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
+from types import TracebackType
 
 from . import __version__
+from .common.extras import advice
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,19 @@ COMMANDS = {
         "confu evaluate --drafts runs/draft --questions questions.jsonl --output results.jsonl --report report",
     ),
     "report": Command(
-        "evaluation.results",
+        "evaluation.report",
         "Put several measurements of confu evaluate on one Markdown page.",
         "confu report results/base.jsonl results/tree_size.jsonl --output docs/results.md",
     ),
-    "convert": Command(
-        "conversion.convert",
-        "Make a ConFu draft of an EAGLE-3 draft (in), or hand its EAGLE-3 part to SGLang or vLLM (out).",
+    "convert in": Command(
+        "conversion.from_eagle3",
+        "Make a ConFu draft of an EAGLE-3 draft of SafeAILab, SGLang, SpecForge, speculators or DeepSpec.",
         "confu convert in org/eagle3-draft --target org/target --output runs/draft",
+    ),
+    "convert out": Command(
+        "conversion.to_eagle3",
+        "Write the EAGLE-3 part of a ConFu draft, without its future channel, for SGLang or vLLM.",
+        "confu convert out runs/draft --format sglang --output runs/eagle3",
     ),
     "check": Command(
         "publishing.compatibility",
@@ -87,10 +96,12 @@ HELP_FLAGS = ("-h", "--help", "help")
 
 def main(argv: list[str] | None = None) -> int:
     """
-    Run the command that `argv` (default: the process's arguments) names; its exit status. An error that the user can
-    mend is one sentence on stderr and status 1.
+    Run the command that `argv` (default: the process's arguments) names; its exit status. What this package refuses is
+    one sentence on stderr and status 1. With `--traceback`, anywhere, it also says where it came from.
     """
     argv = sys.argv[1:] if argv is None else argv
+    show_traceback = "--traceback" in argv
+    argv = [argument for argument in argv if argument != "--traceback"]
     if not argv or argv[0] in HELP_FLAGS:
         print(overview())
         return 0
@@ -100,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     for words in (1, 2):
         name = " ".join(argv[:words])
         if name in COMMANDS:
-            return run(name, argv[words:])
+            return run(name, argv[words:], show_traceback)
     group = {name for name in COMMANDS if name.startswith(f"{argv[0]} ")}
     if group and (len(argv) == 1 or argv[1] in HELP_FLAGS):
         print(overview(group))
@@ -109,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     return 2
 
 
-def run(name: str, arguments: list[str]) -> int:
+def run(name: str, arguments: list[str], show_traceback: bool = False) -> int:
     # The name that parsers of options take for the program's, in their help and errors.
     sys.argv = [f"confu {name}", *arguments]
     try:
@@ -118,28 +129,44 @@ def run(name: str, arguments: list[str]) -> int:
         print("Interrupted.", file=sys.stderr)
         return 130
     except Exception as error:
-        if not is_told(error):
+        sentence = refusal(error)
+        if sentence is None or show_traceback:
             raise
-        if isinstance(error, OSError) and error.filename is not None:
-            print(f"{error.filename}: {error.strerror}", file=sys.stderr)  # without the number of the error
-        else:
-            print(error, file=sys.stderr)
+        print(sentence, file=sys.stderr)
         return 1
 
 
-def is_told(error: Exception) -> bool:
+def refusal(error: Exception) -> str | None:
     """
-    Whether an error speaks to the user, who needs its sentence and not the way to it: what the system or the Hub
-    refuses, and what a `raise` statement says of a wrong value. Errors that Python itself or an extension finds (a
-    wrong unpacking is a `ValueError`, too) are faults of the program.
+    What an error says to the user, if it is one that the user can mend: a `raise` statement of this package, a file
+    that this package could not open, a package that an extra installs. `None` for any other: its traceback is needed.
     """
-    if isinstance(error, OSError):
-        return True
+    if isinstance(error, ModuleNotFoundError) and (sentence := advice(error)):
+        return sentence
     trace = error.__traceback__
-    while trace.tb_next is not None:
+    while (inner := _outside_standard_library(trace.tb_next)) is not None:
+        trace = inner
+    code = trace.tb_frame.f_code
+    if not Path(code.co_filename).is_relative_to(Path(__file__).parent):
+        return None
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"  # without the number of the error
+    # Python itself raises such errors too: an unpacking that does not fit is a ValueError, and a fault of the program.
+    by_statement = code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return str(error) if by_statement and isinstance(error, (ValueError, RuntimeError, OSError)) else None
+
+
+def _outside_standard_library(trace: TracebackType | None) -> TracebackType | None:
+    """The first entry of a traceback that lies in no file of Python's own."""
+    while trace is not None and _is_standard_library(trace.tb_frame.f_code.co_filename):
         trace = trace.tb_next
-    raised = trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return raised and isinstance(error, (ValueError, RuntimeError))
+    return trace
+
+
+def _is_standard_library(file: str) -> bool:
+    path = Path(file)
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    return file.startswith("<frozen") or (path.is_relative_to(sysconfig.get_path("stdlib")) and not installed)
 
 
 def overview(names: set[str] | None = None) -> str:

@@ -1,12 +1,17 @@
 """Round trips through the forms of other libraries, and what they cannot express."""
 
+import copy
 import json
+import logging
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from eagle3_source import Source
 from helpers import make_tiny_draft, make_tiny_target
@@ -106,6 +111,56 @@ def test_the_words_of_the_forms(target, tmp_path):
     assert "layers.0.self_attn.q_proj.weight" in weights
 
 
+ROPE = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("rope_type", ROPE)
+@pytest.mark.parametrize("form", ["sglang", "speculators"])
+def test_rope_stands_in_the_words_of_every_reader(form, rope_type, target, tmp_path, caplog):
+    rope = {"rope_type": rope_type, "rope_theta": 5e5} | ROPE[rope_type]
+    draft = make_tiny_draft(target, rope_parameters=rope)
+    with caplog.at_level(logging.WARNING):
+        export_eagle3(draft, tmp_path / "out", form, target)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    layer = written.get("transformer_layer_config", written)
+    # Transformers 5, of the whole file and of the new words alone.
+    new_words = {name: value for name, value in layer.items() if name not in ("rope_theta", "rope_scaling")}
+    for config in (layer, new_words):
+        rotary = LlamaRotaryEmbedding(LlamaConfig.from_dict(copy.deepcopy(config)))  # which changes what it is given
+        assert torch.equal(rotary.inv_freq, draft.rotary_emb.inv_freq.float())
+    # Transformers 4 and SGLang read these two words only.
+    assert layer["rope_theta"] == 5e5
+    scaling = layer["rope_scaling"]
+    if rope_type == "llama3":
+        assert scaling == {"rope_type": "llama3"} | ROPE["llama3"]
+    else:  # what SafeAILab's class accepts: nothing, or a dictionary of exactly `type` and `factor`, a float above 1
+        assert scaling == (None if rope_type == "default" else {"type": "linear", "factor": 4.0})
+    assert ("SafeAILab's own code knows only 'linear'" in caplog.text) == (rope_type == "llama3" and form == "sglang")
+
+
+def test_the_files_may_be_read_by_others(target, tmp_path):
+    """safetensors itself gives weights to nobody but their owner."""
+    mask = os.umask(0o022)
+    try:
+        export_eagle3(make_tiny_draft(target), tmp_path / "out")
+    finally:
+        os.umask(mask)
+    assert {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {
+        "README.md": 0o644,
+        "config.json": 0o644,
+        "model.safetensors": 0o644,
+    }
+
+
 @pytest.mark.parametrize("form", ["sglang", "speculators"])
 def test_the_card_says_that_the_future_channel_is_left_out(form, target, tmp_path):
     export_eagle3(make_tiny_draft(target), tmp_path, form, target)
@@ -172,7 +227,7 @@ def test_the_command_converts_in_and_out(target, tmp_path, capsys):
     source.write(tmp_path / "source")
     target.save_pretrained(tmp_path / "target")
     folders = {name: str(tmp_path / name) for name in ("source", "target", "draft", "out")}
-    options = ["--dtype", "float32", "--num-soft-prompts", "3", "--no-norm-output", "--taps", "1", "3", "5"]
+    options = ["--dtype", "float32", "--num-soft-prompts", "3", "--norm_output=false", "--taps", "1", "3", "5"]
     options.append("--rotate-soft-prompts")
     into = ["in", folders["source"], "--target", folders["target"], "--output", folders["draft"], *options]
     assert main(into) == 0

@@ -24,12 +24,21 @@ def read_json(path: str | Path) -> dict[str, Any]:
         ValueError: the file holds something else; the message names it.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # with or without a mark
     except ValueError as error:  # covers bad JSON and bad UTF-8
         raise ValueError(f"{path} is no valid JSON ({error}); delete it or get it anew.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected an object with named entries.")
     return value
+
+
+def share(folder: str | Path) -> None:
+    """Give the files of a folder the permissions of ordinary ones: safetensors writes weights for their owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

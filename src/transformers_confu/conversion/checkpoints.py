@@ -1,6 +1,5 @@
 """Reading checkpoints that others wrote: nothing in them is run, and what cannot be read is named."""
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers.utils import (
     cached_file,
 )
 
-from ..common.sentences import some
+from ..common.files import read_json
 
 
 # Names that decoder-only models of Transformers give their table of input embeddings.
@@ -27,8 +26,9 @@ EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embe
 
 
 def fetch(source: str | Path, **hub_arguments: Any) -> Path:
-    r"""
-    The folder of a checkpoint: a local one, or a copy of a Hub repository's.
+    """
+    The folder of a checkpoint: a local one, or a copy of a Hub repository's, with pickles only if it has nothing
+    better.
 
     Args:
         source: Folder or Hub id.
@@ -42,6 +42,8 @@ def fetch(source: str | Path, **hub_arguments: Any) -> Path:
             snapshot_download(str(source), allow_patterns=["*.json", "pytorch_model*.bin"], **hub_arguments)
     except HFValidationError as error:
         raise ValueError(f"'{source}' is neither a folder nor the id of a Hub repository.") from error
+    except OSError as error:
+        raise ValueError(f"{source} cannot be had from the Hub ({str(error).strip().splitlines()[0]}).") from error
     return folder
 
 
@@ -51,69 +53,46 @@ def require_new(folder: str | Path) -> None:
         raise FileExistsError(f"{folder} is not empty; give a new folder, so that nothing is overwritten or mixed in.")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object."""
-    if not path.is_file():
-        raise ValueError(f"{path.parent} holds no {path.name}; a checkpoint has one.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}); get the file anew.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, expected an object with named entries.")
-    return content
-
-
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    r"""
+    """
     All tensors of a checkpoint folder on the CPU: safetensors, sharded or not, else PyTorch files without code.
 
     Raises:
-        ValueError: there are no weights, a file is damaged or missing, an index does not list what its files hold, or
-            a PyTorch file holds more than tensors.
+        ValueError: there are no weights, a file is damaged or missing, or a PyTorch file holds more than tensors.
     """
-    for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
+    weights: dict[str, torch.Tensor] = {}
+    for file in _weight_files(folder):
+        weights |= _read_file(file)
+    return weights
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if (folder / name).is_file():
-            return _read_file(folder / name)
-        index = folder / (SAFE_WEIGHTS_INDEX_NAME if name == SAFE_WEIGHTS_NAME else WEIGHTS_INDEX_NAME)
-        if index.is_file():
-            return _read_shards(index)
+            return [folder / name]
+        if (folder / index).is_file():
+            # A shard lies beside its index, whatever path the index gives.
+            files = {folder / Path(file).name for file in read_json(folder / index).get("weight_map", {}).values()}
+            for file in files:
+                if not file.is_file():
+                    raise ValueError(f"{folder / index} names the file {file.name}, which is not in {folder}.")
+            return sorted(files)
     raise ValueError(
         f"{folder} holds no weights; expected {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}, or an index of shards of either."
     )
 
 
-def _read_shards(index: Path) -> dict[str, torch.Tensor]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} has no `weight_map`; get the file anew.")
-    weights: dict[str, torch.Tensor] = {}
-    for file in sorted(set(weight_map.values())):
-        # A shard lies beside its index, whatever path the index gives.
-        if Path(file).name != file or not (index.parent / file).is_file():
-            raise ValueError(f"{index} names the file {file}, which is not in {index.parent}.")
-        shard = _read_file(index.parent / file)
-        listed = {name for name, where in weight_map.items() if where == file}
-        if listed != shard.keys():
-            raise ValueError(f"{file} does not hold what {index.name} says: {some(listed ^ shard.keys())} differ.")
-        weights |= shard
-    return weights
-
-
 def _read_file(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or incomplete ({error}); get the file anew.") from error
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors or is damaged; it was not run. Ask its author for safetensors."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged or incomplete; get the file anew.") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}); get the file anew.") from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no plain dictionary of tensors; ask its author for safetensors.")
     return content
@@ -122,7 +101,7 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
 def read_target_embeddings(
     target: str | Path | PreTrainedConfig | PreTrainedModel, vocab_size: int, hidden_size: int
 ) -> torch.Tensor | None:
-    r"""
+    """
     The target's table of input embeddings `(vocab_size, hidden_size)`, without loading more of a target than the file
     that holds it; `None` for a mere configuration and for a target whose table cannot be found.
     """
@@ -133,15 +112,10 @@ def read_target_embeddings(
         return weight.detach().cpu() if plain else None
     if isinstance(target, PreTrainedConfig):
         return None
-    index = _cached_file(target, SAFE_WEIGHTS_INDEX_NAME)
-    if index is not None:
-        candidates = {name: file for name, file in read_json(Path(index))["weight_map"].items() if "embed" in name}
-    else:
-        candidates = {"": SAFE_WEIGHTS_NAME}
-    for file in sorted(set(candidates.values())):
-        path = _cached_file(target, file)
-        if path is None:
-            continue
+    files = {SAFE_WEIGHTS_NAME}
+    if (index := _cached_file(target, SAFE_WEIGHTS_INDEX_NAME)) is not None:
+        files = {file for name, file in read_json(index)["weight_map"].items() if "embed" in name or "wte" in name}
+    for path in filter(None, (_cached_file(target, file) for file in sorted(files))):
         with safe_open(path, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - no dictionary
                 if name.endswith(EMBEDDINGS) and tuple(tensors.get_slice(name).get_shape()) == shape:

@@ -1,19 +1,21 @@
 """EAGLE-3 drafts of other libraries -> ConFu drafts."""
 
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel
 
-from ..common.loading import load_target_config
+from ..common.files import read_json, share
+from ..common.loading import dtype_named, load_target_config
 from ..common.sentences import some
 from ..common.vocabulary_map import check_vocabulary_map, marks_of
 from ..inference.configuration_confu import ConFuConfig
 from ..inference.modeling_confu import ConFuDraftModel
-from .checkpoints import fetch, read_json, read_target_embeddings, read_weights
+from .checkpoints import fetch, read_target_embeddings, read_weights, require_new
 from .dialects import dialect_of, read_settings
 
 
@@ -26,6 +28,7 @@ def convert_eagle3(
     *,
     dtype: torch.dtype | None = None,
     hub_arguments: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
     **overrides: Any,
 ) -> ConFuDraftModel:
     r"""
@@ -47,6 +50,7 @@ def convert_eagle3(
             the draft brings a table of the target's width: a copy of the target's is left out, any other is kept.
         dtype: Of the result; the source's by default.
         hub_arguments: For downloading `source`: `revision`, `token`, `cache_dir`, ...
+        trust_remote_code: Whether the target's configuration may run code that comes with it.
         overrides: Fields of [`ConFuConfig`]: sizes of the future channel, or what the source's config leaves open or
             says wrongly, such as `target_hidden_state_indices`, `norm_output` or `norm_before_residual`.
 
@@ -56,9 +60,11 @@ def convert_eagle3(
             draft cannot.
     """
     folder = fetch(source, **(hub_arguments or {}))
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json; a checkpoint has one.")
     source_config = read_json(folder / "config.json")
     weights = _core_names(read_weights(folder))
-    target_config = load_target_config(target).get_text_config(decoder=True)
+    target_config = load_target_config(target, trust_remote_code).get_text_config(decoder=True)
     settings = read_settings(source_config, weights, target_config, overrides)
     _check_taps(weights, settings["target_hidden_state_indices"], target_config.hidden_size)
     _check_draft_vocabulary(weights, settings["draft_vocab_size"], target_config.vocab_size)
@@ -198,6 +204,85 @@ def _trained_depth(config: dict[str, Any]) -> int | None:
         return config.get("ttt_length")
     methods = (config.get("speculators_config") or {}).get("proposal_methods") or [{}]
     return methods[0].get("speculative_tokens")
+
+
+SWITCH = {"nargs": "?", "const": True}  # the name alone means true
+
+
+@dataclass
+class IntoOptions:
+    """Options of `confu convert in`."""
+
+    target: str = field(metadata={"help": "Folder or Hub id of the model that the draft was trained for."})
+    output: str = field(metadata={"help": "New folder for the ConFu draft."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the source on the Hub."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "Dtype of the result, such as bfloat16; the source's if not given."}
+    )
+    taps: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Indices into the target's hidden_states (0 = embeddings, i = input of layer i) that the draft "
+            "fuses, in place of what its config says."
+        },
+    )
+    norm_output: bool | None = field(
+        default=None,
+        metadata={
+            **SWITCH,
+            "help": "Whether features are fed back after the last norm, in place of what its config says.",
+        },
+    )
+    norm_before_residual: bool | None = field(
+        default=None,
+        metadata={
+            **SWITCH,
+            "help": "Whether the residual starts with the normalised feature, in place of what its config says.",
+        },
+    )
+    num_soft_prompts: int | None = field(default=None, metadata={"help": "Soft prompts of the new future channel."})
+    rotate_soft_prompts: bool | None = field(
+        default=None,
+        metadata={**SWITCH, "help": "Whether they keep their distance to the text's end, by the target's RoPE."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that comes with the target's configuration; read it first."}
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`confu convert in`: make a ConFu draft of an EAGLE-3 draft, and save it."""
+    parser = HfArgumentParser(
+        IntoOptions,
+        allow_abbrev=False,
+        description="Make a ConFu draft of an EAGLE-3 draft in the form of SafeAILab, SGLang, SpecForge, speculators "
+        "or DeepSpec. It decodes as the source does; its future channel is new and wants training.",
+    )
+    parser.add_argument("source", help="folder or Hub id of the EAGLE-3 draft")
+    options, positional = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    require_new(options.output)
+    overrides = {
+        "target_hidden_state_indices": options.taps,
+        "norm_output": options.norm_output,
+        "norm_before_residual": options.norm_before_residual,
+        "num_soft_prompts": options.num_soft_prompts,
+        "rotate_soft_prompts": options.rotate_soft_prompts,
+    }
+    draft = convert_eagle3(
+        positional.source,
+        options.target,
+        dtype=None if options.dtype is None else dtype_named(options.dtype),
+        hub_arguments={"revision": options.revision} if options.revision else None,
+        trust_remote_code=options.trust_remote_code,
+        **{name: value for name, value in overrides.items() if value is not None},
+    )
+    draft.save_pretrained(options.output)
+    share(options.output)
+    print(
+        f"{options.output}: taps {draft.config.target_hidden_state_indices}, draft vocabulary "
+        f"{draft.config.draft_vocab_size} of {draft.config.vocab_size}. It decodes in EAGLE-3 mode; train its future "
+        "channel next."
+    )
 
 
 __all__ = ["convert_eagle3"]

@@ -1,16 +1,19 @@
 """The EAGLE-3 part of ConFu drafts -> checkpoints that other engines serve."""
 
 import json
+import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import HfArgumentParser, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from ..common.loading import load_target_config
+from ..common.files import share
+from ..common.loading import load_draft, load_target_config
 from ..inference.configuration_confu import SPECIAL_TOKENS, ConFuConfig
 from ..inference.knobs import ConFuKnobs
 from ..inference.modeling_confu import ConFuDraftModel
@@ -18,11 +21,15 @@ from .checkpoints import read_target_embeddings, require_new
 from .dialects import LAYER_IDS
 
 
+logger = logging.getLogger(__name__)
+
+
 def export_eagle3(
     draft: ConFuDraftModel,
     folder: str | Path,
     format: Literal["sglang", "speculators"] = "sglang",
     target: str | Path | PreTrainedModel | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     r"""
     Write the EAGLE-3 part of a draft in the form of another library. The future channel stays behind: what is written
@@ -34,6 +41,7 @@ def export_eagle3(
         format: `"sglang"` is the form of SafeAILab, SGLang and SpecForge, `"speculators"` that of vLLM's speculators.
         target: The draft's target: a model, a folder or a Hub id. speculators' form holds the target's embeddings and
             names it; without it only a draft with embeddings of its own can be written so.
+        trust_remote_code: Whether the target's configuration may run code that comes with it.
 
     Raises:
         ValueError: the form cannot express what the draft computes, or the target does not fit.
@@ -62,13 +70,15 @@ def export_eagle3(
         if not config.has_own_embeddings:
             weights["embed_tokens.weight"] = _target_embeddings(draft, target)
         depth = getattr(draft.generation_config, "confu_depth", None) or ConFuKnobs().depth
-        written = _speculators_config(config, draft.dtype, depth, target)
+        verifier = {"name_or_path": _name_of(target), "architectures": _architectures(target, trust_remote_code)}
+        written = _speculators_config(config, draft.dtype, depth, verifier)
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
     (folder / CONFIG_NAME).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _card(format, _name_of(target)).save(folder / "README.md")
+    share(folder)
 
 
 def _refuse_what_cannot_be_written(config: ConFuConfig, format: str) -> None:
@@ -94,39 +104,42 @@ def _refuse_what_cannot_be_written(config: ConFuConfig, format: str) -> None:
         )
 
 
+LAYER_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings"),
+    *("attention_bias", "mlp_bias", "initializer_range", *SPECIAL_TOKENS),
+)
+
+
 def _layer_config(config: ConFuConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What both forms say of the decoder layer. RoPE is written in the old words and the new."""
+    """
+    What both forms say of the decoder layer. RoPE stands there twice: `rope_parameters` is what Transformers 5 reads,
+    and knows no `rope_theta` beside it; `rope_theta` and `rope_scaling` are what Transformers 4 and SGLang read.
+    """
     rope = dict(config.rope_parameters)
-    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-    return {
-        **{
-            name: getattr(config, name)
-            for name in (
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "num_key_value_heads",
-                "head_dim",
-                "hidden_act",
-                "rms_norm_eps",
-                "max_position_embeddings",
-                "attention_bias",
-                "mlp_bias",
-                "initializer_range",
-                *SPECIAL_TOKENS,
-            )
-        },
+    scaling: dict[str, Any] | None = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if rope["rope_type"] == "default":
+        scaling = None
+    elif rope["rope_type"] == "linear":
+        # SafeAILab's config class wants just these two, by these names, and the factor as a float.
+        scaling = {"type": "linear", "factor": float(rope["factor"])}
+    return {name: getattr(config, name) for name in LAYER_FIELDS} | {
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
-        "rope_scaling": None if scaling == {"rope_type": "default"} else scaling,
+        "rope_scaling": scaling,
         "tie_word_embeddings": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
 
 def _sglang_config(config: ConFuConfig, dtype: torch.dtype) -> dict[str, Any]:
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type not in ("default", "linear"):
+        logger.warning(
+            "The draft's RoPE is of type '%s'. SGLang and SpecForge read it; SafeAILab's own code knows only 'linear' "
+            "and will refuse the folder.",
+            rope_type,
+        )
     written = _layer_config(config, dtype) | {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
@@ -143,7 +156,7 @@ def _sglang_config(config: ConFuConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _speculators_config(
-    config: ConFuConfig, dtype: torch.dtype, depth: int, target: str | Path | PreTrainedModel | None
+    config: ConFuConfig, dtype: torch.dtype, depth: int, verifier: dict[str, Any]
 ) -> dict[str, Any]:
     layer = _layer_config(config, dtype) | {"model_type": "qwen3" if config.use_qk_norm else "llama"}
     return {
@@ -160,10 +173,7 @@ def _speculators_config(
                     "accept_tolerance": 0.0,
                 }
             ],
-            "verifier": {
-                "name_or_path": _name_of(target),
-                "architectures": _architectures_of(target),
-            },
+            "verifier": verifier,
         },
         "transformer_layer_config": layer,
         "draft_vocab_size": config.draft_vocab_size,
@@ -200,10 +210,10 @@ def _name_of(target: str | Path | PreTrainedModel | None) -> str | None:
     return None if target is None else str(target)
 
 
-def _architectures_of(target: str | Path | PreTrainedModel | None) -> list[str]:
+def _architectures(target: str | Path | PreTrainedModel | None, trust_remote_code: bool) -> list[str]:
     if isinstance(target, PreTrainedModel):
         return [type(target).__name__]
-    return [] if target is None else load_target_config(target).architectures or []
+    return [] if target is None else load_target_config(target, trust_remote_code).architectures or []
 
 
 def _card(format: str, target_name: str | None) -> ModelCard:
@@ -223,6 +233,35 @@ def _card(format: str, target_name: str | None) -> ModelCard:
         "accepted lengths measured with contemplation do not hold for it.\n\n"
         "It is a draft for speculative decoding and writes no text by itself.\n"
     )
+
+
+@dataclass
+class OutOptions:
+    """Options of `confu convert out`."""
+
+    output: str = field(metadata={"help": "New folder for the EAGLE-3 draft."})
+    format: Literal["sglang", "speculators"] = field(metadata={"help": "Whose form; speculators is vLLM's."})
+    target: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the draft's target; needed for speculators."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that comes with the target's configuration; read it first."}
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`confu convert out`: write the EAGLE-3 part of a ConFu draft."""
+    parser = HfArgumentParser(
+        OutOptions,
+        allow_abbrev=False,
+        description="Write the EAGLE-3 part of a ConFu draft, without its future channel, for SGLang or vLLM.",
+    )
+    parser.add_argument("draft", help="folder or Hub id of the ConFu draft")
+    options, positional = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    export_eagle3(
+        load_draft(positional.draft), options.output, options.format, options.target, options.trust_remote_code
+    )
+    print(f"{options.output}: an EAGLE-3 draft, without the future channel")
 
 
 __all__ = ["export_eagle3"]
