@@ -12,6 +12,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Code that tests load from checkpoints goes here, not into the user's cache.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="confu-tests-")
+# And so does the data that they read and tokenise.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="confu-tests-")
 
 import pytest
 import torch
@@ -23,7 +25,8 @@ from transformers_confu.common.demo_target import load_demo_target
 # Most models here are tiny, and to them a second thread costs more than it gives, many times more on a busy machine.
 torch.set_num_threads(1)
 
-atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+for cache in ("HF_MODULES_CACHE", "HF_DATASETS_CACHE"):
+    atexit.register(shutil.rmtree, os.environ[cache], ignore_errors=True)
 
 
 def pytest_addoption(parser):

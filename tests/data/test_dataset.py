@@ -1,30 +1,31 @@
 """Rows to labelled ids, against references written out by hand."""
 
-import gzip
+import copy
 import json
-import threading
-from functools import cache, partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+import os
+import subprocess
+import sys
+from functools import cache
 from itertools import groupby
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from helpers import make_tiny_target
-from transformers_confu.data import dataset as data
+from transformers_confu.data import dataset as dataset_module
+from transformers_confu.data.chat_template import TEMPLATE_DATE, encode_prompt
 from transformers_confu.data.dataset import (
     DatasetReport,
-    encode_prompt,
-    load_jsonl,
-    load_rows,
     prepare_dataset,
+    prompt_hash,
     sequence_lengths,
+    split_by_prompt,
 )
-from transformers_confu.training.train import DraftArguments, prepare
 
 
 PLAIN_TEMPLATE = (
@@ -110,17 +111,6 @@ def test_given_end_of_turn_ids_extend_a_span():
         assert labelled_texts(tokenizer, row) == [expected]
 
 
-def test_the_command_reads_turns_that_end_as_the_target_ends_them(tmp_path):
-    tokenizer = byte_tokenizer(marked_template("", "<|im_start|>\n"))
-    target = make_tiny_target(vocab_size=len(tokenizer))
-    target.generation_config.eos_token_id = [3, tokenizer.convert_tokens_to_ids("<|im_start|>")]
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": messages}))
-    arguments = DraftArguments(target="", data=[str(tmp_path / "data.jsonl")], eval_rows=0)
-    dataset, _ = prepare(arguments, target, tokenizer)
-    assert labelled_texts(tokenizer, dataset[0]) == ["b<|im_start|>"]
-
-
 def test_answer_ids_are_kept_as_they_are():
     tokenizer = byte_tokenizer()
     answer = [5, 4, 200, 9]  # no text any tokenizer would write this way
@@ -155,22 +145,17 @@ def test_report_counts_what_is_cut_and_dropped():
     assert dataset["labels"][:] == [[-100, 2, 3], [-100, 2, 3, -100], [-100, 2, 3, -100]]
     assert sequence_lengths(dataset) == [3, 4, 4]
     assert report == DatasetReport(
-        rows_in=6,
-        rows_kept=3,
-        dropped={"no assistant token in the first 4": 1, "no assistant token": 2},
-        answers_truncated=1,
-        tokens=11,
-        assistant_tokens=6,
+        rows_in=6, rows_kept=3, rows_dropped=3, answers_cut=1, tokens=11, assistant_tokens=6
     )
-    for part in ("3 kept of 6", "no assistant token: 2", "wrote 6"):
+    for part in ("3 made of 6", "in the maximum length: 3", "wrote 6"):
         assert part in str(report)
 
 
 def test_many_rows_keep_their_order_and_prepared_rows_pass_through():
     rows = [{"input_ids": [1, index % 200], "labels": [-100, index % 200]} for index in range(2500)]
     dataset = prepare_dataset(iter(rows), byte_tokenizer(), 8)
-    assert dataset.to_list() == rows
-    assert prepare_dataset(dataset, byte_tokenizer(), 8).to_list() == rows
+    assert dataset.remove_columns("prompt_hash").to_list() == rows
+    assert prepare_dataset(dataset, byte_tokenizer(), 8).to_list() == dataset.to_list()
 
 
 @pytest.mark.parametrize(
@@ -232,19 +217,8 @@ def test_answers_of_a_template_that_rewrites_history_become_rows_of_their_own(ma
         "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
         "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n<think>so</think>b<|im_end|>\n",
     ]
-    assert (report.rows_in, report.rows_split_off, report.rows_kept) == (1, 1, 2)
-    assert "2 kept of 2" in str(report) and "rows of their own: 1" in str(report)
-
-
-def turn_rows(tokenizer, name, said):
-    """Answered rows of a conversation, as the target answers it turn by turn."""
-    rows, messages = [], []
-    for turn, (question, answer) in enumerate(said):
-        messages = [*messages, {"role": "user", "content": question}]
-        ids = tokenizer(answer + "<|im_end|>", add_special_tokens=False)["input_ids"]
-        rows.append({"id": f"{name}/{turn}", "prompt": messages, "answer_ids": ids})
-        messages = [*messages, {"role": "assistant", "content": answer}]
-    return rows
+    assert (report.rows_in, report.rows_split_off, report.rows_kept, report.rows_dropped) == (1, 1, 2, 0)
+    assert "2 made of 1" in str(report) and "rows of their own: 1" in str(report)
 
 
 def test_prepared_rows_may_carry_what_they_were_made_of():
@@ -252,35 +226,64 @@ def test_prepared_rows_may_carry_what_they_were_made_of():
     assert prepare_dataset([row], byte_tokenizer(), 10)["input_ids"] == [[3, 4, 5]]
 
 
-def test_turns_of_a_conversation_become_one_row_where_they_go_on_from_each_other():
+def answered(tokenizer, said, **fields):
+    """An answered conversation, as the target answers it turn by turn."""
+    messages, row = [], {"prompt_ids": [], "answer_ids": [], **fields}
+    for question, answer in said:
+        messages.append({"role": "user", "content": question})
+        row["prompt_ids"].append(encode_prompt(messages, tokenizer))
+        row["answer_ids"].append(tokenizer(answer + "<|im_end|>", add_special_tokens=False)["input_ids"])
+        messages.append({"role": "assistant", "content": answer})
+    return row | {"messages": messages}
+
+
+@pytest.mark.parametrize("with_prompts", [True, False])
+def test_an_answered_conversation_is_one_row_where_its_turns_go_on_from_each_other(with_prompts):
     tokenizer = byte_tokenizer()
-    a = turn_rows(tokenizer, "a", [("q", "one"), ("r", "two"), ("s", "three")])
-    b = turn_rows(tokenizer, "b", [("q", "x"), ("r", "y")])
-    b[0]["answer_ids"] = b[0]["answer_ids"][:-1]  # was cut
-    other = {"id": "c/0", "prompt": "a string", "answer_ids": [1]}
+    a = answered(tokenizer, [("q", "one"), ("r", "two"), ("s", "three")])
+    b = answered(tokenizer, [("q", "x"), ("r", "y")])
+    b["answer_ids"][0] = b["answer_ids"][0][:-1]  # without the token that ends it, which the next prompt writes
+    if not with_prompts:
+        del a["prompt_ids"], b["prompt_ids"]
     report = DatasetReport()
-    rows = prepare_dataset([a[0], b[0], a[1], other, b[1], a[2]], tokenizer, 1000, report=report)
+    rows = prepare_dataset([a, b], tokenizer, 1000, report=report)
     assert [labelled_texts(tokenizer, row) for row in rows] == [
-        [tokenizer.decode([1])],
-        ["x", "y<|im_end|>"],
         ["one<|im_end|>", "two<|im_end|>", "three<|im_end|>"],
+        ["x", "y<|im_end|>"],
     ]
-    messages = [*a[2]["prompt"], {"role": "assistant", "content": "three"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert tokenizer.decode(rows[2]["input_ids"]) == text.rstrip("\n")
-    assert (report.rows_in, report.rows_merged, report.rows_kept) == (6, 3, 3)
-    assert "3 kept of 3" in str(report) and "part of the row of the next: 3" in str(report)
+    text = tokenizer.apply_chat_template(a["messages"], tokenize=False)
+    assert tokenizer.decode(rows[0]["input_ids"]) == text.rstrip("\n")
+    assert (report.rows_in, report.rows_split_off, report.rows_kept) == (2, 0, 2)
 
     # A template that drops earlier reasoning: every turn as the target saw it.
     tokenizer = byte_tokenizer(REASONING_TEMPLATE)
-    turns = turn_rows(tokenizer, "a", [("q", "<think>1</think>one"), ("r", "<think>2</think>two")])
-    report = DatasetReport()
-    rows = prepare_dataset(turns, tokenizer, 1000, report=report)
+    c = answered(tokenizer, [("q", "<think>1</think>one"), ("r", "<think>2</think>two")])
+    rows = prepare_dataset([c], tokenizer, 1000)
     assert [labelled_texts(tokenizer, row) for row in rows] == [
         ["<think>1</think>one<|im_end|>"],
         ["<think>2</think>two<|im_end|>"],
     ]
-    assert report.rows_merged == 0
+
+
+def test_the_very_prompt_that_was_answered_is_trained_on():
+    row = answered(byte_tokenizer(), [("q", "a")])
+    row["prompt_ids"] = [[7, 8, 9]]  # as a template of another day rendered it
+    assert prepare_dataset([row], byte_tokenizer(), 100)[0]["input_ids"] == [7, 8, 9, *row["answer_ids"][0]]
+
+
+def test_answers_of_another_target_are_refused():
+    row = {"prompt": "a", "answer_ids": [1], "made_with": {"target": "old", "seed": 0}}
+    for made_with in (row["made_with"], json.dumps(row["made_with"])):
+        rows = [row | {"made_with": made_with}]
+        for made_by in (None, "old"):
+            assert len(prepare_dataset(rows, byte_tokenizer(), 100, made_by=made_by)) == 1
+        with pytest.raises(ValueError, match=r"Row 0: .* another target \(old\) than the one to train for \(new\)"):
+            prepare_dataset(rows, byte_tokenizer(), 100, made_by="new")
+    for other in (
+        {"prompt": "a", "answer_ids": [1]},
+        {"messages": answered(byte_tokenizer(), [("q", "a")])["messages"]},
+    ):
+        assert len(prepare_dataset([other], byte_tokenizer(), 100, made_by="new")) == 1
 
 
 def test_options_of_the_template_come_with_the_row():
@@ -325,88 +328,234 @@ def test_a_missing_template_is_named():
 
 
 def test_nothing_left_is_an_error():
-    with pytest.raises(ValueError, match=r"None of 1 rows .*no assistant token in the first 3: 1"):
+    with pytest.raises(ValueError, match=r"None of 1 rows holds an assistant token among its first 3"):
         prepare_dataset([{"prompt": "a", "answer_ids": [1]}], byte_tokenizer(), 3)
-    with pytest.raises(ValueError, match="no row was given"):
+    with pytest.raises(ValueError, match="None of 0 rows"):
         prepare_dataset([], byte_tokenizer(), 3)
     with pytest.raises(ValueError, match="max_length is 1"):
         prepare_dataset([], byte_tokenizer(), 1)
 
 
-def test_load_jsonl(tmp_path):
-    rows = [{"a": "é\u2028"}, {"b": [1, 2]}]
-    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
-    (tmp_path / "a.jsonl").write_text(text, encoding="utf-8")
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    assert load_jsonl(tmp_path / "a.jsonl") == rows
-    assert load_jsonl(str(tmp_path / "a.jsonl.gz")) == rows
+# Splits
 
-    for content, message in (
-        (b'{"a": 1}\n{"b": \n', r"bad\.jsonl, line 2 is not JSON"),
-        (b'{"a": 1}\n[1]\n', r"bad\.jsonl, line 2 holds a list"),
-        (b'\n"\xff"\n', r"bad\.jsonl, line 2 is not JSON"),
+
+def rows_of_prompts(prompts, answer=1):
+    return [{"prompt": prompt, "answer_ids": [answer, answer]} for prompt in prompts]
+
+
+def test_every_answer_to_a_prompt_is_on_one_side_in_every_stage():
+    """Stage one trains on [a, b], stage two on [a] with another length; twins, second turns, other spellings."""
+    tokenizer = byte_tokenizer()
+    prompts = [f"Question {number}" for number in range(300)]
+    greedy, sampled = rows_of_prompts(prompts, 1), rows_of_prompts([f" question  {n}\n" for n in range(300)], 2)
+    turns = [answered(tokenizer, [(prompt, "one"), ("And then?", "two")]) for prompt in prompts]
+    ids = [{"messages": row["messages"]} for row in turns]
+    core, held_out = split_by_prompt(prepare_dataset(greedy + sampled, tokenizer, 1000), 0.1)
+    assert len(core) + len(held_out) == 600 and 2 * 15 < len(held_out) < 2 * 50
+    never = set(held_out["prompt_hash"])
+    assert not never & set(core["prompt_hash"])
+    for rows, max_length in ((greedy, 1000), (list(reversed(turns)), 90), (ids[::3], 1000), (turns + sampled, 300)):
+        joint, other = split_by_prompt(prepare_dataset(rows, tokenizer, max_length), 0.1, num_rows=5)
+        assert not never & set(joint["prompt_hash"])
+        assert set(other["prompt_hash"]) <= never and len(other) == 5
+    assert prompt_hash("Question 1") == prompt_hash("ques\uff54ion\t1 ") != prompt_hash("Question 2")
+
+
+def test_few_held_out_rows_are_the_same_in_any_order_and_another_seed_draws_others():
+    tokenizer = byte_tokenizer()
+    rows = rows_of_prompts([f"Question {number}" for number in range(200)])
+    one = split_by_prompt(prepare_dataset(rows, tokenizer, 100), 0.2, 7)[1]["prompt_hash"]
+    other = split_by_prompt(prepare_dataset(rows[::-1], tokenizer, 100), 0.2, 7)[1]["prompt_hash"]
+    assert one[:] == other[:]
+    assert one[:] != split_by_prompt(prepare_dataset(rows, tokenizer, 100), 0.2, 7, seed=1)[1]["prompt_hash"][:]
+
+
+def test_splits_that_leave_one_side_empty_are_refused():
+    dataset = prepare_dataset(rows_of_prompts(["a", "b"]), byte_tokenizer(), 100)
+    assert split_by_prompt(dataset, 0) == (dataset, None)
+    with pytest.raises(ValueError, match=r"None of 2 prompts is held out by a share of 1e-09"):
+        split_by_prompt(dataset, 1e-9)
+    with pytest.raises(ValueError, match=r"Every one of 2 prompts is held out"):
+        split_by_prompt(dataset, 0.999999)
+    with pytest.raises(ValueError, match="share of held-out prompts is 1, expected"):
+        split_by_prompt(dataset, 1)
+
+
+# The cache
+
+
+def test_rows_are_tokenised_once_for_all_stages_and_again_when_anything_changes(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(dataset_module._Encoder, "__call__", counting(dataset_module._Encoder.__call__, calls))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_of_prompts(["first", "second"])))
+    tokenizer = copy.deepcopy(byte_tokenizer())
+    first = prepare_dataset(path, tokenizer, 50)
+    assert len(calls) == 1 and first.cache_files
+    tokenizer(["a", "bcd"], truncation=True, max_length=2)  # leaves its settings in the tokenizer
+    again = prepare_dataset([str(path)], tokenizer, 50)
+    assert len(calls) == 1 and again.to_list() == first.to_list()
+    assert again.cache_files == first.cache_files
+    for number, changed in enumerate(
+        ({"max_length": 49}, {"eos_token_ids": [5]}, {"vocab_size": 300}, {"made_by": "x"})
     ):
-        (tmp_path / "bad.jsonl").write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            load_jsonl(tmp_path / "bad.jsonl")
-    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(text.encode())[:-10])
-    with pytest.raises(ValueError, match=r"torn\.jsonl\.gz cannot be decompressed"):
-        load_jsonl(tmp_path / "torn.jsonl.gz")
+        prepare_dataset(path, tokenizer, **({"max_length": 50} | changed))
+        assert len(calls) == 2 + number
+    tokenizer.chat_template = PLAIN_TEMPLATE.replace("im_start", "start")
+    assert prepare_dataset(path, tokenizer, 50).to_list() != first.to_list()
+    path.write_text(json.dumps(rows_of_prompts(["third"])[0]))
+    assert len(prepare_dataset(path, tokenizer, 50)) == 1
 
 
-def test_load_rows(tmp_path):
-    rows = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "rows.jsonl").write_text(lines)
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    (tmp_path / "rows.csv").write_text("prompt,n\na,1\nb,2\n")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "rows.jsonl").write_text(lines)
-    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
-    (tmp_path / "lines.json").write_text(lines)
-    for name in ("rows.jsonl", "rows.json", "lines.json", "rows.csv", "folder", "saved"):
-        assert list(load_rows(tmp_path / name)) == rows, name
-        assert list(load_rows(str(tmp_path / name))) == rows
-    (tmp_path / "rows.xyz").write_text("?")
-    (tmp_path / "list.json").write_text("[1]")
-    for name, message in (
-        ("none.jsonl", r"There is no file, folder, address or Hub dataset .*none\.jsonl"),
-        ("rows.xyz", r"rows\.xyz cannot be read as a file, folder, address or Hub dataset"),
-        ("list.json", r"list\.json cannot be read .* list of other things"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            load_rows(tmp_path / name)
+def counting(function, calls):
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        return function(self, *args, **kwargs)
+
+    return counted
 
 
-def test_load_rows_from_an_address(tmp_path):
-    rows = [{"prompt": "a\u2028b"}, {"prompt": "b"}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            address = f"http://127.0.0.1:{server.server_port}"
-            assert load_rows(f"{address}/rows.jsonl") == rows
-            with pytest.raises(ValueError, match=r"There is no .*none\.jsonl"):
-                load_rows(f"{address}/none.jsonl")
-        finally:
-            server.shutdown()
-            thread.join(timeout=10)
-    with pytest.raises(ValueError, match=r"rows\.jsonl, or it is out of reach: Cannot connect"):
-        load_rows(f"{address}/rows.jsonl")
+@pytest.mark.slow
+def test_many_rows_take_little_memory(tmp_path):
+    """A process that prepares 60,000 rows (70 MB of ids) grows by less than half of what their Python lists take."""
+    program = """
+import json, resource, sys
+from transformers_confu.data import prepare_dataset
+sys.path.insert(0, sys.argv[1])
+from test_dataset import byte_tokenizer
+with open(sys.argv[2], "w") as file:
+    for number in range(60_000):
+        row = {"prompt": f"Question {number}", "answer_ids": [number % 200] * 150}
+        file.write(json.dumps(row) + "\\n")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+dataset = prepare_dataset(sys.argv[2], byte_tokenizer(), 300, num_proc=2)
+print(len(dataset), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    folders = [str(Path(__file__).parent), str(tmp_path / "rows.jsonl")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_DATASETS_CACHE": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", program, *folders], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows, kilobytes = map(int, result.stdout.split())
+    assert rows == 60_000 and kilobytes < 250_000
 
 
-def test_load_rows_asks_the_hub_for_name_configuration_and_split(monkeypatch):
-    asked = []
-    monkeypatch.setattr(data, "load_dataset", lambda *args, **kwargs: asked.append((*args, kwargs["split"])) or [])
-    for source in ("org/name", "org/name:test", "org/name:main:test"):
-        load_rows(source)
-    assert asked == [("org/name", "train"), ("org/name", "test"), ("org/name", "main", "test")]
+# Faults that were found from outside
 
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("offline")
 
-    monkeypatch.setattr(data, "load_dataset", unreachable)
-    with pytest.raises(ValueError, match=r"org/name cannot be read .*: offline"):
-        load_rows("org/name")
+def test_nulls_in_a_message_do_not_shift_the_labels():
+    template = marked_template("<|im_end|>", "\n").replace(
+        "{{ m['content'] }}", "{{ m['content'] }}{{ m.tool_calls }}"
+    )
+    tokenizer = byte_tokenizer(template)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    question = {"role": "user", "content": "weather?"}
+    messages = [question, call, {"role": "tool", "content": "sun"}, {"role": "assistant", "content": "It is sunny."}]
+    without_content = [question, {key: value for key, value in call.items() if key != "content"}, *messages[2:]]
+    for said in (messages, without_content):
+        row = prepare_dataset([{"messages": said}], tokenizer, 1000)[0]
+        assert labelled_texts(tokenizer, row) == ["[{'name': 'f'}]<|im_end|>", "It is sunny.<|im_end|>"]
+
+
+def test_a_template_that_the_tokenizer_renders_otherwise_is_refused():
+    class Other(PreTrainedTokenizerFast):
+        def apply_chat_template(self, *args, **kwargs):
+            rendered = super().apply_chat_template(*args, **kwargs)
+            return "." + rendered if isinstance(rendered, str) else rendered
+
+    tokenizer = Other(tokenizer_object=byte_tokenizer().backend_tokenizer)
+    tokenizer.chat_template = marked_template("<|im_end|>", "\n")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(ValueError, match="is rendered otherwise than the tokenizer renders it"):
+        prepare_dataset([{"messages": messages}], tokenizer, 100)
+
+
+def test_ids_are_those_of_the_tokenizers_own_chat_template():
+    """Of tokenizers whose text cannot be tokenised again, such as mistral-common's."""
+
+    class Own(PreTrainedTokenizerFast):
+        is_fast = False
+
+        def apply_chat_template(self, messages, tokenize=True, return_dict=True, **kwargs):
+            assert tokenize and return_dict
+            return {"input_ids": [7, *(len(message["content"]) for message in messages)]}
+
+    tokenizer = Own(tokenizer_object=byte_tokenizer().backend_tokenizer)
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    assert encode_prompt("abc", tokenizer) == [7, 3]
+    assert prepare_dataset([{"prompt": "abc", "answer_ids": [5]}], tokenizer, 9)[0]["input_ids"] == [7, 3, 5]
+    with pytest.raises(ValueError, match="need a fast tokenizer .* got Own: load a fast one"):
+        prepare_dataset([{"messages": [{"role": "user", "content": "a"}]}], tokenizer, 9)
+
+
+def test_nulls_that_arrow_adds_to_tools_are_not_rendered(tmp_path):
+    template = "{{ tools }}{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+    tokenizer = byte_tokenizer(template)
+    tools = [
+        {"type": "function", "function": {"name": "f", "parameters": {"a": {"type": "string"}}}},
+        {"type": "function", "function": {"name": "g", "parameters": {"b": {"type": "array"}}}},
+    ]
+    calls = [[{"name": "f", "arguments": {"a": "x"}}], [{"name": "g", "arguments": {"b": "y"}}]]
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": call}]}
+        for call in calls
+    ]
+    rows = [row | {"tools": [tool], "answer_ids": [[1]]} for row, tool in zip(rows, tools, strict=True)]
+    schema = pa.Table.from_pylist(rows).schema  # of structs, each with the entries of both rows
+    Dataset(pa.Table.from_pylist(rows, schema=schema)).to_parquet(tmp_path / "rows.parquet")
+    for row, tool in zip(prepare_dataset(tmp_path / "rows.parquet", tokenizer, 9999), tools, strict=True):
+        assert tokenizer.decode(row["input_ids"][:-1]).startswith(f"{[tool]}q")
+        assert "None" not in tokenizer.decode(row["input_ids"])
+
+
+def test_a_date_in_a_template_does_not_follow_the_clock(monkeypatch):
+    template = "{% set today = strftime_now('%d %b %Y') if strftime_now is defined %}{{ today }}" + PLAIN_TEMPLATE
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    for marked in (template, template.replace(PLAIN_TEMPLATE, marked_template("<|im_end|>", ""))):
+        tokenizer = byte_tokenizer(marked)
+        text = tokenizer.decode(prepare_dataset(rows, tokenizer, 100)[0]["input_ids"])
+        assert text.startswith(TEMPLATE_DATE.strftime("%d %b %Y") + "<|im_start|>user")
+        assert tokenizer.decode(encode_prompt("a", tokenizer)).startswith(TEMPLATE_DATE.strftime("%d %b %Y"))
+
+
+def test_text_parts_are_joined():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    rows = [{"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]}]
+    assert labelled_texts(byte_tokenizer(), prepare_dataset(rows, byte_tokenizer(), 100)[0]) == ["ab<|im_end|>"]
+
+
+USER = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tools": 3}, "'tools' is 3, expected a list of JSON schemas"),
+        ({"tools": "[{"}, r"'tools' is '\[\{', which is not valid JSON"),
+        ({"chat_template_kwargs": "[1]"}, r"'chat_template_kwargs' is \[1\], expected an object"),
+        ({"chat_template_kwargs": {"tokenize": False}}, "'chat_template_kwargs' names tokenize, which is not"),
+        ({"messages": [{"role": "user", "content": 3}]}, "the content 3, expected text or a list of text parts"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "expected parts of type 'text' only"),
+        ({"messages": [{"role": "user", "content": None}]}, "expected a message with a role and a content"),
+        ({"messages": [{"role": "human", "content": "a"}]}, "the role 'human', expected roles such as 'user'"),
+        ({"messages": [{**USER, "tool_calls": [{"arguments": {"x": 1}}]}]}, "refuses the messages: .*concatenate"),
+    ],
+)
+def test_fields_of_a_wrong_kind_are_named(row, message):
+    template = PLAIN_TEMPLATE.replace(
+        "<|im_end|>\n", "{% for c in m.tool_calls or [] %}{{ 'call ' + c.arguments }}{% endfor %}<|im_end|>\n"
+    )
+    with pytest.raises(ValueError, match=f"Row 0: .*{message}"):
+        prepare_dataset([{"messages": [USER], **row}], byte_tokenizer(template), 100)
+
+
+def test_options_of_a_template_may_be_json():
+    tokenizer = byte_tokenizer(REASONING_TEMPLATE)
+    options = {"chat_template_kwargs": '{"enable_thinking": false}', "prompt": "q", "answer_ids": [1]}
+    text = tokenizer.decode(prepare_dataset([options], tokenizer, 1000)[0]["input_ids"])
+    assert text.endswith("assistant\n<think></think>" + tokenizer.decode([1]))
+
+
+def test_a_dataset_of_several_splits_is_refused():
+    splits = DatasetDict({"train": Dataset.from_list([USER]), "test": Dataset.from_list([USER])})
+    with pytest.raises(ValueError, match="DatasetDict with the splits train, test: give one of them"):
+        prepare_dataset(splits, byte_tokenizer(), 10)

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from .dataset import load_rows
+from .rows import load_rows
 
 
 # Words in a row that a prompt must share with an evaluation question to count as one (GPT-3 paper, appendix C).

@@ -29,7 +29,9 @@ from ..inference.checks import check_target
 from ..inference.configuration_confu import ConFuConfig
 from .continuous_batching import Request, answer, end_token_ids
 from .conversations import TEMPLATE_FIELDS, count_turns, is_over, next_prompt
-from .dataset import Messages, encode_prompt, load_jsonl, load_rows
+from ..common.jsonl import read_jsonl as load_jsonl
+from .chat_template import Messages, encode_prompt
+from .rows import load_rows
 from .fingerprints import fingerprint_of_target
 
 

@@ -30,7 +30,8 @@ from transformers.utils import logging
 from ..common.jsonl import parse_json_object
 from ..common.option_files import json_option
 from .conversations import TEMPLATE_FIELDS, count_turns, is_over, next_prompt
-from .dataset import encode_prompt, load_rows
+from .chat_template import encode_prompt
+from .rows import load_rows
 from .regeneration import RegenerationReport, check_made_with, warn_of_unmarked
 
 

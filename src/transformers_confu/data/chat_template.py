@@ -1,0 +1,237 @@
+"""Conversations as the target sees them: checked messages, their token ids, and where the assistant wrote."""
+
+import inspect
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+
+# Some templates print today's date. Here they always print this one: data that changed at midnight could not be
+# prepared twice alike, and an interrupted run could not be resumed the next day.
+TEMPLATE_DATE = datetime(2026, 1, 1)
+
+# Fields of a row that say how its messages are rendered.
+TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")
+
+_DATE_CALL = re.compile(r"""strftime_now\(\s*("[^"]*"|'[^']*')\s*\)""")
+_GENERATION_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_NOT_OPTIONS = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs"}
+
+Messages = list[dict[str, Any]]
+Span = tuple[int, int]  # [start, end), of characters or tokens
+
+
+def check_messages(messages: Any, name: str = "messages") -> Messages:
+    """
+    Messages as templates expect them: content is text (text parts are joined), and no key holds None, neither Arrow's
+    for a key that only other rows have, nor the `"content": null` of a message that only calls tools.
+
+    Args:
+        messages: What a row holds.
+        name: The row's field, for errors.
+
+    Raises:
+        ValueError: it is not a list of messages, each with a role and with text or tool calls.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise ValueError(f"'{name}' is {messages!r:.80}, expected a non-empty list of messages with role and content.")
+    return [_check_message(message, name) for message in messages]
+
+
+def _check_message(message: Any, name: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ValueError(f"'{name}' holds {message!r:.80}, expected a message with a role and a content.")
+    if message["role"] in ("human", "gpt"):
+        raise ValueError(
+            f"'{name}' holds the role {message['role']!r}, expected roles such as 'user' and 'assistant': rename it."
+        )
+    checked = without_nulls(message)
+    content = checked.get("content")
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        if other := [part for part in content if not isinstance(part, Mapping) or part.get("type") != "text"]:
+            raise ValueError(f"'{name}' holds the content part {other[0]!r:.80}, expected parts of type 'text' only.")
+        checked["content"] = content = "".join(part["text"] for part in content)
+    if content is None and not checked.get("tool_calls"):
+        raise ValueError(f"'{name}' holds {message!r:.80}, expected a message with a role and a content.")
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"'{name}' holds the content {content!r:.80}, expected text or a list of text parts.")
+    return checked
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without entries of None, at any depth: Arrow adds them where other rows have an entry."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def encode_prompt(
+    prompt: str | Messages,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[Any] | str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | str | None = None,
+) -> list[int]:
+    """
+    Token ids of a prompt as the target sees it, with the chat template's generation prompt.
+
+    Args:
+        prompt: One user's turn, or messages.
+        tokenizer: With a chat template.
+        tools, chat_template_kwargs: As in the rows of `prepare_dataset`.
+
+    Raises:
+        ValueError: the prompt is neither, or the chat template is missing or refuses it.
+    """
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    return ChatTemplate(tokenizer, tools, chat_template_kwargs).encode(check_messages(prompt, "prompt"))
+
+
+class ChatTemplate:
+    r"""
+    A tokenizer's chat template with the options of one row.
+
+    Args:
+        tokenizer: With a chat template.
+        tools: JSON schemas, or their list as JSON.
+        options: Further variables of the template, or their object as JSON.
+
+    Raises:
+        ValueError: there is no template, or the tools or options are of another kind.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tools: Sequence[Any] | str | None = None,
+        options: Mapping[str, Any] | str | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.tools = _parsed(tools, "tools", list) or None
+        self.options = _parsed(options, "chat_template_kwargs", dict) or {}
+        if reserved := sorted(_NOT_OPTIONS & self.options.keys()):
+            raise ValueError(
+                f"'chat_template_kwargs' names {', '.join(reserved)}, which is not for the template to decide: leave "
+                "it out."
+            )
+        self.template = tokenizer.get_chat_template(tools=self.tools)
+        if "strftime_now" in self.template:
+            fixed = _DATE_CALL.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[1][1:-1])), self.template)
+            self.options["chat_template"] = self.template = fixed
+
+    def encode(self, messages: Messages) -> list[int]:
+        """Ids of a prompt, up to where the assistant begins to write."""
+        return self._apply(messages, tokenize=True, return_dict=True, add_generation_prompt=True)["input_ids"]
+
+    def label(self, messages: Messages) -> list[tuple[list[int], list[Span]]]:
+        """
+        Ids of a conversation, and the spans of them that the assistant wrote.
+
+        One such pair, or one for each answer if the template renders an earlier answer otherwise than the newest.
+        Whether a span holds the token that ends the turn depends on the template; so does a line break behind it.
+
+        Raises:
+            ValueError: an answer cannot be found in the text, or the tokenizer does not tell where its tokens lie.
+        """
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ValueError(
+                f"'messages' need a fast tokenizer to find the assistant's tokens, got {type(self.tokenizer).__name__}"
+                ": load a fast one, or pass 'prompt' and 'answer_ids'."
+            )
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if 0 in answers:
+            raise ValueError("its first message is the assistant's, expected a user's or system's message before it.")
+        text = self._render(messages)
+        stages = [self._render(messages[: index + 1]) for index in answers]
+        if all(text.startswith(stage) for stage in stages):
+            return [self._encode_spans(messages, self._spans(messages, text, answers))]
+        labelled = []
+        for index, stage in zip(answers, stages, strict=True):
+            part = messages[: index + 1]
+            labelled.append(self._encode_spans(part, self._spans(part, stage, [index])[-1:]))
+        return labelled
+
+    def _apply(self, messages: Messages, **settings: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=self.tools, **self.options, **settings)
+        # Whatever a template does with an entry of an unexpected kind; its text is the user's or the model author's.
+        except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"the tokenizer's chat template refuses the messages: {error or type(error).__name__}"
+            ) from error
+
+    def _render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+        return self._apply(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    def _encode_spans(self, messages: Messages, spans: Sequence[Span]) -> tuple[list[int], list[Span]]:
+        encoded = self._apply(
+            messages, tokenize=True, return_dict=True, tokenizer_kwargs={"return_offsets_mapping": True}
+        )
+        return encoded["input_ids"], list(_token_spans(spans, encoded["offset_mapping"]))
+
+    def _spans(self, messages: Messages, text: str, answers: list[int]) -> list[Span]:
+        """Spans of characters of the rendered `text` that hold the messages numbered `answers`."""
+        if _GENERATION_MARKER.search(self.template):
+            # `apply_chat_template(return_assistant_tokens_mask=True)` reads the same spans, but labels everything up
+            # to the end of the text when the last character of a span belongs to no token, which tokenizers that trim
+            # white space from their offsets produce. So the spans are taken here and mapped by `_token_spans`.
+            options = self.tokenizer.special_tokens_map | self.options | {"chat_template": self.template}
+            (rendered,), (spans,) = render_jinja_template(
+                [messages], tools=self.tools, return_assistant_tokens_mask=True, **options
+            )
+            if rendered != text:
+                raise ValueError(
+                    "the chat template with {% generation %} markers is rendered otherwise than the tokenizer renders "
+                    "it, so the assistant's text cannot be found: pass rows of 'prompt' and 'answer_ids'."
+                )
+            return spans
+        spans = []
+        for index in answers:
+            before = self._render(messages[:index], add_generation_prompt=True)
+            after = self._render(messages[: index + 1])
+            if not (after.startswith(before) and text.startswith(after)):
+                raise ValueError(
+                    f"the chat template's generation prompt behind messages 0 to {index - 1} is not what it renders "
+                    f"before message {index}, so the assistant's text cannot be found: add {{% generation %}} markers "
+                    f"to the template, or pass rows of 'prompt' and 'answer_ids'."
+                )
+            spans.append((len(before), len(after)))
+        return spans
+
+
+def _parsed(value: Any, name: str, kind: type) -> Any:
+    """A list or object of a row, from JSON or as Arrow returns it, which fills it with nulls."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"'{name}' is {value!r:.80}, which is not valid JSON ({error}).") from error
+    else:
+        value = without_nulls(value)
+    if value is not None and not isinstance(value, kind):
+        expected = "a list of JSON schemas" if kind is list else "an object of the template's options"
+        raise ValueError(f"'{name}' is {value!r:.80}, expected {expected}, or that as JSON.")
+    return value
+
+
+def _token_spans(spans: Sequence[Span], offsets: Sequence[tuple[int, int]]) -> Iterator[Span]:
+    """
+    Spans of tokens for spans of characters, both in order.
+
+    A token belongs to a span if it shares a character with it. Tokens between its first and last one belong to it too:
+    trimmed white space has an empty offset (x, x), x being the end of the untrimmed one, and shares no character.
+    """
+    token = 0
+    for start, end in spans:
+        while token < len(offsets) and offsets[token][1] <= start:
+            token += 1
+        first = token
+        while token < len(offsets) and (offsets[token][0] < end or tuple(offsets[token]) == (end, end)):
+            token += 1
+        yield first, token
