@@ -113,6 +113,17 @@ def check_prompt_learning(target: torch.nn.Module) -> None:
         )
 
 
+def check_cached_heads(keys: tuple[int, int], values: tuple[int, int], config: ConFuConfig) -> None:
+    """Refuse a target whose cached keys or values have another number of heads, or size of each, than the draft's."""
+    ours = (config.target_num_key_value_heads, config.target_head_dim)
+    if keys != ours or values != ours:
+        of_values = "" if keys == values else f", and values of {values[0]} heads of size {values[1]}"
+        raise ValueError(
+            f"The target caches {keys[0]} key/value heads of size {keys[1]}{of_values}, but the draft's soft prompts "
+            f"are for {ours[0]} of size {ours[1]}; use the target that the draft was made for."
+        )
+
+
 def check_cache(cache: Any, config: ConFuConfig) -> None:
     r"""
     Refuse a cache whose rows cannot be moved and dropped one by one.
@@ -125,15 +136,8 @@ def check_cache(cache: Any, config: ConFuConfig) -> None:
             for layer in cache.layers:
                 if layer.get_seq_length() == 0:
                     continue
-                ours = (config.target_num_key_value_heads, config.target_head_dim)
                 keys, values = ((states.shape[1], states.shape[3]) for states in (layer.keys, layer.values))
-                if keys != ours or values != ours:
-                    of_values = "" if keys == values else f", and values of {values[0]} heads of size {values[1]}"
-                    raise ValueError(
-                        f"The target caches {keys[0]} key/value heads of size {keys[1]}{of_values}, but the draft's "
-                        f"soft prompts are for {ours[0]} of size {ours[1]}; use the target that the draft was made "
-                        "for."
-                    )
+                check_cached_heads(keys, values, config)
             return
         found = ", ".join(sorted(layer_type.__name__ for layer_type in layer_types - {DynamicLayer}))
         found = f"a {type(cache).__name__} with layers of type {found}"
