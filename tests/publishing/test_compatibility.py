@@ -12,7 +12,7 @@ from eagle3_source import Source
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuDraftModel, cli
 from transformers_confu.common.loading import load_draft
-from transformers_confu.publishing.compatibility import Finding, check_fit, main
+from transformers_confu.publishing.compatibility import Finding, check_compatibility, main
 
 
 def make_tokenizer(words: int = 97, template: str = "{{ messages }}") -> PreTrainedTokenizerFast:
@@ -49,8 +49,8 @@ def test_a_draft_fits_its_own_target(target, folder, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", pytest.fail)
     draft = make_tiny_draft(target)
     for given in (target, target.config):
-        assert check_fit(given, None, draft) == []
-        assert check_fit(given, make_tokenizer(), folder) == []
+        assert check_compatibility(given, None, draft) == []
+        assert check_compatibility(given, make_tokenizer(), folder) == []
     assert "custom code" not in capsys.readouterr().out
 
 
@@ -61,7 +61,7 @@ def test_a_large_target_is_checked_without_its_weights():
     )
     draft = make_tiny_draft(make_tiny_target())
     assert "made for a target with `hidden_size=32`, but LlamaForCausalLM has 32768" in sentences(
-        [f for f in check_fit(config, None, draft) if f.is_error]
+        [f for f in check_compatibility(config, None, draft) if f.is_error]
     )
 
 
@@ -82,24 +82,24 @@ OTHER_TARGETS = {
 def test_another_target(target, changes, sentence):
     draft = make_tiny_draft(target)
     config = LlamaConfig(**target.config.to_dict() | changes)
-    assert sentence in sentences(check_fit(config, None, draft))
+    assert sentence in sentences(check_compatibility(config, None, draft))
 
 
 def test_kinds_of_targets_that_no_draft_fits(target):
     draft = make_tiny_draft(target)
-    assert "T5Config" in sentences([f for f in check_fit(T5Config(), None, draft) if f.is_error])
+    assert "T5Config" in sentences([f for f in check_compatibility(T5Config(), None, draft) if f.is_error])
     windowed = Qwen3Config(
         **target.config.to_dict()
         | {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None, "sliding_window": 8}
     )
-    assert "layers of type sliding_attention" in sentences(check_fit(windowed, None, draft))
+    assert "layers of type sliding_attention" in sentences(check_compatibility(windowed, None, draft))
 
 
 def test_a_model_is_checked_as_it_is_loaded():
     target = make_tiny_target(eos_token_id=3)
     draft = make_tiny_draft(target)
     target.config._attn_implementation = "flash_attention_2"
-    assert "attn_implementation='flash_attention_2'" in sentences(check_fit(target, None, draft))
+    assert "attn_implementation='flash_attention_2'" in sentences(check_compatibility(target, None, draft))
 
 
 def test_special_tokens_and_length(target):
@@ -107,7 +107,7 @@ def test_special_tokens_and_length(target):
     config = LlamaConfig(
         **target.config.to_dict() | {"eos_token_id": [2, 5, 7], "pad_token_id": 9, "max_position_embeddings": 4096}
     )
-    warned = sentences(check_fit(config, None, draft), is_error=False)
+    warned = sentences(check_compatibility(config, None, draft), is_error=False)
     assert "`eos_token_id` is [2, 5], the target's [2, 5, 7]" in warned
     assert "`pad_token_id` is None, the target's 9" in warned and "bos_token_id" not in warned
     assert "`max_position_embeddings` is 512, the target's 4096" in warned
@@ -116,10 +116,10 @@ def test_special_tokens_and_length(target):
 def test_a_draft_that_cannot_end(target):
     draft = make_tiny_draft(target, draft_vocab_size=40)
     draft.set_draft_vocabulary(torch.arange(10, 50))
-    warned = sentences(check_fit(target, None, draft), is_error=False)
+    warned = sentences(check_compatibility(target, None, draft), is_error=False)
     assert "The target's `eos_token_id` [2, 5] is not in the draft's vocabulary" in warned
     draft.set_draft_vocabulary(torch.tensor([5, *range(10, 49)]))
-    assert check_fit(target, None, draft) == []
+    assert check_compatibility(target, None, draft) == []
 
 
 # Files of the draft
@@ -128,7 +128,7 @@ def test_a_draft_that_cannot_end(target):
 def test_a_truncated_draft(target, folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "are damaged or incomplete" in sentences(check_fit(target, None, folder))
+    assert "are damaged or incomplete" in sentences(check_compatibility(target, None, folder))
 
 
 def test_missing_unexpected_and_misshapen_weights(target, folder):
@@ -137,20 +137,22 @@ def test_missing_unexpected_and_misshapen_weights(target, folder):
     weights["fc.bias"] = torch.zeros(32, dtype=torch.float64)
     weights["lm_head.weight"] = weights["lm_head.weight"][:30].clone()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    found = sentences(check_fit(target, None, folder))
+    found = sentences(check_compatibility(target, None, folder))
     assert "lacks the weights norm.weight;" in found and "holds the weights fc.bias," in found
     assert "lm_head.weight is (30, 32), expected (40, 32)" in found
 
 
 def test_a_config_that_lies(target, folder):
     edit(folder / "config.json", intermediate_size=80)
-    assert "layers.0.mlp.down_proj.weight is (32, 64), expected (32, 80)" in sentences(check_fit(target, None, folder))
+    assert "layers.0.mlp.down_proj.weight is (32, 64), expected (32, 80)" in sentences(
+        check_compatibility(target, None, folder)
+    )
 
 
 def test_a_config_that_contradicts_itself(target, folder):
     edit(folder / "config.json", target_hidden_state_indices=[4, 2, 1])
     assert "`target_hidden_state_indices` is [4, 2, 1]; it must be a non-empty list of rising" in sentences(
-        check_fit(target, None, folder)
+        check_compatibility(target, None, folder)
     )
     with pytest.raises(ValueError, match="draft: its config cannot be that of a draft. .* rising, distinct indices"):
         load_draft(str(folder))
@@ -160,14 +162,14 @@ def test_wrong_offsets(target, folder):
     weights = load_file(folder / "model.safetensors")
     weights["d2t"][7] += 50
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert "`d2t` leads to 1 of 40 tokens out of order" in sentences(check_fit(target, None, folder))
+    assert "`d2t` leads to 1 of 40 tokens out of order" in sentences(check_compatibility(target, None, folder))
 
 
 def test_numbers_that_are_not_finite(target, folder):
     weights = load_file(folder / "model.safetensors")
     weights["fc.weight"][3, 4] = torch.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert "fc.weight hold numbers that are not finite" in sentences(check_fit(target, None, folder))
+    assert "fc.weight hold numbers that are not finite" in sentences(check_compatibility(target, None, folder))
 
 
 def test_a_draft_without_a_map_is_whole_if_it_predicts_every_token(target, tmp_path):
@@ -175,12 +177,12 @@ def test_a_draft_without_a_map_is_whole_if_it_predicts_every_token(target, tmp_p
     weights = load_file(tmp_path / "model.safetensors")
     del weights["d2t"], weights["t2d"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    assert check_fit(target, None, tmp_path) == []
+    assert check_compatibility(target, None, tmp_path) == []
 
 
 def test_unknown_knobs(target, folder):
     edit(folder / "generation_config.json", confu_tree_sise=4)
-    assert "The draft's generation config:" in sentences(check_fit(target, None, folder))
+    assert "The draft's generation config:" in sentences(check_compatibility(target, None, folder))
 
 
 def test_drafts_of_other_libraries_are_told_how_to_come_in(target, tmp_path):
@@ -191,7 +193,7 @@ def test_drafts_of_other_libraries_are_told_how_to_come_in(target, tmp_path):
     with pytest.raises(ValueError, match="holds no draft that can be read .*`confu convert in`"):
         load_draft(str(tmp_path), torch.float32)
     assert "of type 'llama', expected 'confu'; EAGLE-3 drafts of other libraries become ConFu drafts by `confu " in (
-        sentences(check_fit(target, None, tmp_path))
+        sentences(check_compatibility(target, None, tmp_path))
     )
 
 
@@ -202,10 +204,12 @@ def test_tokenizers(target, folder):
     swapped = {f"word{i}": i for i in range(97)} | {"word3": 4, "word4": 3}
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(swapped, unk_token="word0")))
     other.chat_template = "{{ messages }}"
-    assert "gives 2 tokens other ids than the target's (word3, word4)" in sentences(check_fit(target, other, folder))
-    template = sentences(check_fit(target, make_tokenizer(template="{{ 0 }}"), folder), is_error=False)
+    assert "gives 2 tokens other ids than the target's (word3, word4)" in sentences(
+        check_compatibility(target, other, folder)
+    )
+    template = sentences(check_compatibility(target, make_tokenizer(template="{{ 0 }}"), folder), is_error=False)
     assert "The chat template in" in template
-    larger = sentences(check_fit(target, make_tokenizer(99), make_tiny_draft(target)))
+    larger = sentences(check_compatibility(target, make_tokenizer(99), make_tiny_draft(target)))
     assert "token ids up to 98, but draft and target know 0..96" in larger
 
 

@@ -1,7 +1,7 @@
 """`publish`: what goes to the Hub, what is refused before, and that nothing is left behind. No network."""
 
-import copy
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from huggingface_hub.utils import _http
 from transformers import AutoModel
 from transformers.utils import logging
 
+import transformers_confu
 from helpers import make_tiny_draft, make_tiny_target
 from hub_stand_in import HubServer
 from transformers_confu import cli
@@ -23,19 +24,10 @@ from transformers_confu.publishing.publish import CHECK_PROMPTS, publish
 
 
 FACTS = CardFacts(base_model="org/target", license="mit", training="Trained on *nothing*.")
-FILES = {
-    ".gitattributes",
-    "README.md",
-    "candidate_generator_confu.py",
-    "config.json",
-    "configuration_confu.py",
-    "custom_generate/generate.py",
-    "draft_tree.py",
-    "generation_config.json",
-    "generation_confu.py",
-    "model.safetensors",
-    "modeling_confu.py",
-    "target_runner.py",
+INFERENCE = Path(transformers_confu.__file__).parent / "inference"
+FILES = {path.name for path in INFERENCE.glob("*.py") if path.name != "__init__.py"} | {
+    *(".gitattributes", "LICENSE", "README.md", "config.json", "generation_config.json", "model.safetensors"),
+    *("chat_template.jinja", "custom_generate/generate.py", "tokenizer.json", "tokenizer_config.json"),
 }
 
 
@@ -116,11 +108,11 @@ def test_publishing_again_removes_what_is_no_longer_part_of_it(draft, target, to
     for _ in range(2):
         publish(draft, target, tokenizer, "org/draft", FACTS, token="hf_good")
         files = server.branches["org/draft", "main"]
-        assert files.keys() - {"LICENSE"} == FILES
-        leftovers = ("old_code.py", "model-00001-of-00002.safetensors", "training_args.bin", "LICENSE")
+        assert files.keys() - {"NOTES"} == FILES
+        leftovers = ("old_code.py", "model-00001-of-00002.safetensors", "training_args.bin", "NOTES")
         files.update(dict.fromkeys(leftovers, b"left"))
     publish(draft, target, tokenizer, "org/draft", FACTS, token="hf_good")
-    assert server.branches["org/draft", "main"].keys() == FILES | {"LICENSE"}
+    assert server.branches["org/draft", "main"].keys() == FILES | {"NOTES"}
 
 
 @pytest.mark.parametrize(
@@ -181,13 +173,18 @@ def test_a_dry_run_writes_the_folder_and_sends_nothing(draft, target, tokenizer,
         build(folder, *arguments)
 
     monkeypatch.setattr(hub, "build", build_beside)
-    assert publish(draft, target, tokenizer, "org/draft", FACTS, dry_run=out) == str(out)
-    written = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
-    assert written == FILES - {".gitattributes"}
+    mask = os.umask(0o022)
+    assert publish(draft, target, tokenizer, dry_run=out) == str(out)  # needs neither a repository nor a card
+    os.umask(mask)
+    files = [file for file in out.rglob("*") if file.is_file()]
+    assert {str(file.relative_to(out)) for file in files} == FILES - {".gitattributes"}
+    # safetensors writes files for their owner only.
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o644}
+    assert "Apache License" in (out / "LICENSE").read_text()
     assert server.calls == []
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     with pytest.raises(ValueError, match="out exists; a dry run writes a new folder"):
-        publish(draft, target, tokenizer, "org/draft", FACTS, dry_run=out)
+        publish(draft, target, tokenizer, dry_run=out)
 
 
 def other_target(draft, target):
@@ -217,7 +214,6 @@ def renamed_target(draft, target):
         (renamed_target, {}, "card names the target org/target, but the draft is checked against someone/else"),
         (None, {"repo_id": "draft"}, "The repository is 'draft'; expected 'organisation/name'"),
         (None, {"create_pr": True, "revision": "v2"}, "pull request goes to main, but `revision` is 'v2'"),
-        (None, {"facts": CardFacts("org/target", "mit", untrained=True)}, "a draft is published with its weights"),
     ],
     ids=[
         "other sizes",
@@ -226,7 +222,6 @@ def renamed_target(draft, target):
         "other name",
         "no organisation",
         "pull request to a branch",
-        "untrained",
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written_or_sent(
@@ -301,18 +296,51 @@ def command(draft, target, tokenizer, server, tmp_path, monkeypatch):
     """`confu publish` with the tiny models, for a saved draft with its card; its exit status."""
     draft.save_pretrained(tmp_path / "draft")
     FACTS.save(tmp_path / "draft" / CARD_FILE)
-    monkeypatch.setattr(hub, "load_target", lambda name, dtype, device: (copy.deepcopy(target), tokenizer))
-    return lambda *arguments: cli.main(["publish", str(tmp_path / "draft"), "demo", "org/draft", *arguments])
+    target.save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+
+    def run(*arguments: str, repository: str | None = "org/draft") -> int:
+        names = [str(tmp_path / "draft"), str(tmp_path / "target"), *([repository] if repository else [])]
+        return cli.main(["publish", *names, "--target_dtype=float64", *arguments])
+
+    return run
 
 
-def test_the_command_publishes_with_knobs(command, server, nothing_left, capsys):
-    assert command("--token", "hf_good", "--private", "--confu-tree-size", "9", "--confu-contemplation", "0") == 0
+def test_the_command_publishes_with_knobs(command, server, nothing_left, capsys, tmp_path):
+    (tmp_path / "draft" / "LICENSE").write_text("Mine.")
+    assert command("--token", "hf_good", "--private", "--confu-tree-size", "9", "--confu_contemplation", "0") == 0
     assert capsys.readouterr().out.startswith("https://huggingface.co/org/draft/commit/")
     files = server.branches["org/draft", "main"]
     assert files.keys() == FILES and server.private["org/draft"] is True
+    assert files["LICENSE"] == b"Mine."
     knobs = {name: value for name, value in json.loads(files["generation_config.json"]).items() if "confu" in name}
     assert knobs == {"confu_tree_size": 9, "confu_contemplation": 0}
     assert json.loads(files["config.json"])["dtype"] == "bfloat16"
+
+
+def test_the_command_asks_for_nothing_that_a_dry_run_does_not_need(command, server, tmp_path, capsys):
+    (tmp_path / "draft" / CARD_FILE).unlink()
+    assert command("--dry_run", str(tmp_path / "out"), "--license=mit", "--language", "en", "de", repository=None) == 0
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.license, card.data.language, card.data.base_model) == ("mit", ["en", "de"], None)
+    assert "Weights: MIT." in card.text and "your-organisation/draft" in card.text
+    # What an upload needs besides is told at once, not after the target is loaded.
+    (tmp_path / "target" / "model.safetensors").unlink()
+    assert command("--token=hf_good") == 1
+    assert "its name there is not known; give it as `base_model`" in capsys.readouterr().err
+    assert command("--token=hf_good", repository=None) == 1
+    assert "Name the repository to publish to" in capsys.readouterr().err
+    assert command("--dry_run", str(tmp_path / "other"), "--datasets", "/data/answers") == 1
+    assert "names '/data/answers'; expected ids of the Hub" in capsys.readouterr().err
+    assert server.calls == []
+
+
+def test_a_card_can_be_written_alone(command, tmp_path, capsys):
+    (tmp_path / "target" / "model.safetensors").unlink()  # nothing of the target is read
+    assert command("--card_only") == 0
+    card = ModelCard.load(tmp_path / "draft" / "README.md")
+    assert card.data.base_model == "org/target" and "`confu_tree_size=12`" in card.text
+    assert 'custom_generate="org/draft"' in card.text
 
 
 def test_the_command_warns_once_of_what_does_not_fit(command, server, nothing_left, tmp_path, warnings_of_hub):
@@ -332,6 +360,6 @@ def test_the_command_fails_in_one_sentence(command, server, nothing_left, capsys
     weights.write_bytes(weights.read_bytes()[:-100])
     assert command("--token", "hf_good") == 1
     assert "are damaged or incomplete" in capsys.readouterr().err
-    (tmp_path / "draft" / CARD_FILE).unlink()
+    (tmp_path / "draft" / CARD_FILE).write_text("licence: mit")
     assert command() == 1
-    assert "card.yaml does not exist. A card needs at least" in capsys.readouterr().err
+    assert "`licence` is not known; there are base_model, license" in capsys.readouterr().err

@@ -202,7 +202,9 @@ def refusals(name: str | Path, what: str) -> Iterator[None]:
         yield
     except StrictDataclassError as error:
         raise ValueError(f"{name}: its config cannot be that of a {what}. {error.__cause__ or error}") from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise ValueError(f"{name}: its weights are damaged or incomplete ({error}); get them anew.") from error
+    except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "trust_remote_code" in str(error):
             raise ValueError(

@@ -1,14 +1,12 @@
 """Does a draft fit a target? `confu check TARGET DRAFT`."""
 
-import argparse
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,11 +17,10 @@ from transformers import (
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import cached_file
 
-from ..common.demo_target import demo_target_path
-from ..common.loading import load_target_config
+from ..common.loading import checkpoint, load_target_config, load_tokenizer, refusals
 from ..common.sentences import some
 from ..common.vocabulary_map import check_vocabulary_map
-from ..inference.checks import check_target
+from ..inference.checks import check_cached_heads, check_target
 from ..inference.configuration_confu import SPECIAL_TOKENS, ConFuConfig
 from ..inference.knobs import ConFuKnobs
 from ..inference.modeling_confu import ConFuDraftModel
@@ -46,10 +43,11 @@ class Finding:
         return f"{'error' if self.is_error else 'warning'}: {self.sentence}"
 
 
-def check_fit(
+def check_compatibility(
     target: str | Path | PreTrainedConfig | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     draft: str | Path | ConFuDraftModel,
+    trust_remote_code: bool = False,
 ) -> list[Finding]:
     r"""
     Compare a draft with a target, whose weights are not needed and not read.
@@ -60,10 +58,13 @@ def check_fit(
         tokenizer ([`PreTrainedTokenizerBase`], *optional*): The target's. Compared with the draft's, if `draft` is a
             folder or Hub id that holds one.
         draft: The draft: a folder or Hub id, whose files are checked too, or a model.
+        trust_remote_code: Whether code that comes with the target may be run.
 
     Returns:
         What does not fit, errors first; an empty list if all is well.
     """
+    if not isinstance(target, PreTrainedModel):
+        target = load_target_config(target, trust_remote_code)
     findings: list[Finding] = []
     if isinstance(draft, ConFuDraftModel):
         model = draft
@@ -73,7 +74,7 @@ def check_fit(
             findings += _check_tokenizers(draft, tokenizer)
     if model is not None:
         findings += _check_draft(model)
-        findings += _check_target(target, model.config)
+        findings += _check_target(target, model.config, trust_remote_code)
         findings += _check_special_tokens(load_target_config(target), model, tokenizer)
     return sorted(findings, key=lambda finding: not finding.is_error)
 
@@ -81,12 +82,11 @@ def check_fit(
 def _load_draft(draft: str | Path) -> tuple[ConFuDraftModel | None, list[Finding]]:
     """The draft of a folder or repository, and what is wrong with its files."""
     try:
-        model, info = ConFuDraftModel.from_pretrained(draft, output_loading_info=True, ignore_mismatched_sizes=True)
-    except SafetensorError as error:
-        return None, [Finding(True, f"The weights in {draft} are damaged or incomplete ({error}); get them anew.")]
-    except StrictDataclassError as error:
-        return None, [Finding(True, f"{draft}: its config cannot be that of a draft. {error.__cause__ or error}")]
-    except (ValueError, OSError) as error:
+        with refusals(draft, "draft"):
+            model, info = ConFuDraftModel.from_pretrained(
+                draft, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except ValueError as error:
         return None, [Finding(True, str(error))]
     # Drafts that predict every token may come without a map.
     optional = {"d2t", "t2d"} if model.config.draft_vocab_size == model.config.vocab_size else set()
@@ -120,23 +120,21 @@ def _check_draft(draft: ConFuDraftModel) -> Iterator[Finding]:
         yield Finding(True, f"The draft's generation config: {error}")
 
 
-def _check_target(target: str | Path | PreTrainedConfig | PreTrainedModel, config: ConFuConfig) -> Iterator[Finding]:
+def _check_target(
+    target: PreTrainedConfig | PreTrainedModel, config: ConFuConfig, trust_remote_code: bool
+) -> Iterator[Finding]:
     """The kind and sizes of a target."""
     target_config = load_target_config(target)
     try:
-        check_target(target if isinstance(target, PreTrainedModel) else _without_weights(target_config), config)
+        if not isinstance(target, PreTrainedModel):
+            target = _without_weights(target_config, trust_remote_code)
+        check_target(target, config)
         wanted = ConFuConfig.from_target(target_config)
+        heads = (wanted.target_num_key_value_heads, wanted.target_head_dim)
+        check_cached_heads(heads, heads, config)
     except ValueError as error:
         yield Finding(True, str(error))
         return
-    theirs = (wanted.target_num_key_value_heads, wanted.target_head_dim)
-    ours = (config.target_num_key_value_heads, config.target_head_dim)
-    if theirs != ours:
-        yield Finding(
-            True,
-            f"The target caches {theirs[0]} key/value heads of size {theirs[1]}, but the draft's soft prompts are for "
-            f"{ours[0]} of size {ours[1]}; use the target that the draft was made for.",
-        )
     if config.max_position_embeddings < wanted.max_position_embeddings:
         yield Finding(
             False,
@@ -146,15 +144,18 @@ def _check_target(target: str | Path | PreTrainedConfig | PreTrainedModel, confi
         )
 
 
-def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+def _without_weights(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     """A model of this configuration on the meta device, which takes no memory."""
     with torch.device("meta"):
         try:
-            return AutoModelForCausalLM.from_config(config)
-        except ValueError:  # a model of text and images goes by another class; only its text model decodes here
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        except ValueError as error:  # a model of text and images goes by another class; its text model decodes here
             text_config = config.get_text_config(decoder=True)
             if text_config is config:
-                raise
+                raise ValueError(
+                    f"A target with a {type(config).__name__} is no decoder-only language model that Transformers "
+                    "knows; ConFu drafts for these only."
+                ) from error
             return AutoModelForCausalLM.from_config(text_config)
 
 
@@ -215,15 +216,26 @@ def _check_tokenizers(draft: str | Path, tokenizer: PreTrainedTokenizerBase) -> 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit status: 0 if the two fit, 1 if not."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Say whether a draft fits a target, and what to do if not. Only the target's configuration and "
-        "tokenizer are read; a target of any size is checked in seconds."
+        "tokenizer are read; a target of any size is checked in seconds.",
     )
     parser.add_argument("target", help="folder or Hub id of the target, or 'demo'")
     parser.add_argument("draft", help="folder or Hub id of the ConFu draft")
+    parser.add_argument(
+        "--trust_remote_code",
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code that comes with the target's configuration and tokenizer; read it first",
+    )
     arguments = parser.parse_args(argv)
-    target = str(demo_target_path()) if arguments.target == "demo" else arguments.target
-    findings = check_fit(target, _tokenizer(target), arguments.draft)
+    config = load_target_config(arguments.target, arguments.trust_remote_code)
+    tokenizer = None
+    if cached_file(checkpoint(arguments.target), TOKENIZER_CONFIG_FILE, _raise_exceptions_for_missing_entries=False):
+        tokenizer = load_tokenizer(arguments.target, arguments.trust_remote_code)
+    else:
+        print(f"{arguments.target} has no tokenizer; tokenizers are not compared.", file=sys.stderr)
+    findings = check_compatibility(config, tokenizer, arguments.draft, arguments.trust_remote_code)
     for finding in findings:
         print(finding)
     if any(finding.is_error for finding in findings):
@@ -233,12 +245,4 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _tokenizer(target: str) -> PreTrainedTokenizerBase | None:
-    """The target's tokenizer, `None` where it has none."""
-    if cached_file(target, TOKENIZER_CONFIG_FILE, _raise_exceptions_for_missing_entries=False) is None:
-        print(f"{target} has no tokenizer; tokenizers are not compared.", file=sys.stderr)
-        return None
-    return AutoTokenizer.from_pretrained(target)
-
-
-__all__ = ["Finding", "check_fit"]
+__all__ = ["Finding", "check_compatibility"]

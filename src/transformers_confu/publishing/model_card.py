@@ -1,15 +1,17 @@
-"""The model card of a draft: plain facts in, a [`ModelCard`] out. The facts live in a `card.yaml` beside the draft."""
+"""The model card of a draft: facts from a `card.yaml` beside the draft, and what its config says, as Markdown."""
 
-import difflib
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields
+import re
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..inference.configuration_confu import ConFuConfig
 from ..inference.modeling_confu import ConFuDraftModel
@@ -22,113 +24,103 @@ TAGS = ["speculative-decoding", "draft-model", "confu", "eagle3", "custom_code",
 # out, the Hub guesses from the files, and has taken drafts for fine-tuned models.
 RELATION = "adapter"
 
-
-@dataclass
-class Measurement:
-    r"""
-    One arm of an evaluation. A figure is a number, or `[median, lowest, highest]` over runs.
-
-    Args:
-        arm (`str`): What was measured, such as `"ConFu"`.
-        tau, speed_up, speed_up_mean (`float` or `list[float]`, *optional*): As the card defines them.
-        contemplation (`int`, *optional*): Contemplate rows per round, C.
-        others (`bool`): Another method, for comparison: in the table, but not among this draft's results.
-    """
-
-    arm: str
-    tau: float | list[float] | None = None
-    speed_up: float | list[float] | None = None
-    speed_up_mean: float | list[float] | None = None
-    contemplation: int | None = None
-    others: bool = False
-
-    def __post_init__(self):
-        for name in ("tau", "speed_up", "speed_up_mean"):
-            figure = getattr(self, name)
-            figures = figure if isinstance(figure, list) and len(figure) == 3 else [0.0 if figure is None else figure]
-            if not all(isinstance(value, int | float) for value in figures):
-                raise ValueError(
-                    f"`{name}` of {self.arm!r} is {figure!r}; expected a number or [median, lowest, highest]."
-                )
-
-    def cell(self, name: str) -> str:
-        """A figure as the table shows it."""
-        figure = getattr(self, name)
-        if isinstance(figure, list):
-            median, low, high = (f"{value:.3f}" for value in figure)
-            return f"{median} [{low}, {high}]"
-        if figure is None or not math.isfinite(figure):
-            return ""
-        return f"{figure:.3f}" if isinstance(figure, float) else str(figure)
-
-    def figure(self, name: str) -> float | None:
-        """A figure as metadata: one finite number, or none."""
-        figure = getattr(self, name)
-        value = figure[0] if isinstance(figure, list) else figure
-        return None if value is None or not math.isfinite(value) else float(value)
+# Measured figures of a row: key in card.yaml -> name in the Hub's index of results.
+FIGURES = {"tau": "tau", "speed_up": "speed-up, total", "speed_up_mean": "speed-up, mean of questions"}
+# Ids of the Hub that are not spelled as the licence is. Others are shown as they are.
+LICENCES = {"mit": "MIT", "apache-2.0": "Apache-2.0", "bsd-3-clause": "BSD-3-Clause", "cc0-1.0": "CC0-1.0"}
 
 
 @dataclass
 class Evaluation:
-    r"""
+    """
     Arms that were measured together.
 
     Args:
         dataset (`str`), dataset_id (`str`): The questions' name, and their id on the Hub or a short one.
         setting (`str`): How many questions, temperature, dtype, machine, N and depth; without a full stop.
-        rows (`list[Measurement]`).
+        rows (`list[dict]`): One for each arm: `arm` (its name), `contemplation` (contemplate rows per round, C),
+            `tau`, `speed_up` and `speed_up_mean` as the card defines them, each a number or `[median, lowest,
+            highest]` of several runs; all but `arm` may be left out. `others: true` marks another method, for
+            comparison: it stands in the table, but is no result of this draft.
         note (`str`, *optional*): How figures were made from runs, and the command.
     """
 
     dataset: str
     dataset_id: str
     setting: str
-    rows: list[Measurement]
+    rows: list[dict[str, Any]]
     note: str = ""
 
+    def __post_init__(self):
+        known = {"arm", "contemplation", "others", *FIGURES}
+        for row in self.rows:
+            if not isinstance(row, dict) or "arm" not in row or not row.keys() <= known:
+                raise ValueError(
+                    f"A row of the evaluation on {self.dataset} is {row!r}; expected `arm`, and of the others any of "
+                    f"{', '.join(sorted(known - {'arm'}))}."
+                )
+            for name in FIGURES:
+                values = row[name] if isinstance(row.get(name), list) else [row.get(name, 0)]
+                numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+                if len(values) not in (1, 3) or not numbers:
+                    raise ValueError(
+                        f"`{name}` of {row['arm']!r} is {row[name]!r}; expected a number or [median, lowest, highest]."
+                    )
+
+    def cells(self) -> list[list[str]]:
+        """The rows as the card's table shows them."""
+
+        def cell(figure: Any) -> str:
+            if isinstance(figure, list):
+                return "{:.3f} [{:.3f}, {:.3f}]".format(*figure)
+            return f"{figure:.3f}" if isinstance(figure, float) else "" if figure is None else str(figure)
+
+        return [[cell(row.get(name)) for name in ("arm", "contemplation", *FIGURES)] for row in self.rows]
+
     def results(self) -> list[EvalResult]:
-        """For the card's `model-index`."""
-        names = {"tau": "tau", "speed_up": "speed-up, total", "speed_up_mean": "speed-up, mean of questions"}
-        return [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=self.dataset_id,
-                dataset_name=self.dataset,
-                # Results that differ in nothing else would be merged into one.
-                dataset_config=self.setting,
-                metric_type=metric,
-                metric_name=f"{name} ({row.arm}{'' if row.contemplation is None else f', C = {row.contemplation}'})",
-                metric_value=row.figure(metric),
-            )
-            for row in self.rows
-            if not row.others
-            for metric, name in names.items()
-            if row.figure(metric) is not None
-        ]
+        """The draft's own figures, for the card's `model-index`."""
+        results = []
+        for row in self.rows:
+            arm = row["arm"] + (f", C = {row['contemplation']}" if "contemplation" in row else "")
+            for metric, name in FIGURES.items():
+                if metric in row and not row.get("others"):
+                    results.append(
+                        EvalResult(
+                            task_type="text-generation",
+                            dataset_type=self.dataset_id,
+                            dataset_name=self.dataset,
+                            dataset_config=self.setting,  # results that differ in nothing else would be merged
+                            metric_type=metric,
+                            metric_name=f"{name} ({arm})",
+                            metric_value=row[metric][0] if isinstance(row[metric], list) else row[metric],
+                        )
+                    )
+        return results
 
 
 @dataclass
 class CardFacts:
-    r"""
+    """
     What a card tells that cannot be read from the draft itself. Texts are Markdown.
 
     Args:
-        base_model (`str`): Hub id of the target.
-        license (`str`): Id of the licence of the weights, as the Hub lists them; `"other"` with `license_name` and
-            `license_link`.
+        base_model (`str`, *optional*): Hub id of the target.
+        license (`str`, *optional*): Id of the licence of the weights, as the Hub lists them; `"other"` with
+            `license_name` and `license_link`.
         license_note (`str`): What else to say about it.
-        language, datasets (`list[str]`): Language codes; ids on the Hub of the data the draft was trained on.
+        language, datasets (`list[str]`): Language codes, such as `en`; Hub ids of the data the draft was trained on.
         summary (`str`): A sentence or two for the introduction.
         training (`str`): Data, procedure, compute: where the weights come from.
         evaluations (`list[Evaluation]`): Measurements of this draft.
         evaluation (`str`): What else to say about them.
         limits (`list[str]`): Known limits; that of the batch size is added.
-        untrained (`bool`): There are no weights yet.
-        paper (`str`): Figures of the paper, which the card sets apart from the draft's own.
+
+    Raises:
+        ValueError: a fact is of another type, or is none that the Hub takes.
     """
 
-    base_model: str
-    license: str
+    base_model: str | None = None
+    license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
     license_note: str = ""
@@ -139,73 +131,83 @@ class CardFacts:
     evaluations: list[Evaluation] = field(default_factory=list)
     evaluation: str = ""
     limits: list[str] = field(default_factory=list)
-    untrained: bool = False
-    paper: str = ""
 
     def __post_init__(self):
-        for name in ("base_model", "license"):
-            # YAML reads a bare `no` as False.
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ValueError(f"`{name}` of the card is {getattr(self, name)!r}; it must be a text.")
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.type == list[str] and not (
-                isinstance(value, list) and all(isinstance(text, str) and text for text in value)
-            ):
-                raise ValueError(f"`{entry.name}` of the card is {value!r}; it must be a list of texts.")
-        if self.base_model.count("/") != 1 or os.path.isdir(self.base_model):
+            if entry.type == list[str]:
+                if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
+                    raise ValueError(f"`{entry.name}` of the card is {value!r}; it must be a list of texts.")
+            # YAML reads a bare `no` as False.
+            elif entry.name != "evaluations" and not isinstance(value, get_args(entry.type) or entry.type):
+                raise ValueError(f"`{entry.name}` of the card is {value!r}; it must be a text.")
+        if self.base_model is not None and (self.base_model.count("/") != 1 or not _is_hub_id(self.base_model)):
             raise ValueError(
                 f"`base_model` of the card is {self.base_model!r}; expected the target's id on the Hub, such as "
                 "'Qwen/Qwen3-4B'."
             )
+        for name in self.datasets:
+            if not _is_hub_id(name):
+                raise ValueError(
+                    f"`datasets` of the card names {name!r}; expected ids of the Hub, such as 'org/answers'. Describe "
+                    "data that is not there in `training`."
+                )
+        for code in self.language:
+            if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual", code):
+                raise ValueError(f"`language` of the card names {code!r}; expected codes such as 'en' or 'de'.")
         if self.license == "other" and not (self.license_name and self.license_link):
             raise ValueError("`license: other` in the card needs `license_name` and `license_link` besides.")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "CardFacts":
-        r"""
+        """
         Read a `card.yaml`.
 
         Raises:
-            ValueError: it is no such file: what is wrong, and what is expected.
+            ValueError: the file is none: what is wrong, and what is expected.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(
-                f"{path} does not exist. A card needs at least\n\nbase_model: Qwen/Qwen3-4B  # the target\n"
-                "license: apache-2.0\ntraining: |\n  Data, procedure and compute.\n"
-            )
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return _build(cls, values)
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+            if not isinstance(values, dict):
+                raise ValueError(f"expected names and values, got {values!r}.")
+            names = [entry.name for entry in fields(cls)]
+            if unknown := [name for name in values if name not in names]:
+                raise ValueError(f"`{unknown[0]}` is not known; there are {', '.join(names)}.")
+            if not isinstance(values.get("evaluations", []), list):
+                raise ValueError(f"`evaluations` is {values['evaluations']!r}; expected a list.")
+            try:
+                values["evaluations"] = [Evaluation(**entry) for entry in values.get("evaluations", [])]
+            except TypeError as error:  # names the entry that is missing or unknown
+                raise ValueError(f"`evaluations`: {str(error).removeprefix('Evaluation.__init__() ')}.") from error
+            return cls(**values)
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | os.PathLike) -> None:
         """Write it as a `card.yaml`, without what is empty."""
-        values = {name: value for name, value in asdict(self).items() if value not in (None, "", [], False)}
+        values = {name: value for name, value in asdict(self).items() if value}
         Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=119), encoding="utf-8")
 
 
-def _build(cls: type, values: Any) -> Any:
-    """A dataclass from what YAML gave; unknown and missing names are errors."""
-    if not isinstance(values, dict):
-        raise ValueError(f"expected names and values, got {values!r}.")
-    names = {entry.name: entry for entry in fields(cls)}
-    for name in values:
-        if name not in names:
-            nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]
-            raise ValueError(f"`{name}` is not known; did you mean `{nearest}`? There are {', '.join(names)}.")
-    values = dict(values)
-    for name, part in (("evaluations", Evaluation), ("rows", Measurement)):
-        if name in names and name in values:
-            if not isinstance(values[name], list):
-                raise ValueError(f"`{name}` is {values[name]!r}; expected a list.")
-            values[name] = [_build(part, entry) for entry in values[name]]
+def _is_hub_id(name: str) -> bool:
+    """Whether the Hub could have a repository of this name; a folder of this machine is none."""
     try:
-        return cls(**values)
-    except TypeError as error:
-        raise ValueError(str(error).replace(f"{cls.__name__}.__init__()", f"a {cls.__name__} is").strip()) from error
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not os.path.isdir(name)
+
+
+def add_evaluation(folder: str | os.PathLike, evaluation: Evaluation) -> None:
+    """Write a measurement into a draft's `card.yaml`, in place of one of the same questions and setting."""
+    path = Path(folder, CARD_FILE)
+    facts = CardFacts.load(path) if path.is_file() else CardFacts()
+    others = [
+        other
+        for other in facts.evaluations
+        if (other.dataset_id, other.setting) != (evaluation.dataset_id, evaluation.setting)
+    ]
+    replace(facts, evaluations=[*others, evaluation]).save(path)
 
 
 def model_card(
@@ -215,7 +217,7 @@ def model_card(
     knobs: dict[str, int] | None = None,
     check: str = "",
 ) -> ModelCard:
-    r"""
+    """
     The card of a draft.
 
     Args:
@@ -231,7 +233,7 @@ def model_card(
         license_name=facts.license_name,
         license_link=facts.license_link,
         base_model=facts.base_model,
-        base_model_relation=RELATION,
+        base_model_relation=RELATION if facts.base_model else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         language=facts.language or None,
@@ -246,7 +248,6 @@ def model_card(
         template_path=str(TEMPLATE),
         facts=facts,
         repo_id=repo_id,
-        target_name=facts.base_model.rsplit("/", 1)[-1],
         description=describe(config, knobs or {}),
         licence=licence(facts),
         check=check,
@@ -256,44 +257,38 @@ def model_card(
 def licence(facts: CardFacts) -> str:
     """What the card says about the licence of the weights, Markdown."""
     if facts.license == "other":
-        return f"[{facts.license_name}]({facts.license_link})."
-    return f"{facts.license[0].upper()}{facts.license[1:]}."
+        return f"[{facts.license_name}]({facts.license_link})"
+    if facts.license in (None, "unknown"):
+        return "not stated yet"
+    return LICENCES.get(facts.license, facts.license)
 
 
-def describe(config: ConFuConfig, knobs: dict[str, int]) -> list[tuple[str, str]]:
-    """Rows of the card's table of what the draft is, all from its config."""
+def describe(config: ConFuConfig, knobs: dict[str, int]) -> dict[str, str]:
+    """The card's table of what the draft is, all from its config: name of a row -> text."""
     with torch.device("meta"):  # shapes without memory
         parameters = dict(ConFuDraftModel(config).named_parameters())
-    channel = sum(p.numel() for name, p in parameters.items() if name.startswith("future_channel."))
-    core = sum(p.numel() for p in parameters.values()) - channel
+    channel = sum(p.numel() for name, p in parameters.items() if name.startswith("future_channel.")) / 1e6
+    core = sum(p.numel() for p in parameters.values()) / 1e6 - channel
     dtype = "" if config.dtype is None else f"; {str(config.dtype).removeprefix('torch.')}"
     embeddings = "an embedding table of its own" if config.has_own_embeddings else "its input embeddings"
-
-    def listed(numbers: list[int]) -> str:
-        return ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
-
     rotated = ", rotated to the root's position" if config.rotate_soft_prompts else ""
-    rows = [
-        (
-            "parameters",
-            f"{(core + channel) / 1e6:.1f} million: EAGLE-3 core {core / 1e6:.1f}, future channel "
-            f"{channel / 1e6:.1f}{dtype}",
-        ),
-        (
-            "core",
-            f"one decoder layer (hidden size {config.hidden_size}, {config.num_attention_heads} query and "
-            f"{config.num_key_value_heads} key/value heads), reads the target's hidden states "
-            f"{listed(config.target_hidden_state_indices)} and {embeddings}",
-        ),
-        ("draft vocabulary", f"{config.draft_vocab_size:,} of the target's {config.vocab_size:,} tokens"),
-        (
-            "future channel",
-            f"{config.num_soft_prompts} soft prompts per target layer{rotated}; mixtures of experts: "
-            f"{config.num_contemplate_experts_per_token} of {config.num_contemplate_experts} active for `[con]`, "
-            f"{config.num_future_experts_per_token} of {config.num_future_experts} for `[f]`; f is the contemplate "
-            f"row's hidden states {listed(config.future_hidden_state_indices)}",
-        ),
-    ]
+    rows = {
+        "parameters": f"{core + channel:.1f} million: EAGLE-3 core {core:.1f}, future channel {channel:.1f}{dtype}",
+        "core": f"one decoder layer (hidden size {config.hidden_size}, {config.num_attention_heads} query and "
+        f"{config.num_key_value_heads} key/value heads), reads the target's hidden states "
+        f"{_listed(config.target_hidden_state_indices)} and {embeddings}",
+        "draft vocabulary": f"{config.draft_vocab_size:,} of the target's {config.vocab_size:,} tokens",
+        "future channel": f"{config.num_soft_prompts} soft prompts per target layer{rotated}; mixtures of experts: "
+        f"{config.num_contemplate_experts_per_token} of {config.num_contemplate_experts} active for `[con]`, "
+        f"{config.num_future_experts_per_token} of {config.num_future_experts} for `[f]`; f is the contemplate row's "
+        f"hidden states {_listed(config.future_hidden_state_indices)}",
+    }
     if knobs:
-        rows.append(("knobs it decodes with", ", ".join(f"`{name}={value}`" for name, value in knobs.items())))
+        rows["knobs it decodes with"] = ", ".join(f"`{name}={value}`" for name, value in knobs.items())
     return rows
+
+
+def _listed(numbers: list[int]) -> str:
+    """`1, 2 and 4`."""
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} and {last}" if others else last

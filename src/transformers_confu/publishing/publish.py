@@ -5,23 +5,41 @@ Everything is built in a scratch folder. What fails, or is refused or interrupte
 on the Hub at most a new repository without files.
 """
 
-import argparse
 import os
+import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import distribution
 from pathlib import Path
 
-import torch
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    BatchEncoding,
+    GenerationConfig,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
-from ..common.loading import default_device, dtype_named, load_draft, load_target
+from ..common.demo_target import HUB_ID
+from ..common.files import share
+from ..common.loading import (
+    TargetOptions,
+    dtype_named,
+    load_draft,
+    load_target_config,
+    load_tokenizer,
+)
+from ..common.texts import TIE, first_difference
+from ..inference.configuration_confu import ConFuConfig
 from ..inference.custom_generate import generate
 from ..inference.knobs import ConFuKnobs
 from ..inference.modeling_confu import ConFuDraftModel
-from .compatibility import Finding, check_fit
+from .compatibility import Finding, check_compatibility
 from .model_card import CARD_FILE, CardFacts, model_card
 
 
@@ -36,22 +54,21 @@ CHECK_PROMPTS = [
     "Translate into French: Good morning! The train to Paris leaves at nine.",
 ]
 CHECK_TOKENS = 64
-TIE = 1e-4  # the largest gap of two scores that fp32 rounding explains
 
 
 @dataclass
 class ShortCheck:
-    r"""
+    """
     What greedy answers with a draft were, against plain `generate`.
 
     Args:
-        dtype (`torch.dtype`): Of the target.
+        dtype (`str`): Of the target.
         identical, ties (`int`): Answers that are the same; that part where two scores lie within 1e-4.
         answers (`int`): All answers.
         emitted, rounds (`int`): Tokens emitted in rounds, and rounds.
     """
 
-    dtype: torch.dtype
+    dtype: str
     identical: int = 0
     ties: int = 0
     answers: int = 0
@@ -63,20 +80,20 @@ class ShortCheck:
         ties = f", {self.ties} part at a tie of two scores" if self.ties else ""
         return (
             f"A check before publishing: of {self.answers} greedy answers of up to {CHECK_TOKENS} tokens, target in "
-            f"{str(self.dtype).removeprefix('torch.')}, {self.identical} equal plain `generate`'s{ties}{tau}."
+            f"{self.dtype}, {self.identical} equal plain `generate`'s{ties}{tau}."
         )
 
 
 def check_exactness(
-    target: PreTrainedModel, draft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]
+    target: PreTrainedModel, draft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]
 ) -> ShortCheck:
-    r"""
+    """
     Greedy answers with and without a draft.
 
     Raises:
         ValueError: an answer differs in a way that rounding does not explain. In half precision it is only counted.
     """
-    check = ShortCheck(target.dtype)
+    check = ShortCheck(str(target.dtype).removeprefix("torch."))
     options = {"do_sample": False, "max_new_tokens": CHECK_TOKENS}
     for prompt in tqdm(prompts, desc="Checking", unit="answer"):
         inputs = encode(prompt, tokenizer).to(target.device)
@@ -88,26 +105,25 @@ def check_exactness(
         check.answers += 1
         check.emitted += sum(draft.last_statistics.emitted)
         check.rounds += draft.last_statistics.rounds
-        if found == expected:
+        place = first_difference(expected, found)
+        if place is None:
             check.identical += 1
             continue
-        place = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), None)
-        gap = float("inf")
-        if place is not None:
-            scores = plain.scores[place][0]
-            gap = float(scores[expected[place]] - scores[found[place]])
+        gap = float("inf")  # one answer goes on where the other ends
+        if place < min(len(expected), len(found)):
+            gap = float(plain.scores[place][0, expected[place]] - plain.scores[place][0, found[place]])
         if gap <= TIE:
             check.ties += 1
-        elif target.dtype in (torch.float32, torch.float64):
+        elif check.dtype in ("float32", "float64"):
             raise ValueError(
-                f"With this draft the answer to {prompt!r} is not plain generate's: it differs from token "
-                f"{'(its end)' if place is None else place + 1} on, where the scores differ by {gap:.2g}. That is a "
-                "fault of the decoding code, not of the draft; please report it. Nothing was published."
+                f"With this draft the answer to {prompt!r} is not plain generate's: it differs from token {place + 1} "
+                f"on, where the scores differ by {gap:.2g}. That is a fault of the decoding code, not of the draft; "
+                "please report it. Nothing was published."
             )
     return check
 
 
-def encode(prompt: str, tokenizer: PreTrainedTokenizerBase):
+def encode(prompt: str, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
     """A prompt as the target's users would put it: a chat turn where there is a chat template."""
     if tokenizer.chat_template is None:
         return tokenizer(prompt, return_tensors="pt")
@@ -116,32 +132,34 @@ def encode(prompt: str, tokenizer: PreTrainedTokenizerBase):
     )
 
 
-def custom_generate_source(repo_id: str | None = None) -> str:
-    r"""
-    The file that lets a target decode with `custom_generate="<repository>"`.
-
-    It belongs to a repository, whose id it carries for callers that give no name, so publishing writes it and
-    `save_pretrained` does not. (Nor could it: a draft that was loaded by its own code has not got the file.)
+def write_custom_generate(folder: str | os.PathLike, repo_id: str | None = None) -> None:
+    """
+    Add `custom_generate/generate.py` to a saved draft, by which a target decodes with `custom_generate=` and the
+    repository's id. The file carries the id for callers that give no name, so `save_pretrained`, which does not know
+    it, cannot write it.
     """
     source = Path(generate.__file__).read_text(encoding="utf-8")
     unpublished = "REPOSITORY: str | None = None"
     assert source.count(unpublished) == 1
-    return source if repo_id is None else source.replace(unpublished, f'REPOSITORY: str | None = "{repo_id}"')
-
-
-def write_custom_generate(folder: str | os.PathLike, repo_id: str | None = None) -> None:
-    """Add `custom_generate/generate.py` to a saved draft."""
+    if repo_id is not None:
+        source = source.replace(unpublished, f'REPOSITORY: str | None = "{repo_id}"')
     path = Path(folder, CUSTOM_GENERATE)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(custom_generate_source(repo_id), encoding="utf-8")
+    path.write_text(source, encoding="utf-8")
+
+
+def write_card(folder: str | os.PathLike, facts: CardFacts, repo_id: str, check: str = "") -> None:
+    """Write the `README.md` of a saved draft's folder, from its configuration files and the facts."""
+    knobs = ConFuKnobs.of(GenerationConfig.from_pretrained(folder))
+    model_card(facts, ConFuConfig.from_pretrained(folder), repo_id, knobs, check).save(Path(folder, "README.md"))
 
 
 def publish(
     draft: ConFuDraftModel,
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    repo_id: str,
-    facts: CardFacts,
+    repo_id: str | None = None,
+    facts: CardFacts | None = None,
     *,
     dry_run: str | os.PathLike | None = None,
     private: bool | None = None,
@@ -149,13 +167,14 @@ def publish(
     create_pr: bool = False,
     token: str | bool | None = None,
     commit_message: str = "Upload ConFu draft",
+    licences: Iterable[Path] = (),
 ) -> str:
-    r"""
+    """
     Publish a draft, or write the folder that would be.
 
-    The draft is checked against its target, saved with its code and `custom_generate/`, loaded again by that code
-    alone, compared with plain `generate` on a few prompts, given a card, and uploaded in one commit, which also
-    removes code and weights that an earlier one left in the repository.
+    The draft is checked against its target, saved with its code, `custom_generate/` and the target's tokenizer, loaded
+    again by that code alone, compared with plain `generate` on a few prompts, given a card, and uploaded in one
+    commit, which also removes code and weights that an earlier one left in the repository.
 
     ```python
     >>> publish(draft, target, tokenizer, "org/confu-draft", CardFacts.load("card.yaml"), private=True)
@@ -167,11 +186,14 @@ def publish(
         target ([`PreTrainedModel`]): In float32 (or 64) a difference from plain `generate` is an error; in half
             precision, for targets too large for that, differences are counted in the card.
         tokenizer ([`PreTrainedTokenizerBase`]): The target's.
-        repo_id (`str`): `"organisation/name"`.
-        facts ([`CardFacts`]): What the card tells that cannot be read from the draft.
+        repo_id (`str`, *optional*): `"organisation/name"`. A dry run can do without.
+        facts ([`CardFacts`], *optional*): What the card tells that cannot be read from the draft. `base_model` may be
+            left out where the target was loaded from the Hub.
         dry_run (`str` or `os.PathLike`, *optional*): A new folder; everything is written there and nothing uploaded.
         private, revision, create_pr, token, commit_message: As `push_to_hub` takes them. A branch `revision` is made
             if it is not there.
+        licences (`Iterable[Path]`): Files to go along, such as the `LICENSE` of the weights. Without any it is this
+            package's, which holds for the code in the repository.
 
     Returns:
         `str`: Address of the commit or pull request; in a dry run, the folder.
@@ -180,8 +202,9 @@ def publish(
         ValueError: draft, target, card or arguments do not fit; before anything is written or sent.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused.
     """
-    check_arguments(target, repo_id, facts, dry_run, revision, create_pr)
-    require_fit(check_fit(target, tokenizer, draft))
+    facts = named(facts or CardFacts(), target.name_or_path)
+    check_arguments(repo_id, facts, dry_run, revision, create_pr)
+    require_fit(check_compatibility(target, tokenizer, draft))
     api = HfApi(token=token)
     if dry_run is None:
         api.whoami()  # whoever is not logged in shall know before the check, which takes its time
@@ -189,8 +212,8 @@ def publish(
     if beside is not None:
         beside.mkdir(parents=True, exist_ok=True)  # a folder moves in one step only within its file system
     with tempfile.TemporaryDirectory(prefix=".confu-publish-", dir=beside) as scratch:
-        folder = Path(scratch, repo_id.rsplit("/", 1)[-1])
-        build(folder, draft, target, tokenizer, repo_id, facts)
+        folder = Path(scratch, "draft")
+        build(folder, draft, target, tokenizer, repo_id, facts, licences)
         if dry_run is not None:
             os.replace(folder, dry_run)
             return str(dry_run)
@@ -209,25 +232,45 @@ def publish(
     return commit.pr_url or commit.commit_url
 
 
+def named(facts: CardFacts, target_name: str) -> CardFacts:
+    """
+    The facts with the target's name on the Hub, if it was loaded by that.
+
+    Raises:
+        ValueError: the card names another target.
+    """
+    if target_name.count("/") != 1 or os.path.isdir(target_name):
+        return facts
+    if facts.base_model not in (None, target_name):
+        raise ValueError(
+            f"The card names the target {facts.base_model}, but the draft is checked against {target_name}."
+        )
+    return replace(facts, base_model=target_name)
+
+
 def check_arguments(
-    target: PreTrainedModel,
-    repo_id: str,
+    repo_id: str | None,
     facts: CardFacts,
     dry_run: str | os.PathLike | None,
     revision: str | None,
     create_pr: bool,
 ) -> None:
-    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+    """Refuse what cannot be published, before any work."""
+    if dry_run is None and repo_id is None:
+        raise ValueError("Name the repository to publish to, or a new folder for a dry run.")
+    if repo_id is not None and (repo_id.count("/") != 1 or not all(repo_id.split("/"))):
         raise ValueError(f"The repository is {repo_id!r}; expected 'organisation/name'.")
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"A pull request goes to main, but `revision` is {revision!r}; give one of the two.")
     if dry_run is not None and Path(dry_run).exists():
         raise ValueError(f"{dry_run} exists; a dry run writes a new folder. Delete it or choose another.")
-    if facts.untrained:
-        raise ValueError("The card says `untrained: true`; a draft is published with its weights. Remove that line.")
-    name = target.name_or_path
-    if name.count("/") == 1 and not os.path.isdir(name) and name != facts.base_model:
-        raise ValueError(f"The card names the target {facts.base_model}, but the draft is checked against {name}.")
+    if dry_run is None and facts.base_model is None:
+        raise ValueError(
+            "The target was not loaded from the Hub, so its name there is not known; give it as `base_model` "
+            "(--base_model, or in card.yaml), such as 'Qwen/Qwen3-4B'."
+        )
+    if facts.license in (None, "unknown"):
+        logger.warning_once("No licence is stated; give it as `license` (--license, or in card.yaml), such as 'mit'.")
 
 
 def require_fit(findings: list[Finding]) -> None:
@@ -244,68 +287,117 @@ def build(
     draft: ConFuDraftModel,
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    repo_id: str,
+    repo_id: str | None,
     facts: CardFacts,
+    licences: Iterable[Path] = (),
 ) -> None:
     """Write all that is published into a new folder, after a check of what was written."""
     draft.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     write_custom_generate(folder, repo_id)
+    for file in licences:
+        shutil.copyfile(file, folder / file.name)
+    if not (folder / "LICENSE").exists():
+        text = distribution("transformers-confu").read_text("licenses/LICENSE")
+        (folder / "LICENSE").write_text(text, encoding="utf-8")
     saved = AutoModel.from_pretrained(folder, trust_remote_code=True).to(target.device)
     check = check_exactness(target, saved, tokenizer, CHECK_PROMPTS)
-    card = model_card(facts, saved.config, repo_id, ConFuKnobs.of(saved.generation_config), str(check))
-    card.save(folder / "README.md")
+    write_card(folder, facts, repo_id or f"your-organisation/{Path(draft.name_or_path or 'draft').name}", str(check))
+    share(folder)
+
+
+@dataclass
+class PublishOptions:
+    """Options of `confu publish` beside draft, target, repository and knobs."""
+
+    dry_run: str | None = field(
+        default=None, metadata={"help": "New folder to write everything to; nothing is uploaded."}
+    )
+    card: str | None = field(
+        default=None, metadata={"help": f"Facts of the model card; {CARD_FILE} in the draft's folder if not given."}
+    )
+    card_only: bool = field(
+        default=False, metadata={"help": "Only write README.md into the draft's folder, from its facts."}
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "Id of the target on the Hub, where it is loaded from a folder."}
+    )
+    license: str | None = field(default=None, metadata={"help": "Licence of the weights, such as apache-2.0."})
+    language: list[str] | None = field(default=None, metadata={"help": "Languages, such as en de."})
+    datasets: list[str] | None = field(default=None, metadata={"help": "Ids of the training data on the Hub."})
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to push to; made if it is not there."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
+    token: str | None = field(
+        default=None, metadata={"help": "Access token, in place of the one you are logged in with."}
+    )
+    commit_message: str = field(default="Upload ConFu draft", metadata={"help": "Message of the commit."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Of the published weights."})
+    target_dtype: str = field(
+        default="float32",
+        metadata={"help": "In which the target runs in the check; half precision proves less."},
+    )
+
+    def facts(self, folder: str) -> CardFacts:
+        """The facts of the card's file, if there is one, and of the options, which go first."""
+        path = Path(self.card or Path(folder, CARD_FILE))
+        facts = CardFacts.load(path) if self.card or path.is_file() else CardFacts()
+        given = {name: getattr(self, name) for name in ("base_model", "license", "language", "datasets")}
+        return replace(facts, **{name: value for name, value in given.items() if value is not None})
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="confu publish",
+    parser = HfArgumentParser(
+        (PublishOptions, TargetOptions),
+        allow_abbrev=False,
         description="Check a draft against its target, write its model card, and push it to the Hub.",
-        epilog="Log in first with `hf auth login`. With --dry-run OUT only the folder OUT is written.",
+        epilog="Log in first with `hf auth login`. With --dry_run OUT only the folder OUT is written.",
     )
     parser.add_argument("draft", help="folder of the trained draft")
     parser.add_argument("target", help="folder or Hub id of its target, or 'demo' for SmolLM2-135M-Instruct")
-    parser.add_argument("repository", help="organisation/name on the Hub")
-    parser.add_argument("--card", help=f"facts of the model card (default: {CARD_FILE} in the draft's folder)")
-    parser.add_argument("--dry-run", metavar="OUT", help="write everything to a new folder and upload nothing")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    parser.add_argument("--revision", help="branch to push to; made if it is not there")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request")
-    parser.add_argument("--token", help="access token, in place of the one you are logged in with")
-    parser.add_argument("--commit-message", default="Upload ConFu draft", help="(default: %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", help="of the published weights (default: %(default)s)")
-    parser.add_argument(
-        "--target-dtype",
-        default="float32",
-        help="in which the target runs in the check; half precision proves less (default: %(default)s)",
-    )
-    for knob in ConFuKnobs.names():
+    parser.add_argument("repository", nargs="?", help="organisation/name on the Hub; not needed for a dry run")
+    for entry in fields(ConFuKnobs):
+        name = ConFuKnobs.PREFIX + entry.name
         parser.add_argument(
-            f"--{knob.replace('_', '-')}", type=int, metavar="N", help="knob that the published draft decodes with"
+            f"--{name}",
+            f"--{name.replace('_', '-')}",
+            type=float if entry.type is float else int,
+            help="knob that the published draft decodes with",
         )
-    arguments = parser.parse_args(argv)
+    options, loading, positional = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
 
+    # All that can be refused without the target's weights goes first.
+    target_name = HUB_ID if positional.target == "demo" else positional.target
+    facts = named(options.facts(positional.draft), target_name)
+    if options.card_only:
+        write_card(positional.draft, facts, positional.repository or positional.draft)
+        print(Path(positional.draft, "README.md"))
+        return
+    check_arguments(positional.repository, facts, options.dry_run, options.revision, options.create_pr)
+    tokenizer = load_tokenizer(positional.target, loading.trust_remote_code)
+    target_config = load_target_config(positional.target, loading.trust_remote_code)
+    require_fit(check_compatibility(target_config, tokenizer, positional.draft, loading.trust_remote_code))
+
+    target, tokenizer = loading.load(positional.target, options.target_dtype)
+    draft = load_draft(positional.draft, dtype_named(options.dtype))
+    for knob in ConFuKnobs.names():
+        if getattr(positional, knob) is not None:
+            setattr(draft.generation_config, knob, getattr(positional, knob))
     try:
-        facts = CardFacts.load(arguments.card or Path(arguments.draft, CARD_FILE))
-        device = default_device()
-        target, tokenizer = load_target(arguments.target, arguments.target_dtype, device)
-        require_fit(check_fit(target, tokenizer, arguments.draft))  # its files and its tokenizer, too
-        draft = load_draft(arguments.draft, dtype_named(arguments.dtype))
-        for knob in ConFuKnobs.names():
-            if getattr(arguments, knob) is not None:
-                setattr(draft.generation_config, knob, getattr(arguments, knob))
         place = publish(
             draft,
             target,
             tokenizer,
-            arguments.repository,
+            positional.repository,
             facts,
-            dry_run=arguments.dry_run,
-            private=arguments.private,
-            revision=arguments.revision,
-            create_pr=arguments.create_pr,
-            token=arguments.token,
-            commit_message=arguments.commit_message,
+            dry_run=options.dry_run,
+            private=options.private or None,
+            revision=options.revision,
+            create_pr=options.create_pr,
+            token=options.token,
+            commit_message=options.commit_message,
+            licences=[file for name in ("LICENSE*", "NOTICE*") for file in Path(positional.draft).glob(name)],
         )
     except OSError as error:  # all that the Hub refuses is one
         raise OSError(f"Not published: {error}") from error
