@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass, field, fields
 
-from ..common.loading import default_device, default_dtype
+from ..common.loading import TargetOptions, default_dtype
 from ..common.option_files import json_option
 
 
 BASELINES = ("plain", "prompt_lookup")
 
 
-@dataclass
-class EvaluationArguments:
+@dataclass(kw_only=True)
+class EvaluationArguments(TargetOptions):
     """Which arms answer which questions, how often, and where the records and the report go."""
 
     output: str = field(metadata={"help": "JSONL file of the records; an interrupted measurement goes on in it."})
@@ -50,30 +50,41 @@ class EvaluationArguments:
         default_factory=lambda: [0.0], metadata={"help": "0 is greedy; else sampling, seeded alike for all arms."}
     )
     max_new_tokens: list[int] = field(default_factory=lambda: [128], metadata={"help": "Limits of each answer."})
-    tree_sizes: list[int] | None = field(
-        default=None, metadata={"help": "Nodes of the tree, root included, N; the draft's own if not given."}
+    tree_sizes: list[str] = field(
+        default_factory=lambda: ["own"],
+        metadata={
+            "help": "Nodes of the tree, root included, N; `own` is what the draft does without being told: the knobs "
+            "of its generation_config.json, or automatic rounds."
+        },
+    )
+    depths: list[int] | None = field(
+        default=None, metadata={"help": "Depths of the tree (EAGLE's own count + 1); the draft's own if not given."}
+    )
+    branchings: list[int] | None = field(
+        default=None,
+        metadata={"help": "Nodes expanded per level, and children of each; the draft's own if not given."},
     )
     contemplations: list[str] = field(
         default_factory=lambda: ["0", "default", "full"],
         metadata={"help": "Contemplate rows, C: 0 is EAGLE-3 mode, `full` the paper, `default` the draft's own."},
     )
-    depth: int | None = field(default=None, metadata={"help": "Depth of the tree; the draft's own if not given."})
-    branching: int | None = field(default=None, metadata={"help": "Branching; the draft's own if not given."})
     one_factor: bool = field(
         default=False,
         metadata={
-            "help": "Vary dtype, temperature, limit and tree size one at a time around the first value of each list, "
-            "in place of all combinations."
+            "help": "Vary dtype, temperature, limit, tree size, depth and branching one at a time around the first "
+            "value of each list, in place of all combinations."
         },
     )
     prompt_lookup_tokens: int = field(default=10, metadata={"help": "Tokens that prompt lookup copies at most."})
     costs: bool = field(default=True, metadata={"help": "Also time the parts of a round by themselves."})
     cost_context: int = field(default=256, metadata={"help": "Tokens of context for those timings."})
     seed: int = field(default=0, metadata={"help": "Seed of the order of arms, of sampling and of the bootstrap."})
-    device: str = field(default_factory=default_device, metadata={"help": "Where to run."})
-    report: str | None = field(default=None, metadata={"help": "Folder for tables, plots and the HTML page."})
+    report: str | None = field(
+        default=None, metadata={"help": "Folder for the report: HTML, Markdown, CSV, pictures."}
+    )
 
     def __post_init__(self):
+        super().__post_init__()
         for option in fields(self):
             value = getattr(self, option.name)
             # YAML gives what is written: one value for a list, a number for a text.
@@ -85,19 +96,25 @@ class EvaluationArguments:
         if isinstance(self.chat_template_kwargs, str):
             self.chat_template_kwargs = json_option("chat_template_kwargs", self.chat_template_kwargs)
         self.contemplations = [str(budget) for budget in self.contemplations]
-        for name in ("dtypes", "temperatures", "max_new_tokens", "contemplations", "tree_sizes"):
+        self.tree_sizes = [str(size) for size in self.tree_sizes]
+        if wrong := [size for size in self.tree_sizes if size != "own" and not size.isdecimal()]:
+            raise ValueError(f"`tree_sizes` holds {wrong[0]!r}; expected a number of nodes, or 'own'.")
+        for name in (
+            "dtypes",
+            "temperatures",
+            "max_new_tokens",
+            "contemplations",
+            "tree_sizes",
+            "depths",
+            "branchings",
+        ):
             if getattr(self, name) == []:
                 raise ValueError(f"`{name}` is empty; give at least one value.")
-        for name, least in (
-            ("runs", 1),
-            ("num_per_group", 1),
-            ("max_turns", 1),
-            ("cost_context", 8),
-            ("prompt_lookup_tokens", 1),
-        ):
+        least = {"runs": 1, "num_per_group": 1, "max_turns": 1, "cost_context": 8, "prompt_lookup_tokens": 1}
+        for name, bound in least.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"`{name}` is {value}; expected at least {least}.")
+            if value is not None and value < bound:
+                raise ValueError(f"`{name}` is {value}; expected at least {bound}.")
         if min(self.temperatures) < 0 or min(self.max_new_tokens) < 2:
             raise ValueError(
                 f"`temperatures` is {self.temperatures} and `max_new_tokens` {self.max_new_tokens}; expected "

@@ -1,6 +1,7 @@
 """Arms: the ways of decoding that are compared, and the settings under which they are."""
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,13 @@ from ..inference.knobs import ConFuKnobs, confu_generation_config
 from .arguments import EvaluationArguments
 
 
+TREE_KNOBS = ("tree_size", "depth", "branching")
+BASELINE_NAMES = {"plain": "plain generate", "prompt_lookup": "prompt lookup", "assistant": "assistant model"}
+
+
 @dataclass(frozen=True)
 class Setting:
-    r"""
-    What all arms of one comparison share.
-
-    Args:
-        dtype (`str`): Of target and drafts.
-        temperature (`float`): 0 is greedy.
-        max_new_tokens (`int`): Limit of each answer.
-    """
+    """What all arms of one comparison share: dtype of target and drafts, temperature (0 is greedy), limit."""
 
     dtype: str
     temperature: float
@@ -38,37 +36,50 @@ class Arm:
     Args:
         kind (`str`): "plain", "prompt_lookup", "assistant" or "draft".
         draft (`str`): Name of the draft, of an arm of that kind; else empty.
-        tree_size, depth, branching, contemplation (`int`): Its knobs; else 0.
-        num_drafts (`int`): Drafts in the comparison: the label names the draft only if there is more than one.
+        tree_size, depth, branching, contemplation (`int`, *optional*): Its knobs. Without the first three its rounds
+            are automatic, and then without the last the number of contemplate rows, too.
     """
 
     kind: str
     draft: str = ""
-    tree_size: int = 0
-    depth: int = 0
-    branching: int = 0
-    contemplation: int = 0
-    num_drafts: int = 1
+    tree_size: int | None = None
+    depth: int | None = None
+    branching: int | None = None
+    contemplation: int | None = None
 
     @property
     def mode(self) -> str:
         """How the method is called: by kind, and by contemplate rows."""
         if self.kind != "draft":
-            return {"plain": "plain generate", "prompt_lookup": "prompt lookup", "assistant": "assistant model"}[
-                self.kind
-            ]
+            return BASELINE_NAMES[self.kind]
         if self.contemplation == 0:
             return "EAGLE-3 mode"
+        if self.contemplation is None:
+            return "ConFu"
         return f"ConFu, C = {'N' if self.contemplation == self.tree_size else self.contemplation}"
 
     @property
-    def name(self) -> str:
-        """The mode, and the draft if there are several."""
-        return f"{self.draft}: {self.mode}" if self.kind == "draft" and self.num_drafts > 1 else self.mode
+    def knobs(self) -> dict[str, int]:
+        """The knobs of decoding as entries of a generation config."""
+        values = {f"confu_{name}": getattr(self, name) for name in (*TREE_KNOBS, "contemplation")}
+        return {name: value for name, value in values.items() if value is not None}
 
-    @property
-    def label(self) -> str:
-        return f"{self.name}, N = {self.tree_size}" if self.kind == "draft" else self.name
+
+def labels(arms: Iterable[Arm]) -> dict[Arm, str]:
+    """Names that tell arms apart; draft, depth and branching are part of them only if they differ between arms."""
+    arms = list(dict.fromkeys(arms))
+    drafted = [arm for arm in arms if arm.kind == "draft"]
+    varies = {name for name in ("draft", *TREE_KNOBS) if len({getattr(arm, name) for arm in drafted}) > 1}
+    names = {}
+    for arm in arms:
+        names[arm] = arm.mode
+        if arm.kind == "draft":
+            size = "automatic" if arm.tree_size is None else f"N = {arm.tree_size}"
+            names[arm] = (f"{arm.draft}: " if "draft" in varies else "") + f"{arm.mode}, {size}"
+            for name in ("depth", "branching"):
+                if name in varies and arm.tree_size is not None:
+                    names[arm] += f", {name} {getattr(arm, name)}"
+    return names
 
 
 @dataclass(frozen=True)
@@ -100,54 +111,45 @@ def comparisons(arguments: EvaluationArguments, own_knobs: dict[str, GenerationC
     r"""
     Which arms run under which settings, in order.
 
-    All combinations, or with `one_factor` those in which at most one of dtype, temperature, limit and tree size is
-    not the first of its list. Equal arms (a budget that is cut at the tree's size, or the draft's own that is also
-    asked for) run once.
+    All combinations, or with `one_factor` those in which at most one of dtype, temperature, limit, tree size, depth
+    and branching is not the first of its list. Equal arms (a budget that is cut at the tree's size, or the draft's own
+    that is also asked for) run once.
 
     Args:
         arguments ([`EvaluationArguments`]): The measurement.
         own_knobs (`dict[str, GenerationConfig]`): Name of a draft -> its own generation config.
     """
-    sizes = arguments.tree_sizes or [None]
+    baselines = [Arm(kind) for kind in [*arguments.baselines, *(["assistant"] if arguments.assistant else [])]]
+    factors: list[list[Any]] = [arguments.dtypes, arguments.temperatures, arguments.max_new_tokens]
+    factors.append([None if size == "own" else int(size) for size in arguments.tree_sizes])
+    factors += [values or [None] for values in (arguments.depths, arguments.branchings)]
     plan: dict[Setting, list[Arm]] = {}
-    factors: tuple[list[Any], ...] = (arguments.dtypes, arguments.temperatures, arguments.max_new_tokens, sizes)
-    for dtype, temperature, max_new_tokens, tree_size in itertools.product(*factors):
-        combination = (dtype, temperature, max_new_tokens, tree_size)
+    for combination in itertools.product(*factors):
         varied = sum(value != values[0] for value, values in zip(combination, factors, strict=True))
         if arguments.one_factor and varied > 1:
             continue
-        arms = plan.setdefault(Setting(dtype, temperature, max_new_tokens), baseline_arms(arguments))
+        arms = plan.setdefault(Setting(*combination[:3]), list(baselines))
         for draft in drafts_of(arguments):
-            for arm in draft_arms(draft, tree_size, arguments, own_knobs[draft.name]):
+            budgets = arguments.contemplations if draft.contemplates else ["0"]
+            for arm in _draft_arms(draft, combination[3:], budgets, own_knobs[draft.name]):
                 if arm not in arms:
                     arms.append(arm)
     return plan
 
 
-def baseline_arms(arguments: EvaluationArguments) -> list[Arm]:
-    return [Arm(kind) for kind in [*arguments.baselines, *(["assistant"] if arguments.assistant else [])]]
-
-
-def draft_arms(
-    draft: Draft, tree_size: int | None, arguments: EvaluationArguments, own: GenerationConfig
-) -> list[Arm]:
-    """The arms of one draft and tree size (its own for `None`), one for each budget."""
-    num_drafts = len(drafts_of(arguments))
-    given = {"tree_size": tree_size, "depth": arguments.depth, "branching": arguments.branching}
-    call = GenerationConfig(**{f"confu_{name}": value for name, value in given.items() if value is not None})
-    knobs = ConFuKnobs.resolve(call, own)
+def _draft_arms(draft: Draft, tree: tuple[int | None, ...], budgets: list[str], own: GenerationConfig) -> list[Arm]:
+    """The arms of one draft and tree (what is `None` is the draft's own), one for each budget of contemplate rows."""
+    given = {f"confu_{name}": value for name, value in zip(TREE_KNOBS, tree, strict=True) if value is not None}
+    knobs = ConFuKnobs.resolve(GenerationConfig(**given), own)
     arms = []
-    for budget in arguments.contemplations if draft.contemplates else ["0"]:
-        rows = {"full": knobs.tree_size, "default": knobs.contemplation}.get(budget)
-        if rows is None:
-            try:
-                rows = int(budget)
-            except ValueError:
-                rows = -1
-            if rows < 0:
-                raise ValueError(f"`contemplations` holds {budget!r}; expected a number of rows, 'default' or 'full'.")
-        rows = min(rows, knobs.tree_size)
-        arms.append(Arm("draft", draft.name, knobs.tree_size, knobs.depth, knobs.branching, rows, num_drafts))
+    for budget in budgets:
+        if budget not in ("default", "full") and not budget.isdecimal():
+            raise ValueError(f"`contemplations` holds {budget!r}; expected a number of rows, 'default' or 'full'.")
+        named = {"full": knobs.tree_size, "default": knobs.contemplation}
+        rows = named[budget] if budget in named else int(budget)
+        if rows is not None and knobs.tree_size is not None:
+            rows = min(rows, knobs.tree_size)
+        arms.append(Arm("draft", draft.name, knobs.tree_size, knobs.depth, knobs.branching, rows))
     return arms
 
 
@@ -167,9 +169,7 @@ def generate_kwargs(
     if arm.kind == "prompt_lookup":
         options["prompt_lookup_num_tokens"] = prompt_lookup_tokens
     if arm.kind == "draft":
-        options |= {
-            f"confu_{name}": getattr(arm, name) for name in ("tree_size", "depth", "branching", "contemplation")
-        }
+        options |= arm.knobs
     kwargs = {"generation_config": confu_generation_config(target, **options)}
     if arm.kind in ("draft", "assistant"):
         kwargs["assistant_model"] = assistants[arm.draft]

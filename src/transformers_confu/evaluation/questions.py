@@ -1,25 +1,17 @@
 """What to ask: Spec-Bench's questions, any file of that form, or plain prompts."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.dataset import load_jsonl
+from ..common.extras import require
+from ..common.jsonl import read_jsonl
+from ..common.spec_bench import SPEC_BENCH_URL
 
 
-SPEC_BENCH = "https://raw.githubusercontent.com/hemingkx/Spec-Bench/main/data/spec_bench/question.jsonl"
-SINGLE_CATEGORY_GROUPS = ("translation", "summarization", "qa", "math_reasoning", "rag")
-MT_BENCH_CATEGORIES = (
-    "writing",
-    "roleplay",
-    "reasoning",
-    "math",
-    "coding",
-    "extraction",
-    "stem",
-    "humanities",
-)
+MT_BENCH_CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
 
 @dataclass(frozen=True)
@@ -60,20 +52,18 @@ def load_questions(source: str | Path | None) -> list[Question]:
         raise ValueError(f"There is no file {path}; give a JSONL file of questions or a text file of prompts.")
     if str(source).endswith(".txt"):  # the copy of a URL has a name of its own
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{source} is not UTF-8 ({error}); save it as such.") from error
         rows: list[dict[str, Any]] = [{"prompt": line} for line in lines if line.strip()]
     else:
-        rows = load_jsonl(path)
+        rows = list(read_jsonl(path))
     questions = [_question(row, number, path) for number, row in enumerate(rows, start=1)]
     if not questions:
         raise ValueError(f"{path} holds no question.")
-    seen: set[str] = set()
-    for question in questions:
-        if question.id in seen:
-            raise ValueError(f"{path} holds question {question.id} twice; make the ids unique.")
-        seen.add(question.id)
+    identity, times = Counter(question.id for question in questions).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{path} holds question {identity} twice; make the ids unique.")
     return questions
 
 
@@ -112,21 +102,20 @@ def stratified(questions: Iterable[Question], num_per_group: int | None) -> list
     questions = list(questions)
     if num_per_group is None:
         return questions
-    chosen: set[str] = set()
-    for group in dict.fromkeys(question.group for question in questions):
-        members = [question for question in questions if question.group == group]
-        if len(members) < num_per_group:
+    seen: Counter[str] = Counter()
+    members: dict[str, list[tuple[int, Question]]] = {}  # of each group, with the rank of each in its category
+    for question in questions:
+        members.setdefault(question.group, []).append((seen[question.category], question))
+        seen[question.category] += 1
+    chosen: set[Question] = set()
+    for group, ranked in members.items():
+        if len(ranked) < num_per_group:
             raise ValueError(
-                f"Group {group} holds {len(members)} questions, `num_per_group` asks for {num_per_group}; lower it."
+                f"Group {group} holds {len(ranked)} questions, `num_per_group` asks for {num_per_group}; lower it."
             )
-        of_category: dict[str, int] = {}
-        ranks = []
-        for question in members:
-            ranks.append(of_category.get(question.category, 0))
-            of_category[question.category] = ranks[-1] + 1
-        ranked = sorted(range(len(members)), key=lambda index: ranks[index])  # stable: the file's order in each rank
-        chosen |= {members[index].id for index in ranked[:num_per_group]}
-    return [question for question in questions if question.id in chosen]
+        in_turn = sorted(ranked, key=lambda member: member[0])  # stable: the file's order within a rank
+        chosen.update(question for _, question in in_turn[:num_per_group])
+    return [question for question in questions if question in chosen]
 
 
 def fetch(source: str | Path | None) -> Path:
@@ -141,13 +130,12 @@ def fetch(source: str | Path | None) -> Path:
     Raises:
         ValueError: it cannot be fetched.
     """
-    source = SPEC_BENCH if source is None else str(source)
+    source = SPEC_BENCH_URL if source is None else str(source)
     if "://" not in source:
         return Path(source)
-    from datasets import DownloadManager
-
+    datasets: Any = require("datasets")
     try:
-        return Path(DownloadManager(dataset_name="questions").download_and_extract(source))
+        return Path(datasets.DownloadManager(dataset_name="questions").download_and_extract(source))
     except Exception as error:  # offline, a proxy, a mirror: each fails in a class of its own
         raise ValueError(
             f"The questions could not be fetched from {source} ({type(error).__name__}); download them and give the "

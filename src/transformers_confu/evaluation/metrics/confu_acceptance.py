@@ -25,18 +25,9 @@ Returns:
     survival (list of float): The same as a share of all rounds, P(accepted >= d).
     conditional (list of float): Share of the rounds that accepted d - 1 tokens or more which accepted d or more.
 Examples:
-    >>> metric = evaluate.load("transformers-confu/confu_acceptance")
+    >>> metric = evaluate.load(metric_path("confu_acceptance"))
     >>> metric.compute(emitted=[[3, 1], [2, 2]], accepted=[[2, 0], [1, 2]])["tau"]
     2.0
-"""
-
-_CITATION = """
-@article{qin2026confu,
-  title   = {{ConFu}: Contemplate the Future for Better Speculative Sampling},
-  author  = {Qin, Zongyue and Goel, Raghavv and Gagrani, Mukul and Garrepalli, Risheek and Lee, Mingu and Sun, Yizhou},
-  journal = {arXiv preprint arXiv:2603.08899},
-  year    = {2026}
-}
 """
 
 
@@ -45,7 +36,7 @@ class ConfuAcceptance(evaluate.Metric):
         counts = datasets.Sequence(datasets.Value("int32"))
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation=_CITATION,
+            citation="https://arxiv.org/abs/2603.08899",
             inputs_description=_KWARGS_DESCRIPTION,
             features=datasets.Features({"emitted": counts, "accepted": counts}),
         )
