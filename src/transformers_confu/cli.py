@@ -53,6 +53,11 @@ COMMANDS = {
         "confu data serve-regenerate --server http://localhost:8000/v1 --tokenizer Qwen/Qwen3-4B "
         "--prompts prompts.jsonl --output answers.jsonl",
     ),
+    "data publish": Command(
+        "data.publication",
+        "Add answers to a dataset folder for the Hub, with a card that counts them and names their sources.",
+        "confu data publish --answers answers.jsonl --prompts prompts.jsonl --output confu-answers",
+    ),
     "train": Command(
         "training.train",
         "Train a draft: EAGLE-3 core, contemplation warm-up, or everything jointly.",

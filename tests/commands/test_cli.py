@@ -1,16 +1,19 @@
 """The command line: its table leads to real modules, and its help comes at once and teaches."""
 
 import importlib.util
+import os
+import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 from transformers_confu import cli
+from transformers_confu.common.files import read_json
 
 
 @pytest.fixture
@@ -44,14 +47,24 @@ def test_every_command_leads_to_a_module_and_shows_an_example(name):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_help_under_its_own_name(name, capsys):
-    parts = ["in"] if name == "convert" else []  # that has options of its own
     with pytest.raises(SystemExit) as end:
-        cli.main([*name.split(), *parts, "--help"])
+        cli.main([*name.split(), "--help"])
     assert end.value.code == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: confu {name}")
     options = [word for word in shlex.split(cli.COMMANDS[name].example) if word.startswith("--")]
     assert all(option in printed for option in options)
+
+
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "report"])
+def test_every_option_of_two_words_may_be_written_with_dashes_or_underscores(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*name.split(), "--help"])
+    options = set(re.findall(r"(?<=\s)--(?:no[-_])?[a-z0-9_-]+", capsys.readouterr().out))
+    assert options
+    for option in options - {"--help"}:
+        words = option.removeprefix("--")
+        assert {"--" + words.replace("_", "-"), "--" + words.replace("-", "_")} <= options, option
 
 
 def test_help_needs_neither_torch_nor_transformers():
@@ -110,47 +123,97 @@ def test_an_interrupted_command_ends_without_a_traceback(fake_command, capsys):
     assert capsys.readouterr().err == "Interrupted.\n"
 
 
-def undeclared():
-    first, second = [1]  # noqa: F841
-
-
-def kept(error):
-    """Raised, caught, and raised again."""
-    try:
-        raise error
-    except type(error):
-        raise
+def in_package(body: str) -> Callable[[], None]:
+    """A function whose code counts as a file of the package."""
+    names: dict = {}
+    file = str(Path(cli.__file__).parent / "made_up.py")
+    exec(compile(f"import json, torch\nfrom pathlib import Path\ndef run():\n    {body}", file, "exec"), names)
+    return names["run"]
 
 
 @pytest.mark.parametrize(
-    ("fails", "sentence"),
+    ("body", "sentence"),
     [
-        (lambda: kept(ValueError("`runs` is 0; expected at least 1.")), "`runs` is 0; expected at least 1."),
-        (lambda: kept(RuntimeError("Plots need matplotlib.")), "Plots need matplotlib."),
-        (lambda: kept(ConnectionError("The server is gone.")), "The server is gone."),
-        (lambda: open("no/such/file.yaml"), "no/such/file.yaml: No such file or directory"),
+        ("raise ValueError('`runs` is 0; expected at least 1.')", "`runs` is 0; expected at least 1."),
+        ("raise RuntimeError('The server is gone.')", "The server is gone."),
+        ("raise FileExistsError('out is not empty.')", "out is not empty."),
+        ("open('no/such/file.yaml')", "no/such/file.yaml: No such file or directory"),
+        ("Path('no/such/file.yaml').read_text()", "no/such/file.yaml: No such file or directory"),
     ],
 )
-def test_an_error_of_the_user_is_one_sentence(fails, sentence, fake_command, capsys):
-    fake_command(fails)
+def test_what_the_package_refuses_is_one_sentence(body, sentence, fake_command, capsys):
+    fake_command(in_package(body))
     assert cli.main(["train"]) == 1
     assert capsys.readouterr().err == f"{sentence}\n"
 
 
+@pytest.mark.parametrize("argv", [["--traceback", "train"], ["train", "--traceback"], ["train", "a", "--traceback"]])
+def test_a_traceback_can_be_asked_for(argv, fake_command):
+    calls = fake_command(in_package("raise ValueError('A sentence.')"))
+    with pytest.raises(ValueError, match="A sentence."):
+        cli.main(argv)
+    assert "--traceback" not in calls[0][0]
+
+
 @pytest.mark.parametrize(
-    ("fails", "kind"),
+    ("body", "kind"),
     [
-        (undeclared, ValueError),  # not enough values to unpack
-        (lambda: torch.zeros(2) @ torch.zeros(3), RuntimeError),
-        (lambda: kept(KeyError("name")), KeyError),
-        (lambda: None.name, AttributeError),
+        ("first, second = [1]", ValueError),  # not enough values to unpack
+        ("json.loads('')", ValueError),  # without the name of the file
+        ("torch.zeros(2) @ torch.zeros(3)", RuntimeError),
+        ("torch.utils.data.DataLoader([1], num_workers=-1)", ValueError),  # a `raise` of torch
+        ("torch.save(1, 'no/such/folder/file')", RuntimeError),
+        ("raise KeyError('name')", KeyError),
+        ("None.name", AttributeError),
+        ("import no_such_package", ModuleNotFoundError),
     ],
 )
-def test_a_fault_of_the_program_keeps_its_traceback(fails, kind, fake_command, capsys):
-    fake_command(fails)
+def test_a_fault_of_the_program_or_a_library_keeps_its_traceback(body, kind, fake_command, capsys):
+    fake_command(in_package(body))
     with pytest.raises(kind):
         cli.main(["train"])
     assert capsys.readouterr().err == ""
+
+
+def test_a_dead_worker_of_a_data_loader_keeps_its_traceback(fake_command):
+    run = in_package("next(iter(torch.utils.data.DataLoader([1, 2], num_workers=1, collate_fn=die)))")
+    run.__globals__["die"] = die
+    fake_command(run)
+    with pytest.raises(RuntimeError, match="DataLoader worker .* exited unexpectedly"):
+        cli.main(["train"])
+
+
+def die(rows):
+    os._exit(1)
+
+
+def test_a_torn_state_file_is_named(tmp_path, fake_command, capsys):
+    (tmp_path / "recipe.json").touch()
+    fake_command(lambda: read_json(tmp_path / "recipe.json"))
+    assert cli.main(["train"]) == 1
+    assert capsys.readouterr().err.startswith(f"{tmp_path / 'recipe.json'} is no valid JSON (Expecting value")
+
+
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [
+        ("datasets", "train"),
+        ("datasets", "data regenerate"),
+        ("aiohttp", "data serve-regenerate"),
+        ("pandas", "evaluate"),
+    ],
+)
+def test_a_missing_package_names_the_extra_that_brings_it(package, command):
+    extra = {"pandas": "eval"}.get(package, "train")
+    program = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        f"from transformers_confu.cli import main; sys.exit(main({[*command.split(), '--help']!r}))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"This needs the package {package}, which is not installed: pip install 'transformers-confu[{extra}]'.\n"
+    )
 
 
 @pytest.mark.parametrize(

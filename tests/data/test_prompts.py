@@ -1,17 +1,14 @@
 """Prompt sets from local files: forms of rows, overlap with evaluation questions, drawing, provenance."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from transformers_confu.common.jsonl import read_jsonl
+from transformers_confu.common.spec_bench import SPEC_BENCH_URL
 from transformers_confu.data import prompts
-from transformers_confu.data.conversations import count_turns
-from transformers_confu.data.dataset import load_jsonl
 from transformers_confu.data.prompts import (
     OVERLAP_WORDS,
     SETS,
@@ -24,7 +21,6 @@ from transformers_confu.data.prompts import (
 )
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTHING = EvaluationOverlap([])
 
 
@@ -42,6 +38,7 @@ NOTHING = EvaluationOverlap([])
         ({"prompt": [{"role": "user", "content": "a"}]}, ["a"]),
         ({"turns": ["a", "b"]}, ["a", "b"]),
         ({"turns": [{"content": "a"}]}, ["a"]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, ["a"]),
         ({"prompt": "a", "messages": None}, ["a"]),
         ({"question": "a", "answer": "b"}, ["a"]),
         ({"instruction": "a", "input": "b"}, ["a\n\nb"]),
@@ -157,7 +154,6 @@ def test_rows_are_kept_cut_and_dropped(tmp_path):
         "in an evaluation set": 1,
         "no prompt": 1,
     }
-    assert [count_turns(row) for row in sorted(taken, key=lambda row: row["id"])] == [1, 2, 4, 1, 1]
     assert "| elsewhere | CC0-1.0 | someone, https://example.org | 1 | 1 |  |" in str(report)
 
 
@@ -175,16 +171,31 @@ def test_drawing_is_bounded_and_repeats(tmp_path):
     assert [row["id"] for row in rows] != sorted(row["id"] for row in rows)
 
 
-def test_the_example_writes_prompts_and_their_provenance(tmp_path):
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": '[{"role": "user"}]'}, r"'messages' is .* expected a list of messages"),
+        ({"turns": [3]}, "'turns' holds the content 3, expected text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, ".*expected parts of type 'text' only"),
+    ],
+)
+def test_rows_of_a_wrong_kind_are_named(tmp_path, row, message):
+    with pytest.raises(ValueError, match=rf"Row 0 of .*mine\.jsonl: {message}"):
+        build_prompts([write(tmp_path / "mine.jsonl", [row])], NOTHING)
+
+
+def test_command_line(tmp_path):
     write(tmp_path / "mine.jsonl", [{"prompt": f"Question number {index}"} for index in range(5)])
     write(tmp_path / "theirs.jsonl", [{"question_id": 1, "turns": ["Question number 3", "And then?"]}])
-    command = [sys.executable, EXAMPLES / "prepare_prompts.py", "--sources", tmp_path / "mine.jsonl"]
-    command += ["--evaluation", tmp_path / "theirs.jsonl", "--output", tmp_path / "out" / "prompts.jsonl"]
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert len(load_jsonl(tmp_path / "out" / "prompts.jsonl")) == 4
+    argv = ["--sources", tmp_path / "mine.jsonl", "--evaluation", tmp_path / "theirs.jsonl"]
+    prompts.main([str(part) for part in [*argv, "--output", tmp_path / "out" / "prompts.jsonl"]])
+    assert len(list(read_jsonl(tmp_path / "out" / "prompts.jsonl"))) == 4
     provenance = (tmp_path / "out" / "prompts.md").read_text()
     assert "4 prompts, seed 0." in provenance and "in an evaluation set 1" in provenance
     assert f"- {tmp_path / 'theirs.jsonl'}" in provenance
     with pytest.raises(ValueError, match=r"expected a \.jsonl file"):
         prompts.main(["--output", "prompts.json"])
+
+
+def test_evaluation_and_training_name_the_same_questions():
+    assert prompts.EVALUATION_SETS[0] == SPEC_BENCH_URL

@@ -79,14 +79,15 @@ def test_a_folder_whose_files_have_different_columns_is_explained(tmp_path):
         load_rows(tmp_path)
 
 
-def test_both_splits_of_published_answers_are_read(tmp_path):
+def test_both_splits_of_published_answers_are_read_also_after_shards_were_added(tmp_path):
+    card = (
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*.parquet\n---\n"
+    )
+    (tmp_path / "README.md").write_text(card)
     (tmp_path / "data").mkdir()
-    card = "---\nconfigs:\n- config_name: default\n  data_files:\n"
-    for split, number in (("train", 3), ("held_out", 1)):
-        card += f"  - split: {split}\n    path: data/{split}-*.parquet\n"
-        Dataset.from_dict({"n": [number]}).to_parquet(tmp_path / "data" / f"{split}-00000.parquet")
-    (tmp_path / "README.md").write_text(card + "---\n")
-    assert sorted(load_rows(tmp_path)["n"]) == [1, 3]
+    for name, number in (("held_out-00000", 1), ("train-00000", 2), ("train-00001", 3)):
+        Dataset.from_dict({"n": [number]}).to_parquet(tmp_path / "data" / f"{name}.parquet")
+        assert sorted(load_rows(tmp_path)["n"]) == list(range(1, number + 1))
 
 
 def test_load_rows_from_an_address(tmp_path):

@@ -1,7 +1,8 @@
 """Data for training: prompts, the target's answers, datasets, vocabularies. Names are imported on first use."""
 
-from importlib import import_module
 from typing import Any
+
+from ..common.extras import require
 
 
 _MODULE_OF_NAME = {
@@ -28,4 +29,4 @@ _MODULE_OF_NAME = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULE_OF_NAME[name]}", __name__), name)
+    return getattr(require(f".{_MODULE_OF_NAME[name]}", __name__), name)

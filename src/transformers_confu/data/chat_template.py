@@ -52,16 +52,22 @@ def _check_message(message: Any, name: str) -> dict[str, Any]:
             f"'{name}' holds the role {message['role']!r}, expected roles such as 'user' and 'assistant': rename it."
         )
     checked = without_nulls(message)
-    content = checked.get("content")
-    if isinstance(content, Sequence) and not isinstance(content, str):
+    if checked.get("content") is not None:
+        checked["content"] = check_content(checked["content"], name)
+    elif not checked.get("tool_calls"):
+        raise ValueError(f"'{name}' holds {message!r:.80}, expected a message with a role and a content.")
+    return checked
+
+
+def check_content(content: Any, name: str) -> str:
+    """The text of a message or turn, which may come in parts of type "text"; `name` is its field, for errors."""
+    if isinstance(content, list):
         if other := [part for part in content if not isinstance(part, Mapping) or part.get("type") != "text"]:
             raise ValueError(f"'{name}' holds the content part {other[0]!r:.80}, expected parts of type 'text' only.")
-        checked["content"] = content = "".join(part["text"] for part in content)
-    if content is None and not checked.get("tool_calls"):
-        raise ValueError(f"'{name}' holds {message!r:.80}, expected a message with a role and a content.")
-    if content is not None and not isinstance(content, str):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
         raise ValueError(f"'{name}' holds the content {content!r:.80}, expected text or a list of text parts.")
-    return checked
+    return content
 
 
 def without_nulls(value: Any) -> Any:

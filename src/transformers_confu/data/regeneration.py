@@ -24,15 +24,15 @@ from transformers import (
 from transformers.utils import logging
 
 from ..common.jsonl import parse_json_object
+from ..common.jsonl import read_jsonl as load_jsonl
 from ..common.loading import default_device, default_dtype, load_target
 from ..inference.checks import check_target
 from ..inference.configuration_confu import ConFuConfig
+from .chat_template import Messages, encode_prompt
 from .continuous_batching import Request, answer, end_token_ids
 from .conversations import TEMPLATE_FIELDS, count_turns, is_over, next_prompt
-from ..common.jsonl import read_jsonl as load_jsonl
-from .chat_template import Messages, encode_prompt
-from .rows import load_rows
 from .fingerprints import fingerprint_of_target
+from .rows import load_rows
 
 
 logger = logging.get_logger(__name__)

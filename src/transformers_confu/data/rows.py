@@ -36,8 +36,12 @@ def load_rows(source: str | Path) -> Dataset:
         if path.is_dir():
             if (path / "dataset_info.json").exists():
                 return load_from_disk(source)
-            held_out = any(path.glob("data/held_out-*.parquet"))
-            return load_dataset(source, split="train+held_out" if held_out else "train")
+            # Published answers. By their files and not by the folder: of a local folder with a card, `datasets` would
+            # find an earlier state in its cache after shards were added.
+            found = {split: sorted(map(str, path.glob(f"data/{split}-*.parquet"))) for split in ("train", "held_out")}
+            if shards := {split: paths for split, paths in found.items() if paths}:
+                return load_dataset("parquet", data_files=shards, split="+".join(shards))
+            return load_dataset(source, split="train")
         kind = _BUILDERS.get(path.name.removesuffix(".gz").rpartition(".")[2])
         is_address = source.startswith(("https://", "http://"))
         if kind is not None and (path.is_file() or is_address):

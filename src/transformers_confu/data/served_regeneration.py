@@ -29,10 +29,10 @@ from transformers.utils import logging
 
 from ..common.jsonl import parse_json_object
 from ..common.option_files import json_option
-from .conversations import TEMPLATE_FIELDS, count_turns, is_over, next_prompt
 from .chat_template import encode_prompt
-from .rows import load_rows
+from .conversations import TEMPLATE_FIELDS, count_turns, is_over, next_prompt
 from .regeneration import RegenerationReport, check_made_with, warn_of_unmarked
+from .rows import load_rows
 
 
 logger = logging.get_logger(__name__)

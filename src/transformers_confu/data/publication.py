@@ -1,0 +1,330 @@
+"""A folder of answers for the Hub: shards that are added and never rewritten, and a card made from them.
+
+    confu data publish --answers answers.jsonl --prompts prompts.jsonl --output confu-answers
+
+Each call adds the answers that the folder does not hold yet, as `data/train-00000.parquet` and so on, and those to
+held-out prompts as `data/held_out-00000.parquet`. `datasets.load_dataset(folder)` and `confu train --data folder` read
+it. What the card cannot know (credit for a source, further words) stands in `card.yaml`, for a person to fill in.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from huggingface_hub import DatasetCard, DatasetCardData
+from transformers import HfArgumentParser
+
+from ..common.files import differences, write_atomically
+from ..common.jsonl import JsonLines
+from .chat_template import TEMPLATE_FIELDS, check_messages
+from .dataset import HELD_OUT_SHARE, is_held_out, prompt_hash
+from .prompts import SOURCES, EvaluationOverlap, questions_of
+from .rows import load_rows
+
+
+SPLITS = ("train", "held_out")
+
+_IDS = pa.list_(pa.list_(pa.int32()))  # one list for each answer of a conversation
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+        "prompt_ids": _IDS,  # null where the answers came without: the chat template gives them
+        "answer_ids": _IDS,
+        "temperature": pa.float64(),
+        "seed": pa.int64(),
+        "finished": pa.bool_(),
+        "source": pa.string(),
+        "license": pa.string(),
+        "category": pa.string(),
+        "tools": pa.string(),  # as JSON, as are the next two
+        "chat_template_kwargs": pa.string(),
+        "made_with": pa.string(),
+        "prompt_hash": pa.string(),
+    }
+)
+_ROWS_AT_ONCE = 1000
+# Licences that the Hub knows, by their SPDX name in lower case. Any other is "other" there; the table names it.
+_HUB_LICENSES = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-3.0", "bsd-3-clause"}
+
+
+@dataclass
+class PublicationReport:
+    """What one call of `publish_answers` did: `added` rows by split, and rows left out by reason."""
+
+    added: Counter = field(default_factory=Counter)
+    left_out: Counter = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        lines = [f"rows added to {split}: {self.added[split]:,}" for split in SPLITS]
+        return "\n".join(lines + [f"left out, {reason}: {number:,}" for reason, number in self.left_out.items()])
+
+
+def publish_answers(
+    answers: Iterable[str | Path],
+    folder: str | Path,
+    *,
+    prompts: Iterable[Mapping[str, Any]] = (),
+    evaluation: EvaluationOverlap | None = None,
+) -> PublicationReport:
+    """
+    Add answers to a folder of Parquet shards, and write its card anew.
+
+    Answers that the folder holds already (of the same id, temperature and seed) are skipped, so that a file which is
+    still being written can be published again and again. Shards are complete when they appear.
+
+    Args:
+        answers: `.jsonl` files of `regenerate` or `regenerate_served`. An incomplete last line is ignored.
+        folder: Made if missing.
+        prompts: Rows of `id`, `source`, `license` and perhaps `category`, for answers that do not hold them.
+        evaluation: Leave answers to prompts that hold one of these questions out.
+
+    Raises:
+        ValueError: an answer is malformed, its source is unknown, or it is of another target than the others.
+    """
+    folder = Path(folder)
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    origins = {str(row["id"]): row for row in prompts}
+    there = _table(folder, ["id", "temperature", "seed", "made_with"])
+    seen = set(zip(*(there[name].to_pylist() for name in ("id", "temperature", "seed")), strict=True))
+    target = _target(json.loads(there["made_with"][0].as_py())) if len(there) else None
+    report = PublicationReport()
+
+    def new_rows() -> Iterator[dict[str, Any]]:
+        nonlocal target
+        for path in answers:
+            if not Path(path).is_file():
+                raise ValueError(f"There is no file {path}, expected a .jsonl file of answers.")
+            for number, given in JsonLines(path).rows():
+                try:
+                    row = _published(given, origins)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: {error}") from error
+                made_with = _target(given.get("made_with") or {})
+                target = target or made_with
+                if changed := differences(target, made_with):
+                    raise ValueError(
+                        f"{path}, line {number} was made by another target than the rest of {folder} ({changed}): "
+                        "publish the answers of each target in a folder of its own."
+                    )
+                key = (row["id"], row["temperature"], row["seed"])
+                if key in seen:
+                    report.left_out["there already"] += 1
+                elif evaluation and any(
+                    message["content"] in evaluation for message in row["messages"] if message["role"] == "user"
+                ):
+                    report.left_out["holds an evaluation question"] += 1
+                else:
+                    seen.add(key)
+                    yield row
+
+    report.added = _write_shards(folder / "data", new_rows())
+    write_card(folder)
+    return report
+
+
+def _published(row: Mapping[str, Any], origins: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """An answered row in the form of `SCHEMA`."""
+    if missing := [name for name in ("id", "answer_ids", "temperature", "finished") if row.get(name) is None]:
+        raise ValueError(f"it has no {', '.join(missing)}, expected an answer as `confu data regenerate` writes it.")
+    origin = {**origins.get(str(row["id"]), {}), **row}
+    if not origin.get("source") or not origin.get("license"):
+        raise ValueError(
+            f"source and licence of the prompt {row['id']!r} are not known: name the file with the prompts, whose "
+            "rows hold 'id', 'source' and 'license'."
+        )
+    messages, answer_ids = row.get("messages"), row["answer_ids"]
+    if messages is None:  # one prompt and its answer
+        prompt = row.get("prompt")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or ())
+        messages, answer_ids = [*messages, {"role": "assistant", "content": row.get("answer")}], [answer_ids]
+    messages = check_messages(messages)
+    if other := {key for message in messages for key in message} - {"role", "content"}:
+        raise ValueError(f"its messages hold {', '.join(sorted(other))}, expected role and content alone.")
+    first = next((message["content"] for message in messages if message["role"] == "user"), "")
+    made_with = dict(row.get("made_with") or {})
+    if row.get("retokenized"):
+        made_with["retokenized"] = True
+    return {
+        "id": str(row["id"]),
+        "messages": messages,
+        "prompt_ids": row.get("prompt_ids"),
+        "answer_ids": answer_ids,
+        "temperature": float(row["temperature"]),
+        "seed": made_with.get("seed", 0) if row["temperature"] else 0,  # greedy answers do not depend on it
+        "finished": row["finished"],
+        **{name: origin.get(name) for name in ("source", "license", "category")},
+        **{name: None if row.get(name) is None else json.dumps(row[name]) for name in TEMPLATE_FIELDS},
+        "made_with": json.dumps(made_with, sort_keys=True),
+        "prompt_hash": prompt_hash(first),
+    }
+
+
+def _target(made_with: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: made_with[name] for name in ("target", "model") if name in made_with}
+
+
+def _write_shards(folder: Path, rows: Iterable[dict[str, Any]]) -> Counter:
+    """Write one new shard for each split that has new rows; their numbers by split."""
+    for leftover in folder.glob("*.unfinished"):
+        leftover.unlink()
+    added: Counter = Counter()
+    writers: dict[str, pq.ParquetWriter] = {}
+    paths: dict[str, Path] = {}
+    rows = iter(rows)
+    while some := list(islice(rows, _ROWS_AT_ONCE)):
+        for split in SPLITS:
+            part = [row for row in some if is_held_out(row["prompt_hash"]) == (split == "held_out")]
+            if part and split not in writers:
+                number = len(list(folder.glob(f"{split}-*.parquet")))
+                paths[split] = folder / f"{split}-{number:05d}.parquet"
+                writers[split] = pq.ParquetWriter(f"{paths[split]}.unfinished", SCHEMA, compression="zstd")
+            if part:
+                writers[split].write_table(pa.Table.from_pylist(part, schema=SCHEMA))
+                added[split] += len(part)
+    for split, writer in writers.items():
+        writer.close()
+        Path(f"{paths[split]}.unfinished").replace(paths[split])
+    return added
+
+
+def _table(folder: Path, columns: list[str], split: str = "*") -> pa.Table:
+    """Columns of all shards."""
+    paths = sorted(folder.glob(f"data/{split}-*.parquet"))
+    schema = pa.schema([SCHEMA.field(name) for name in columns])
+    return pa.concat_tables([schema.empty_table(), *(pq.read_table(path, columns=columns) for path in paths)])
+
+
+# The card
+
+
+def write_card(folder: str | Path) -> None:
+    """Write `README.md` from the shards and `card.yaml`, which is completed by the sources that it does not name."""
+    folder = Path(folder)
+    facts = _card_facts(folder)
+    table = _table(folder, ["source", "license", "temperature", "finished", "answer_ids", "made_with"])
+    for source, license_ in zip(table["source"].to_pylist(), table["license"].to_pylist(), strict=True):
+        credit = SOURCES[source].credit if source in SOURCES else ""
+        facts["sources"].setdefault(source, {"license": license_, "credit": credit})
+    write_atomically(folder / "card.yaml", yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
+    licenses = {str(source["license"]).lower() for source in facts["sources"].values()}
+    splits = [split for split in SPLITS if any(folder.glob(f"data/{split}-*.parquet"))]
+    metadata = DatasetCardData(
+        pretty_name=facts["title"],
+        language=facts["language"],
+        license=sorted({name if name in _HUB_LICENSES else "other" for name in licenses}),
+        task_categories=["text-generation"],
+        tags=["speculative-decoding", "on-policy", "confu"],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits],
+            }
+        ],
+    )
+    card = f"---\n{metadata.to_yaml()}\n---\n\n{_card_text(folder, facts, table, splits)}"
+    write_atomically(folder / "README.md", str(DatasetCard(card)))
+
+
+def _card_facts(folder: Path) -> dict[str, Any]:
+    facts = {"title": folder.resolve().name, "target": "", "language": ["en"], "text": "", "sources": {}}
+    if (folder / "card.yaml").exists():
+        given = yaml.safe_load((folder / "card.yaml").read_text(encoding="utf-8"))
+        if not isinstance(given, dict) or (unknown := given.keys() - facts.keys()):
+            what = f"the entries {', '.join(sorted(unknown))}" if isinstance(given, dict) else "no entries"
+            raise ValueError(f"{folder / 'card.yaml'} has {what}, expected {', '.join(facts)}.")
+        facts |= given
+    return facts
+
+
+def _card_text(folder: Path, facts: Mapping[str, Any], table: pa.Table, splits: Sequence[str]) -> str:
+    made_with = json.loads(table["made_with"][0].as_py()) if len(table) else {}
+    target = facts["target"] or made_with.get("target_name") or made_with.get("model") or made_with.get("target")
+    frame = table.to_pandas()
+    frame["tokens"] = [sum(map(len, answers)) for answers in frame["answer_ids"]]
+    sums = {"rows": ("tokens", "size"), "tokens": ("tokens", "sum"), "finished": ("finished", "mean")}
+    by_source, by_temperature = (frame.groupby(name).agg(**sums) for name in ("source", "temperature"))
+    lines = [
+        f"# {facts['title']}",
+        "",
+        f"Prompts, and answers to them by {target}: {len(frame):,} conversations with {frame.tokens.sum():,} answer "
+        "tokens. They are data to train a draft for speculative decoding, which learns from its target's own answers.",
+        *(["", facts["text"].strip()] if facts["text"].strip() else []),
+        "",
+        "## Splits",
+        "",
+        f"`held_out` has {HELD_OUT_SHARE:.0%} of the prompts, chosen by a hash of the first user turn, so that all "
+        "answers to a prompt and all turns of its conversation are on one side. Shards are added and never rewritten.",
+        "",
+        "| split | conversations |",
+        "|---|---|",
+        *(f"| {split} | {len(_table(folder, ['id'], split)):,} |" for split in splits),
+        "",
+        "## How the answers were made",
+        "",
+        f"By `confu data regenerate` or `serve-regenerate`: `made_with` of a row holds a hash of the target "
+        f"({made_with.get('target', 'not known')}), its generation settings and the seed. Temperature 0 is greedy.",
+        "",
+        "| temperature | conversations | answer tokens | ended by the target |",
+        "|---|---|---|---|",
+        *(
+            f"| {row.Index:g} | {row.rows:,} | {row.tokens:,} | {row.finished:.0%} |"
+            for row in by_temperature.itertuples()
+        ),
+        "",
+        "## Columns",
+        "",
+        "`messages` (the conversation), `answer_ids` (token ids of each answer, its end token included), `prompt_ids` "
+        "(token ids before each answer; null if the chat template gives them), `temperature`, `seed`, `finished` "
+        "(whether the last answer ended by itself), `source`, `license`, `category`, `tools` and "
+        "`chat_template_kwargs` (JSON), `made_with` (JSON), `prompt_hash`.",
+        "",
+        "## Sources of the prompts",
+        "",
+        "| source | licence | credit | conversations | answer tokens |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row.Index} | {facts['sources'][row.Index]['license']} | {facts['sources'][row.Index]['credit']} | "
+            f"{row.rows:,} | {row.tokens:,} |"
+            for row in by_source.itertuples()
+        ),
+        "",
+        "The licences are those of the prompts. The answers are the target's.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@dataclass
+class PublicationArguments:
+    """Arguments of the command line."""
+
+    answers: list[str] = field(metadata={"help": "JSONL files of answers, as `confu data regenerate` writes them."})
+    output: str = field(metadata={"help": "Folder of the dataset; answers that it does not hold yet are added."})
+    prompts: str | None = field(
+        default=None,
+        metadata={"help": "Rows with 'id', 'source' and 'license', for answers that do not name their source."},
+    )
+    evaluation: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Files or Hub datasets of questions; answers to prompts that hold one are left out."},
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `publish_answers` from the command line; `argv` defaults to the process's arguments."""
+    (arguments,) = HfArgumentParser(PublicationArguments).parse_args_into_dataclasses(args=argv)
+    report = publish_answers(
+        arguments.answers,
+        arguments.output,
+        prompts=load_rows(arguments.prompts) if arguments.prompts else (),
+        evaluation=EvaluationOverlap(questions_of(arguments.evaluation)) if arguments.evaluation else None,
+    )
+    print(report)
+    print(f"Its card is {Path(arguments.output) / 'README.md'}; credits of sources go into card.yaml beside it.")
