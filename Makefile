@@ -33,13 +33,13 @@ format: $(STAMP)  ## let ruff fix and format
 	$(RUN) ruff format .
 
 exactness: $(STAMP)  ## the full comparison with plain generate; every tie is reported
-	$(RUN) pytest -m "slow or not slow" --exactness=full tests/test_exactness*.py
+	$(RUN) pytest -m "slow or not slow" --exactness=full tests/inference/test_exactness*.py
 
 bench: $(STAMP)  ## confu evaluate: speed, accepted length, costs, a report (BENCH_ARGS="--help")
 	$(RUN) confu evaluate $(BENCH_ARGS)
 
-cards: $(STAMP)  ## write the generated files of hub_cards/ again
-	$(RUN) python -m transformers_confu.publishing.hub_cards
+cards: $(STAMP)  ## write the card of the draft in hub_cards/ again, from its card.yaml
+	$(RUN) confu publish hub_cards/confu-smollm2-135m-instruct demo transformers-confu/confu-smollm2-135m-instruct --card_only
 
 # torch goes first: asked for by the package alone, pip would take the build with gigabytes of CUDA libraries.
 # An index that cannot be reached is skipped at once and torch then comes from the default one.

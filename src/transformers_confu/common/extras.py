@@ -5,31 +5,29 @@ from types import ModuleType
 
 
 EXTRAS = {
-    "train": ("datasets", "aiohttp"),
+    "train": ("datasets", "pyarrow", "aiohttp"),
     "eval": ("pandas", "matplotlib", "evaluate"),
     "demo": ("gguf",),
 }
 
 
-def require(*packages: str) -> ModuleType:
+def require(module: str, package: str | None = None) -> ModuleType:
     """
-    Import packages of [`EXTRAS`], and return the last.
+    Import a module, given as to `importlib.import_module`, that needs packages of [`EXTRAS`], or is one.
 
     Raises:
-        ModuleNotFoundError: one is not installed; the sentence names the extra that brings it.
+        ModuleNotFoundError: one of them is not installed; the sentence names the extra that brings it.
     """
-    for package in packages:
-        try:
-            module = import_module(package)
-        except ModuleNotFoundError as error:
-            if sentence := advice(error):
-                raise ModuleNotFoundError(sentence, name=error.name) from error
-            raise
-    return module
+    try:
+        return import_module(module, package)
+    except ModuleNotFoundError as error:
+        if sentence := advice(error):
+            raise ModuleNotFoundError(sentence, name=error.name) from error
+        raise
 
 
 def advice(error: ModuleNotFoundError) -> str | None:
-    """What to install when one of the extras' packages is missing; `None` for any other module."""
+    """What to install, if it is one of the extras' packages that is missing; else `None`."""
     package = (error.name or "").split(".")[0]
     for extra, packages in EXTRAS.items():
         if package in packages:

@@ -151,7 +151,8 @@ def write_custom_generate(folder: str | os.PathLike, repo_id: str | None = None)
 def write_card(folder: str | os.PathLike, facts: CardFacts, repo_id: str, check: str = "") -> None:
     """Write the `README.md` of a saved draft's folder, from its configuration files and the facts."""
     knobs = ConFuKnobs.of(GenerationConfig.from_pretrained(folder))
-    model_card(facts, ConFuConfig.from_pretrained(folder), repo_id, knobs, check).save(Path(folder, "README.md"))
+    card = model_card(facts, ConFuConfig.from_pretrained(folder), repo_id, knobs, check)
+    Path(folder, "README.md").write_text(f"{card}\n", encoding="utf-8")
 
 
 def publish(
