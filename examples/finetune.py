@@ -13,7 +13,6 @@ from transformers_confu import ConFuConfig, ConFuDraftModel
 from transformers_confu.data import (
     build_draft_vocabulary,
     count_assistant_tokens,
-    load_jsonl,
     prepare_dataset,
     regenerate,
 )
@@ -40,7 +39,7 @@ print(
         max_prompt_length=256,
     )
 )
-dataset = prepare_dataset(load_jsonl(answers), tokenizer, max_length=512, vocab_size=target.vocab_size)
+dataset = prepare_dataset(answers, tokenizer, max_length=512, vocab_size=target.vocab_size)
 
 # 2. A draft that starts from the target's own last layer and predicts the tokens that the target uses most.
 vocabulary = build_draft_vocabulary(

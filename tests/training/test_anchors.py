@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformers_confu.training.anchors import Anchors, draft_rows, sample_anchors
+from transformers_confu.training.anchors import Anchors, AnchorSampling
+from transformers_confu.training.batch import draft_rows
 
 
 def make_labels(*turns: tuple[int, int], length: int | None = None) -> torch.LongTensor:
@@ -28,17 +29,8 @@ def starts(rows: list[int]) -> dict[int, int]:
     return start_of
 
 
-def sampled(labels: torch.LongTensor, replication: int, max_lag: int, seed: int, limit: int | None = None) -> Anchors:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return sample_anchors(labels, replication, max_lag, limit)
-
-
-def routes(anchors: Anchors, text: int) -> dict[int, int]:
-    """Positions of the anchors of one text, in order, and which position routes each."""
-    exists = anchors.exists[text]
-    positions, routed_by = anchors.positions[text, exists].tolist(), anchors.routed_by[text, exists].tolist()
-    return dict(zip(positions, routed_by, strict=True))
+def sampled(labels: torch.LongTensor, replication: int, max_lag: int, seed: int) -> Anchors:
+    return AnchorSampling(replication, max_lag, seed).draw(labels, range(len(labels)))
 
 
 # At least one token is always the prompt's: rows start at the last prompt token.
@@ -133,35 +125,6 @@ def test_lags_and_anchors_are_uniform():
         assert ((counts / counts.float().mean() - 1).abs() < 0.1).all()
 
 
-@given(batches(), st.integers(0, 6), st.integers(1, 7), st.integers(1, 9), st.integers(0, 2**31))
-@settings(derandomize=True, deadline=None)
-def test_a_limit_leaves_some_of_the_anchors_there_were(labels, replication, max_lag, limit, seed):
-    all_of_them = routes(sampled(labels, replication, max_lag, seed), text=0)
-    limited = sampled(labels, replication, max_lag, seed, limit)
-    for number, text in enumerate(labels):
-        start_of = starts(naive_rows(text))
-        first_rows = set(start_of.values())
-        kept = routes(limited, number)
-        assert first_rows <= kept.keys()
-        assert len(kept) <= max(limit, len(first_rows))
-        if number == 0:  # later texts draw other numbers than without a limit
-            assert kept.items() <= all_of_them.items()
-            assert len(kept) == min(len(all_of_them), max(limit, len(first_rows)))
-        for row, start in start_of.items():
-            serving = [index for index, at in enumerate(kept) if max(start, row - replication) <= at <= row]
-            assert limited.of_row[number, row] == (serving[-1] if serving else -1)
-
-
-def test_anchors_under_a_limit_are_drawn_evenly():
-    labels = make_labels((2, 60))
-    counts = torch.zeros(62)
-    for seed in range(1000):
-        anchors = sampled(labels, replication=0, max_lag=1, seed=seed, limit=6)
-        counts[anchors.positions[0]] += 1
-    assert counts[1] == 1000  # the last prompt token
-    torch.testing.assert_close(counts[2:60], torch.full((58,), 1000 * 5 / 58), rtol=0.5, atol=0)
-
-
 def test_short_answers():
     one, two = sampled(make_labels((4, 1)), 4, 6, seed=0), sampled(make_labels((4, 2)), 4, 6, seed=0)
     assert one.positions.numel() == one.routed_by.numel() == 0
@@ -182,8 +145,16 @@ def test_texts_without_rows_share_a_batch_with_others():
     assert anchors.of_row[0, 2] == 0
 
 
-def test_anchors_come_from_the_global_generator():
-    labels = make_labels((3, 50))
-    first, second, other = (sampled(labels, 4, 6, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first.positions, second.positions) and torch.equal(first.routed_by, second.routed_by)
-    assert first.positions.tolist() != other.positions.tolist()
+def test_anchors_of_a_row_follow_from_seed_step_and_row_alone():
+    text = make_labels((3, 50))
+    sampling = AnchorSampling(replication=4, max_lag=6, seed=1)
+    state = torch.get_rng_state()
+    together = sampling.draw(text.expand(3, -1), [5, 2, 9], step=7)
+    alone = sampling.draw(text, [2], step=7)
+    assert torch.equal(torch.get_rng_state(), state)
+    count = int(alone.exists.sum())
+    assert torch.equal(together.positions[1, :count], alone.positions[0])
+    assert torch.equal(together.routed_by[1, :count], alone.routed_by[0])
+    assert torch.equal(together.of_row[1], alone.of_row[0])
+    others = [sampling.draw(text, [3], 7), sampling.draw(text, [2], 8), AnchorSampling(4, 6, 2).draw(text, [2], 7)]
+    assert all(other.positions.tolist() != alone.positions.tolist() for other in others)

@@ -5,19 +5,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu.data.fingerprints import fingerprint_of_module, fingerprint_of_target
 from transformers_confu.inference.target import TargetRunner
-from transformers_confu.training.batch import Texts
-from transformers_confu.training.batching import ConFuDataCollator
-from transformers_confu.training.features import (
-    CachedFeatures,
-    Field,
-    FixedAnchors,
-    RowStore,
-    draft_head,
-)
+from transformers_confu.training.anchors import AnchorSampling
+from transformers_confu.training.batch import ConFuDataCollator, TokenBatch
+from transformers_confu.training.features import DraftHead, Field, KeptFeatures, RowStore
 from transformers_confu.training.objective import Objective, Recipe, compute_live
 
 
@@ -34,7 +36,7 @@ def make_dataset(number: int = 7) -> Dataset:
         labels[: 3 + row % 2] = -100
         if row % 3 == 2:
             labels[6:8] = -100
-        rows.append({"input_ids": ids.tolist(), "labels": labels.tolist(), "row_ids": row})
+        rows.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
     return Dataset.from_list(rows)
 
 
@@ -60,24 +62,28 @@ def assert_same(one: Objective, other: Objective, draft) -> None:
             torch.testing.assert_close(mine, its, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("packed_length", [None, 60])
-def test_kept_features_equal_live_ones(pair, tmp_path, packed_length, monkeypatch):
+SAMPLING = AnchorSampling(replication=2, max_lag=3, seed=5)
+
+
+def collate(dataset: Dataset, rows: list[int]) -> TokenBatch:
+    return TokenBatch.of(ConFuDataCollator()([dataset[row] for row in rows]))
+
+
+def test_kept_features_equal_live_ones(pair, tmp_path, monkeypatch):
     target, draft, runner = pair
     dataset = make_dataset()
-    features = CachedFeatures(draft, runner, dataset, tmp_path)
-    collate = ConFuDataCollator(packed_length=packed_length)
-    batches = [collate([dataset[row] for row in rows]) for rows in ([4, 1, 6], [0, 2], [5, 3, 1])]
-    for batch in batches:
-        texts = Texts.of(batch)
-        kept = features.compute(texts, batch["row_ids"].tolist(), RECIPE)
-        assert_same(kept, compute_live(draft, runner, texts, None, RECIPE), draft)
+    features = KeptFeatures(draft, runner, dataset, tmp_path)
+    batches = [([4, 1, 6], collate(dataset, [4, 1, 6])), ([0, 2], collate(dataset, [0, 2]))]
+    batches.append(([5, 3, 1], collate(dataset, [5, 3, 1])))
+    for rows, batch in batches:
+        kept = features.compute(batch, rows, None, RECIPE)
+        assert_same(kept, compute_live(draft, runner, batch, None, RECIPE), draft)
 
     # Once every row was seen, nobody asks the target, nor does a later run with the same data.
     monkeypatch.setattr(type(target), "forward", None)
-    again = CachedFeatures(draft, runner, dataset, tmp_path)
-    for batch in batches:
-        rows = batch["row_ids"].tolist()
-        first, second = (cache.compute(Texts.of(batch), rows, RECIPE) for cache in (features, again))
+    again = KeptFeatures(draft, runner, dataset, tmp_path)
+    for rows, batch in batches:
+        first, second = (kept.compute(batch, rows, None, RECIPE) for kept in (features, again))
         torch.testing.assert_close(first.loss_sum, second.loss_sum, rtol=0, atol=0)
 
 
@@ -86,17 +92,16 @@ def test_kept_future_predictions_equal_live_ones(pair, tmp_path, monkeypatch):
     draft.future_channel.soft_prompts.requires_grad_(False)
     draft.future_channel.contemplate_token.requires_grad_(False)
     dataset = make_dataset()
-    anchors = FixedAnchors(replication=2, max_lag=3, limit=None, seed=5)
-    features = CachedFeatures(draft, runner, dataset, tmp_path, anchors)
-    batch = ConFuDataCollator()([dataset[row] for row in (6, 2, 0)])
-    texts = Texts.of(batch)
-    drawn = features._anchors(texts, [6, 2, 0])
-    live = compute_live(draft, runner, texts, drawn, RECIPE)
+    features = KeptFeatures(draft, runner, dataset, tmp_path, SAMPLING)
+    rows = [6, 2, 0]
+    batch = collate(dataset, rows)
+    anchors = SAMPLING.draw(batch.labels, rows)
+    live = compute_live(draft, runner, batch, anchors, RECIPE)
     assert live.rows_with_future > 10
-    assert_same(features.compute(texts, [6, 2, 0], RECIPE), live, draft)
+    assert_same(features.compute(batch, rows, anchors, RECIPE), live, draft)
     monkeypatch.setattr(type(target), "forward", None)
-    other_order = ConFuDataCollator()([dataset[row] for row in (0, 6)])
-    features.compute(Texts.of(other_order), [0, 6], RECIPE)
+    other_order = collate(dataset, [0, 6])
+    features.compute(other_order, [0, 6], SAMPLING.draw(other_order.labels, [0, 6]), RECIPE)
 
 
 def test_kept_features_equal_live_ones_in_mixed_precision(tmp_path):
@@ -104,43 +109,50 @@ def test_kept_features_equal_live_ones_in_mixed_precision(tmp_path):
     target = make_tiny_target("qwen3", dtype=torch.float32).requires_grad_(False)
     draft = make_tiny_draft(target)
     runner, dataset = TargetRunner(target, draft.config, draft.future_channel), make_dataset()
-    features = CachedFeatures(draft, runner, dataset, tmp_path)
-    texts = Texts.of(ConFuDataCollator()([dataset[row] for row in range(7)]))
+    features = KeptFeatures(draft, runner, dataset, tmp_path)
+    batch = collate(dataset, list(range(7)))
     with torch.autocast("cpu", torch.bfloat16):
-        kept, live = features.compute(texts, list(range(7)), RECIPE), compute_live(draft, runner, texts, None, RECIPE)
+        kept = features.compute(batch, list(range(7)), None, RECIPE)
+        live = compute_live(draft, runner, batch, None, RECIPE)
     torch.testing.assert_close(kept.loss_sum, live.loss_sum, rtol=1e-5, atol=0)
 
 
 def test_a_folder_of_other_data_target_or_channel_is_refused(pair, tmp_path):
     target, draft, runner = pair
-    anchors = FixedAnchors(replication=2, max_lag=3, limit=None, seed=5)
-    CachedFeatures(draft, runner, make_dataset(), tmp_path, anchors)
-    with pytest.raises(ValueError, match="features made with another dataset"):
-        CachedFeatures(draft, runner, make_dataset(6), tmp_path, anchors)
+    KeptFeatures(draft, runner, make_dataset(), tmp_path, SAMPLING)
+    with pytest.raises(ValueError, match=r"features made with something else \(dataset was '.*', is '.*'\); name"):
+        KeptFeatures(draft, runner, make_dataset(6), tmp_path, SAMPLING)
+
+    def refused(target, draft, what: str) -> None:
+        with pytest.raises(ValueError, match=rf"features made with something else \(.*{what} was .*, is "):
+            runner = TargetRunner(target, draft.config, draft.future_channel)
+            KeptFeatures(draft, runner, make_dataset(), tmp_path, SAMPLING)
+
     other = make_tiny_draft(target, draft_vocab_size=31)
     with torch.no_grad():
         other.future_channel.soft_prompts.add_(1)
-    with pytest.raises(ValueError, match="features made with another channel"):
-        CachedFeatures(
-            other, TargetRunner(target, other.config, other.future_channel), make_dataset(), tmp_path, anchors
-        )
-    rotated = make_tiny_draft(target, draft_vocab_size=31, rotate_soft_prompts=True)
-    with pytest.raises(ValueError, match="features made with another rotate_soft_prompts"):
-        runner_of_it = TargetRunner(target, rotated.config, rotated.future_channel)
-        CachedFeatures(rotated, runner_of_it, make_dataset(), tmp_path, anchors)
-    for name, value in (("rms_norm_eps", 1e-3), ("num_contemplate_experts_per_token", 1)):
-        changed = make_tiny_draft(target, draft_vocab_size=31, **{name: value})
-        with pytest.raises(ValueError, match=f"features made with another {name}"):
-            runner_of_it = TargetRunner(target, changed.config, changed.future_channel)
-            CachedFeatures(changed, runner_of_it, make_dataset(), tmp_path, anchors)
+    refused(target, other, "channel")
+    for name, value in (
+        ("rotate_soft_prompts", True),
+        ("rms_norm_eps", 1e-3),
+        ("num_contemplate_experts_per_token", 1),
+    ):
+        refused(target, make_tiny_draft(target, draft_vocab_size=31, **{name: value}), name)
     changed = make_tiny_target("qwen3")
     with torch.no_grad():
         changed.lm_head.weight.mul_(1.5)
-    others = [changed, make_tiny_target("qwen3", rms_norm_eps=1e-3)]
-    others.append(make_tiny_target("qwen3", rope_parameters={"rope_type": "default", "rope_theta": 500.0}))
-    for changed in others:
-        with pytest.raises(ValueError, match="features made with another target"):
-            CachedFeatures(draft, TargetRunner(changed, draft.config, draft.future_channel), make_dataset(), tmp_path)
+    refused(changed, draft, "target")
+    refused(make_tiny_target("qwen3", rms_norm_eps=1e-3), draft, "target")
+    theta = {"rope_type": "default", "rope_theta": 500.0}
+    refused(make_tiny_target("qwen3", rope_parameters=theta), draft, "target")
+
+
+def test_a_torn_record_is_named(pair, tmp_path):
+    _, draft, runner = pair
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "made_with.json").write_text("")
+    with pytest.raises(ValueError, match="made_with.json is no valid JSON"):
+        KeptFeatures(draft, runner, make_dataset(), tmp_path)
 
 
 def test_the_fingerprint_of_a_target_is_of_what_its_checkpoint_holds():
@@ -170,54 +182,75 @@ def free_space(monkeypatch, size: int) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=size))
 
 
-def test_too_small_a_disk_is_refused_before_any_work(tmp_path, monkeypatch):
-    free_space(monkeypatch, 10)
-    with pytest.raises(ValueError, match=r"take 0\.0 GB, and .* has 0\.0 GB left"):
-        RowStore(tmp_path, {}, {"a": Field([3], (2,), torch.float32)})
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_disk_must_hold_what_all_files_still_take(tmp_path, monkeypatch):
-    size, fields = 2**20, {"a": Field([1] * 4, (2**16,), torch.float32)}
-    free_space(monkeypatch, 7 * size // 4)
-    first = RowStore(tmp_path / "first", {}, fields)
-    assert first.unwritten == size
-    with pytest.raises(ValueError, match="not yet written take"):
-        RowStore(tmp_path / "second", {}, fields, promised=first.unwritten)
-    for row in range(2):
-        first.write(row, {"a": torch.rand(1, 2**16)})
-    assert first.unwritten == size // 2
-    RowStore(tmp_path / "second", {}, fields, promised=first.unwritten)
-    # Where it goes on, what is written already takes no room.
-    free_space(monkeypatch, 3 * size // 4)
-    RowStore(tmp_path / "first", {}, fields)
-    free_space(monkeypatch, size // 4)
-    with pytest.raises(ValueError, match="not yet written take"):
-        RowStore(tmp_path / "first", {}, fields)
-
-
-def test_target_and_future_predictions_share_the_disk(pair, tmp_path, monkeypatch):
+def test_the_disk_must_hold_what_all_files_still_take(pair, tmp_path, monkeypatch):
     target, draft, runner = pair
-    anchors = FixedAnchors(replication=2, max_lag=3, limit=None, seed=5)
-    whole = CachedFeatures(draft, runner, make_dataset(), tmp_path / "whole", anchors)
-    free_space(monkeypatch, whole.store.unwritten + whole.futures.unwritten - 1)
-    with pytest.raises(ValueError, match="not yet written take"):
-        CachedFeatures(draft, runner, make_dataset(), tmp_path / "other", anchors)
-
-
-def test_scores_that_are_capped_behind_the_head_are_refused(tmp_path):
-    target = make_tiny_target("qwen3").requires_grad_(False)
-    draft = make_tiny_draft(target)
-    target.lm_head.register_forward_hook(lambda module, args, output: output * 3 if output.shape[0] > 40 else output)
     dataset = make_dataset()
-    features = CachedFeatures(draft, TargetRunner(target, draft.config, draft.future_channel), dataset, tmp_path)
-    batch = ConFuDataCollator()([dataset[row] for row in range(7)])
-    with pytest.raises(ValueError, match="no linear map of its final hidden state"):
-        features.compute(Texts.of(batch), list(range(7)), RECIPE)
+    whole = KeptFeatures(draft, runner, dataset, tmp_path, SAMPLING)
+    needed = whole.store.unwritten + whole.futures.unwritten
+    free_space(monkeypatch, needed - 1)
+    with pytest.raises(ValueError, match=r"not yet written take 0\.0 GB, and .* has 0\.0 GB left"):
+        KeptFeatures(draft, runner, dataset, tmp_path / "other", SAMPLING)
+    batch = collate(dataset, [3, 5])
+    whole.compute(batch, [3, 5], SAMPLING.draw(batch.labels, [3, 5]), RECIPE)
+    KeptFeatures(draft, runner, dataset, tmp_path, SAMPLING)  # what is written takes no more room
+
+
+def test_what_a_store_will_take_is_counted(tmp_path):
+    store = RowStore(tmp_path, {}, {"a": Field([1, 3], (5,), torch.float32), "b": Field([2, 2], (), torch.int32)})
+    assert store.unwritten == (4 * 5 + 4) * 4
+    store.write(1, {"a": torch.rand(3, 5), "b": torch.tensor([1, 2])})
+    assert store.unwritten == (5 + 2) * 4 and store.missing([0, 1]) == {0}
+
+
+SCALED = {
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=1.04)),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, final_logit_softcapping=3.0, layer_types=["full_attention"] * 5)
+    ),
+}
+SIZES = {
+    **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "head_dim": 8},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "tie_word_embeddings": True},
+    **{"bos_token_id": 1, "eos_token_id": None, "pad_token_id": None},
+}
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_scores_that_are_scaled_or_capped_behind_the_head_are_kept_as_they_are(family, tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        target = SCALED[family]().double().eval().requires_grad_(False)
+    draft = make_tiny_draft(target, draft_vocab_size=31)
+    runner, dataset = TargetRunner(target, draft.config, draft.future_channel), make_dataset()
+    features = KeptFeatures(draft, runner, dataset, tmp_path)
+    batch = collate(dataset, list(range(7)))
+    kept = features.compute(batch, list(range(7)), None, RECIPE)
+    assert_same(kept, compute_live(draft, runner, batch, None, RECIPE), draft)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_scores_that_follow_in_no_known_way_are_refused(dtype, tmp_path):
+    target = make_tiny_target("qwen3", dtype=dtype).requires_grad_(False)
+    draft = make_tiny_draft(target, dtype=torch.float32)
+    runner, dataset = TargetRunner(target, draft.config, draft.future_channel), make_dataset()
+    batch = collate(dataset, list(range(7)))
+    KeptFeatures(draft, runner, dataset, tmp_path / "plain").compute(batch, list(range(7)), None, RECIPE)
+
+    def scale_last_row(module, args, output):
+        if output.shape[:-1].numel() == int(batch.teaching_positions.sum()):  # not when its rows are read off
+            output = output.clone()
+            output[-1] *= 1.05
+        return output
+
+    target.lm_head.register_forward_hook(scale_last_row)
+    features = KeptFeatures(draft, runner, dataset, tmp_path / "scaled")
+    with pytest.raises(ValueError, match="The scores of Qwen3ForCausalLM do not follow from its final hidden state"):
+        features.compute(batch, list(range(7)), None, RECIPE)
 
 
 def test_the_head_of_the_draft_vocabulary_scores_as_the_whole_one(pair):
     target, draft, _ = pair
     states = torch.randn(5, target.config.hidden_size, dtype=torch.float64)
     expected = target.lm_head(states)[:, draft.draft_token_ids]
-    torch.testing.assert_close(draft_head(target, draft.draft_token_ids)(states), expected)
+    torch.testing.assert_close(DraftHead(target, draft.draft_token_ids)(states), expected)

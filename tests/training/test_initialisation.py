@@ -5,12 +5,19 @@ import logging
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    FalconConfig,
+    GPT2Config,
+    GPTBigCodeConfig,
+    GPTJConfig,
+)
 
 from helpers import make_tiny_target, rotate
 from transformers_confu import ConFuConfig, ConFuDraftModel
 from transformers_confu.inference.target import TargetRunner
-from transformers_confu.training.batch import Texts
+from transformers_confu.training.batch import TokenBatch
 from transformers_confu.training.initialisation import warm_start
 from transformers_confu.training.objective import Recipe, compute_live
 
@@ -197,6 +204,62 @@ def test_a_target_of_other_module_names_gives_what_it_has(caplog):
     torch.testing.assert_close(draft.norm.weight, target.model.norm.weight)
 
 
+@pytest.mark.parametrize("kind", ["GPT2", "Falcon", "GPTBigCode", "GPTJ"])
+def test_a_target_without_layers_of_that_name_starts_what_can_be_started(kind, caplog):
+    configs = {
+        "GPT2": GPT2Config(vocab_size=97, n_embd=32, n_layer=5, n_head=4),
+        "Falcon": FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=5, num_attention_heads=4),
+        "GPTBigCode": GPTBigCodeConfig(vocab_size=97, n_embd=32, n_layer=5, n_head=4, multi_query=False),
+        "GPTJ": GPTJConfig(vocab_size=97, n_embd=32, n_layer=5, n_head=4, rotary_dim=4),
+    }
+    target = AutoModelForCausalLM.from_config(configs[kind], dtype=torch.float32)
+    with caplog.at_level(logging.WARNING):
+        draft = warm_start(target, TOKENS, config_for(target))
+    assert "of the target have other shapes or no weights; left random" in caplog.text
+    assert "lm_head" not in caplog.text
+    expected = target.get_output_embeddings().weight[sorted(TOKENS.tolist())]
+    torch.testing.assert_close(draft.lm_head.weight, expected, rtol=0, atol=0)
+
+
+class Quantised(torch.Tensor):
+    """As torchao holds a weight: it shows a plain dtype and can dequantise itself, and no more."""
+
+    @staticmethod
+    def __new__(cls, weight: torch.Tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
+
+    def __init__(self, weight: torch.Tensor):
+        self.packed = weight
+
+    def __tensor_flatten__(self):
+        return ["packed"], None
+
+    @staticmethod
+    def __tensor_unflatten__(tensors, meta, size, stride):
+        return Quantised(tensors["packed"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].packed)
+        raise AttributeError(f"{func} of a packed weight")
+
+    def dequantize(self) -> torch.Tensor:
+        return self.packed
+
+
+def test_weights_that_can_be_dequantised_are(caplog):
+    target = make_tiny_target(dtype=torch.float32)
+    for module in (target.lm_head, target.model.layers[-1].mlp.up_proj):
+        module.weight = nn.Parameter(Quantised(module.weight.detach()), requires_grad=False)
+    with caplog.at_level(logging.WARNING):
+        draft = warm_start(target, TOKENS, config_for(target))
+    assert not caplog.records
+    plain = make_tiny_target(dtype=torch.float32)
+    assert torch.equal(draft.lm_head.weight, plain.lm_head.weight[sorted(TOKENS.tolist())])
+    assert torch.equal(draft.layers[0].mlp.up_proj.weight, plain.model.layers[-1].mlp.up_proj.weight)
+
+
 def test_a_draft_of_another_width_starts_random_where_it_must(caplog):
     target = make_tiny_target(dtype=torch.float32)
     config = config_for(target, hidden_size=24, num_attention_heads=2, num_key_value_heads=1, head_dim=12)
@@ -223,9 +286,9 @@ def test_it_starts_ahead_of_a_random_draft():
 
     @torch.no_grad()
     def loss(draft: ConFuDraftModel) -> float:
-        texts = Texts.of({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+        batch = TokenBatch.of({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
         runner = TargetRunner(target, draft.config, draft.future_channel)
-        objective = compute_live(draft, runner, texts, None, Recipe(num_steps=2, decay=1.0))
+        objective = compute_live(draft, runner, batch, None, Recipe(num_steps=2, decay=1.0))
         return float(objective.loss_sum / objective.counted.sum())
 
     with torch.random.fork_rng(devices=[]):

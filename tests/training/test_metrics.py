@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from transformers.utils import logging
 
 from transformers_confu import ConFuConfig
+from transformers_confu.training.metrics import Counts
 from transformers_confu.training.objective import Objective
-from transformers_confu.training.running_metrics import Counts, warn_of_collapse
 
 
 @pytest.fixture
@@ -42,47 +41,3 @@ def test_counts_add_up(config):
         "contemplate_load_min": 0,
         "contemplate_load_max": 4 / 8,
     }
-
-
-def test_foresight_is_told_by_position(config):
-    counts = Counts(config, num_steps=1)
-    one = {"counted": torch.tensor([9]), "correct": torch.tensor([4]), "correct_so_far": torch.tensor([4])}
-    counts.add(
-        make_objective(
-            counted_by_position=torch.tensor([5, 0, 4, 0]), correct_by_position=torch.tensor([3, 0, 1, 0]), **one
-        )
-    )
-    counts.add(
-        make_objective(
-            counted_by_position=torch.tensor([3, 0, 0, 6]), correct_by_position=torch.tensor([3, 0, 0, 0]), **one
-        )
-    )
-    metrics = counts.metrics()
-    assert (metrics["accuracy_to_256"], metrics["accuracy_to_4096"], metrics["accuracy_beyond"]) == (6 / 8, 1 / 4, 0)
-    assert "accuracy_to_1024" not in metrics  # nothing was counted there
-
-
-@pytest.mark.parametrize(
-    "load, collapsed",
-    [
-        ([100, 100, 100, 100], False),
-        ([150, 100, 100, 50], False),
-        ([200, 190, 10, 0], False),
-        ([200, 200, 0, 0], True),
-        ([0, 100, 3, 300], True),
-        ([10, 10, 0, 0], False),
-    ],
-    ids=["even", "uneven", "nearly", "collapsed", "all but collapsed", "too few to tell"],
-)
-def test_collapse_is_when_all_rows_go_to_the_same_experts(config, load, collapsed):
-    counts = Counts(config, num_steps=2)
-    counts.add(make_objective(contemplate_load=torch.tensor(load), future_load=torch.tensor([400, 0])))
-    # The router of [f] must choose two of its two experts.
-    assert counts.collapsed_routers() == (["contemplate"] if collapsed else [])
-
-
-def test_the_warning_says_what_to_do(config, caplog):
-    logging.enable_propagation()
-    warn_of_collapse("contemplate", config)
-    assert "The router of [con] has collapsed: it sends nearly every row to the same 2 of 4 experts." in caplog.text
-    assert "Lower `contemplate_learning_rate`" in caplog.text

@@ -13,10 +13,7 @@ from transformers_confu.training.train import main
 
 
 SETTINGS = {
-    # All rows in one step, whoever computes them, and nothing left to chance: every row is an anchor.
-    "tokens_per_batch": 4096,
-    "replication": 0,
-    "max_lag": 1,
+    "tokens_per_batch": 4096,  # all rows in one step, whoever computes them
     # Plain steps: Adam makes much of the rounding of small gradients.
     "optim": "sgd",
     "lr_scheduler_type": "constant",
@@ -35,7 +32,7 @@ def history(folder: Path, name: str) -> list[float]:
 
 
 def test_two_processes_are_one(saved_target, tmp_path):
-    stages = [{"stage": "core"}, {"stage": "warm_up"}, {"stage": "joint"}]
+    stages = [{"stage": "core"}, {"stage": "contemplation"}, {"stage": "joint"}]
     main([write_run(tmp_path, saved_target, output_dir=str(tmp_path / "one"), stages=stages, **SETTINGS)])
     stages = [stages[0] | {"feature_cache": str(tmp_path / "features")}, stages[1], stages[2] | {"shard_target": True}]
     run = write_run(tmp_path, saved_target, output_dir=str(tmp_path / "two"), stages=stages, **SETTINGS)
@@ -49,7 +46,7 @@ def test_two_processes_are_one(saved_target, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Stage joint: starts") == 1, "said by one process only"
-    for stage in ("core", "warm_up", "joint"):
+    for stage in ("core", "contemplation", "joint"):
         one, two = tmp_path / "one" / stage, tmp_path / "two" / stage
         for name, value in weights_of(one).items():
             torch.testing.assert_close(weights_of(two)[name], value, rtol=0, atol=1e-6, msg=f"{stage}: {name}")

@@ -1,5 +1,6 @@
 """The training command: one run or stages, from files and options; skipped, continued or refused."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,20 +9,21 @@ import pytest
 import torch
 import yaml
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from commands import weights_of, write_run
 from helpers import make_tiny_target
 from transformers_confu import ConFuDraftModel
 from transformers_confu.common.option_files import read_option_file
 from transformers_confu.inference.knobs import ConFuKnobs
-from transformers_confu.training import ConFuTrainer
-from transformers_confu.training.train import load_target_once, main
+from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
+from transformers_confu.training.train import DraftArguments, load_target_once, main
 
 
 def test_the_command_trains_a_new_draft_and_continues_it(saved_target, tmp_path, capsys):
     main([write_run(tmp_path, saved_target)])
     printed = capsys.readouterr().out
-    assert "rows: 12 kept of 12" in printed and "Draft vocabulary: 50 tokens" in printed
+    assert "rows: 12 made of 12" in printed and "Draft vocabulary: 50 tokens" in printed
     assert "eval_tau_greedy" in printed
     first = ConFuDraftModel.from_pretrained(tmp_path / "draft")
     assert (first.config.draft_vocab_size, first.config.num_soft_prompts) == (50, 5)
@@ -41,7 +43,7 @@ def test_the_command_trains_a_new_draft_and_continues_it(saved_target, tmp_path,
 
 
 def test_the_command_can_hold_out_nothing(saved_target, tmp_path, capsys):
-    main([write_run(tmp_path, saved_target, eval_rows=0, max_steps=1, num_soft_prompts=0)])
+    main([write_run(tmp_path, saved_target, eval_rows=0, max_steps=1, draft_config={"num_soft_prompts": 0})])
     assert "eval_" not in capsys.readouterr().out
     assert (tmp_path / "draft" / "model.safetensors").exists()
 
@@ -51,43 +53,41 @@ def test_the_command_takes_options_too(saved_target, tmp_path):
     options = yaml.safe_load((tmp_path / "run.yaml").read_text()) | {"max_steps": 1}
     arguments = []
     for name, value in options.items():
+        value = json.dumps(value) if isinstance(value, dict) else value
         arguments += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     main(arguments)
     assert (tmp_path / "draft" / "model.safetensors").exists()
 
 
-def test_ablations_are_options(saved_target, tmp_path):
+def test_the_form_of_a_new_draft_is_an_option(saved_target, tmp_path):
     run = write_run(tmp_path, saved_target, max_steps=1)
     main([run])
-    ablations = ["--num_experts=1", "--num_soft_prompts", "3", "--instruction=", "--rotate_soft_prompts=true"]
-    main([run, *ablations, f"--output_dir={tmp_path / 'second'}"])
+    form = {"num_contemplate_experts": 1, "num_contemplate_experts_per_token": 1, "fc_norm": True}
+    form |= {"num_soft_prompts": 3, "rotate_soft_prompts": True}
+    main([run, f"--draft_config={json.dumps(form)}", "--instruction=", f"--output_dir={tmp_path / 'second'}"])
     first, second = (ConFuDraftModel.from_pretrained(tmp_path / name) for name in ("draft", "second"))
-    assert first.config.num_contemplate_experts == first.config.num_future_experts == 8
-    assert second.config.num_contemplate_experts == second.config.num_future_experts == 1
-    assert second.config.num_future_experts_per_token == 1
-    assert not first.config.rotate_soft_prompts and second.config.rotate_soft_prompts
+    assert (first.config.num_contemplate_experts, first.config.num_soft_prompts) == (8, 5)
+    assert {name: getattr(second.config, name) for name in form} == form
     # Keys of a text are far larger than random ones.
     assert second.future_channel.soft_prompts.std() < 0.1 * first.future_channel.soft_prompts.std()
+    for name, nearest in (("num_experts", "num_"), ("draft_vocab_size", "vocab_size")):
+        with pytest.raises(ValueError, match=f"`draft_config` names `{name}`, which is no .* did you mean `{nearest}"):
+            main([run, f'--draft_config={{"{name}": 1}}'])
 
 
 def test_a_draft_keeps_its_form(saved_target, tmp_path):
     run = write_run(tmp_path, saved_target, max_steps=1)
     main([run])
     again = [run, "--draft", str(tmp_path / "draft"), "--output_dir", str(tmp_path / "second")]
-    for option, value, has in (
-        ("num_experts", 1, 8),
-        ("num_soft_prompts", 0, 5),
-        ("rotate_soft_prompts", True, False),
-        ("draft_vocab_size", 20, 50),
+    for option, name, value, has in (
+        ('--draft_config={"num_future_experts": 1}', "num_future_experts", 1, 8),
+        ("--draft_vocab_size=20", "draft_vocab_size", 20, 50),
     ):
         with pytest.raises(
-            ValueError, match=rf"`{option}` is {value}, and .*draft, the .* from, has {has}: it is an opt"
+            ValueError, match=rf"`{name}` is {value}, and .*draft, the .* from, has {has}: it is an opt"
         ):
-            main([*again, f"--{option}={value}"])
-    main([*again, "--num_experts=8", "--rotate_soft_prompts=false"])  # as it is
-    recipes = [json.loads((tmp_path / name / "_run.json").read_text())["recipe"] for name in ("draft", "second")]
-    assert (recipes[0]["num_experts"], recipes[0]["num_soft_prompts"]) == (8, 5)
-    assert "num_experts" not in recipes[1]
+            main([*again, option])
+    main([*again, '--draft_config={"num_future_experts": 8}'])  # as it is
 
 
 def test_stages_may_differ_in_precision_and_in_what_is_frozen(saved_target, tmp_path):
@@ -115,13 +115,12 @@ def test_stages_may_differ_in_precision_and_in_what_is_frozen(saved_target, tmp_
 
 
 def test_evaluation_decodes_held_out_prompts(saved_target, tmp_path):
-    options = {"decoding_prompts": 2, "decoding_tokens": 8, "decoding_knobs": {"confu_tree_size": 4}}
     metrics = []
     with pytest.MonkeyPatch.context() as patch:
         evaluate = ConFuTrainer.evaluate
         patch.setattr(ConFuTrainer, "evaluate", lambda self: metrics.append(evaluate(self)))
-        main([write_run(tmp_path, saved_target, max_steps=1, stage="core", **options)])
-    assert metrics[0]["eval_decoding_mismatches"] == 0 and metrics[0]["eval_decoding_tau"] >= 1
+        main([write_run(tmp_path, saved_target, max_steps=1, stage="core", decoding_prompts=2)])
+    assert metrics[0]["eval_decoding_tau"] >= 1
 
 
 def test_a_checkpoint_of_the_last_step_is_not_trained_further(saved_target, tmp_path, monkeypatch):
@@ -154,12 +153,44 @@ def test_a_last_evaluation_that_fails_does_not_cost_the_training(saved_target, t
     assert ConFuDraftModel.from_pretrained(tmp_path / "draft").generation_config.confu_depth == 2
 
 
-def test_a_target_to_be_sharded_is_not_one_that_stays_whole(saved_target):
-    named = (str(saved_target), "float32", torch.device("cpu"), "null")
-    whole = load_target_once(*named)
-    assert load_target_once(*named) is whole
-    sharded = load_target_once(*named, sharded=True)  # in place, once a trainer has it
-    assert sharded[0] is not whole[0] and load_target_once(*named)[0] is not sharded[0]
+def test_a_target_to_be_sharded_is_not_one_that_stays_whole(saved_target, tmp_path):
+    arguments = DraftArguments(target=str(saved_target), data=[], target_dtype="float32")
+    training = ConFuTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    whole = load_target_once(arguments, training)
+    assert load_target_once(arguments, training) is whole
+    sharded = load_target_once(arguments, dataclasses.replace(training, shard_target=True))
+    assert sharded[0] is not whole[0]  # it is sharded in place, once a trainer has it
+
+
+def test_held_out_prompts_are_the_same_in_every_stage_and_file(saved_target, tmp_path):
+    """A prompt with a second answer in another file, and other lengths, stays on its side."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            ConFuTrainer, "train", lambda self, **kwargs: seen.append((self.train_dataset, self.eval_dataset))
+        )
+        run = write_run(tmp_path, saved_target, eval_rows=100)
+        main([run])
+        first = (tmp_path / "data.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "data.jsonl").write_text("".join(reversed(first[:9])))
+        (tmp_path / "more.jsonl").write_text("".join(line.replace(": [", ": [7, ") for line in first))
+        output = f"--output_dir={tmp_path / 'second'}"
+        main([run, "--data", str(tmp_path / "more.jsonl"), str(tmp_path / "data.jsonl"), "--max_length=20", output])
+    (trained, held_out), (later_trained, later_held_out) = (
+        (set(train["prompt_hash"]), set(evaluation["prompt_hash"])) for train, evaluation in seen
+    )
+    assert len(seen[1][0]) + len(seen[1][1]) == 21
+    assert (trained, held_out) == (later_trained, later_held_out) and not trained & held_out and held_out
+
+
+def test_answers_of_another_target_are_refused(saved_target, tmp_path):
+    run = write_run(tmp_path, saved_target, max_steps=1, eval_rows=0)
+    rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    rows[3]["made_with"] = {"target": "another"}
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="its answer was made by another target"):
+        main([run])
+    main([run, "--allow_other_target=true"])
 
 
 # Stages
@@ -167,7 +198,7 @@ def test_a_target_to_be_sharded_is_not_one_that_stays_whole(saved_target):
 
 STAGES = [
     {"stage": "core", "max_steps": 3},
-    {"stage": "warm_up", "max_steps": 4, "learning_rate": "1e-2"},
+    {"stage": "contemplation", "max_steps": 4, "learning_rate": "1e-2"},
     {"stage": "joint", "max_steps": 3},
 ]
 
@@ -176,13 +207,13 @@ def test_three_stages_follow_from_each_other(saved_target, tmp_path, capsys):
     stages = [*STAGES[:2], STAGES[2] | {"ttt_steps": 3}]
     run = write_run(tmp_path, saved_target, stages=stages, output_dir=str(tmp_path / "runs"))
     main([run])
-    core, warm_up, joint = (weights_of(tmp_path / "runs" / name) for name in ("core", "warm_up", "joint"))
+    core, contemplation, joint = (weights_of(tmp_path / "runs" / name) for name in ("core", "contemplation", "joint"))
     for name in core:
-        is_of_warm_up = name.startswith(("future_channel.soft_prompts", "future_channel.contemplate_token."))
-        assert torch.equal(core[name], warm_up[name]) != is_of_warm_up, name
-        assert torch.equal(warm_up[name], joint[name]) == (name in ("d2t", "t2d")), name
+        is_of_contemplation = name.startswith(("future_channel.soft_prompts", "future_channel.contemplate_token."))
+        assert torch.equal(core[name], contemplation[name]) != is_of_contemplation, name
+        assert torch.equal(contemplation[name], joint[name]) == (name in ("d2t", "t2d")), name
     # Each decodes by what it was trained for: no future of an untrained channel, no deeper than its steps.
-    drafts = [ConFuDraftModel.from_pretrained(tmp_path / "runs" / name) for name in ("core", "warm_up", "joint")]
+    drafts = [ConFuDraftModel.from_pretrained(tmp_path / "runs" / name) for name in ("core", "contemplation", "joint")]
     assert [ConFuKnobs.of(draft.generation_config) for draft in drafts] == [
         {"confu_contemplation": 0, "confu_depth": 2},
         {"confu_depth": 2},
@@ -193,13 +224,14 @@ def test_three_stages_follow_from_each_other(saved_target, tmp_path, capsys):
     before = (tmp_path / "runs" / "joint" / "model.safetensors").stat().st_mtime_ns
     main([run])
     printed = capsys.readouterr().out
-    for stage in ("core", "warm_up", "joint"):
+    for stage in ("core", "contemplation", "joint"):
         assert f"Stage {stage}: finished, in {tmp_path / 'runs' / stage}" in printed
     assert (tmp_path / "runs" / "joint" / "model.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("stage, step", [("core", 1), ("warm_up", 3), ("joint", 2)])
-def test_an_interrupted_stage_is_continued(saved_target, tmp_path, capsys, stage, step):
+@pytest.mark.parametrize("stage, step", [("core", 1), ("contemplation", 3), ("joint", 2)])
+def test_an_interrupted_stage_is_continued(saved_target, tmp_path, capsys, caplog, stage, step):
+    logging.enable_propagation()
     settings = {"stages": STAGES, "save_strategy": "steps", "save_steps": 1, "eval_rows": 0}
     main([write_run(tmp_path, saved_target, output_dir=str(tmp_path / "whole"), **settings)])
 
@@ -220,6 +252,7 @@ def test_an_interrupted_stage_is_continued(saved_target, tmp_path, capsys, stage
     (tmp_path / "parts" / stage / "checkpoint-99").mkdir()
     capsys.readouterr()
     main([run])
+    assert "checkpoint-99 was not written to its end, and is left out" in caplog.text
     assert (
         f"Stage {stage}: continues from {tmp_path / 'parts' / stage / f'checkpoint-{step}'}" in capsys.readouterr().out
     )
@@ -245,7 +278,7 @@ def test_a_run_of_other_options_is_not_overwritten(saved_target, tmp_path):
 def test_a_later_stage_is_refused_before_the_first_has_run(saved_target, tmp_path):
     run = write_run(tmp_path, saved_target, stages=STAGES, output_dir=str(tmp_path / "runs"))
     (tmp_path / "runs" / "joint").mkdir(parents=True)
-    (tmp_path / "runs" / "joint" / "_run.json").write_text(json.dumps({"finished": True, "recipe": {"seed": 1}}))
+    (tmp_path / "runs" / "joint" / "_run.json").write_text(json.dumps({"finished": True, "options": {"seed": 1}}))
     with pytest.raises(ValueError, match=r"joint holds a finished run with other options .*seed was 1, is 42"):
         main([run])
     assert not (tmp_path / "runs" / "core" / "_run.json").exists()
@@ -275,30 +308,11 @@ def test_an_interrupted_run_goes_on_with_its_own_batches_alone(saved_target, tmp
     assert json.loads(record.read_text())["conditions"]["processes"] == 1
     shutil.rmtree(tmp_path / "draft" / "checkpoint-1")
     checkpoint.rename(tmp_path / "draft" / "checkpoint-1")
-    # A record of an older version says nothing of it.
-    del interrupted["conditions"]
-    record.write_text(json.dumps(interrupted))
-    main([run])
-    assert json.loads(record.read_text())["finished"]
-
-
-def test_an_option_that_a_record_does_not_know_was_off(saved_target, tmp_path, capsys):
-    """Runs of older versions stay finished, and can be continued."""
-    run = write_run(tmp_path, saved_target, max_steps=1)
-    main([run])
-    record = tmp_path / "draft" / "_run.json"
-    settings = json.loads(record.read_text())
-    del settings["recipe"]["rotate_soft_prompts"]
-    record.write_text(json.dumps(settings))
-    main([run])
-    assert "Stage joint: finished" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="rotate_soft_prompts was None, is True"):
-        main([run, "--rotate_soft_prompts=true"])
 
 
 def test_options_that_were_refused_leave_no_run_behind(saved_target, tmp_path):
     run = write_run(tmp_path, saved_target, max_steps=1)
-    with pytest.raises(ValueError, match="None of 12 rows can be trained on"):
+    with pytest.raises(ValueError, match="None of 12 rows holds an assistant token"):
         main([run, "--max_length=2"])
     main([run])
     assert (tmp_path / "draft" / "model.safetensors").exists()
@@ -336,9 +350,12 @@ def test_yaml_and_command_line_mean_the_same(tmp_path):
     assert read(tmp_path, text) == [["--save_strategy=no", "--use_cpu=False", "--report_to=tensorboard,wandb"]]
 
 
-def test_unquoted_no_and_lists_of_trackers_reach_the_run(saved_target, tmp_path):
+def test_unquoted_no_and_lists_of_trackers_reach_the_run(saved_target, tmp_path, monkeypatch):
     run = write_run(tmp_path, saved_target, max_steps=1, eval_rows=0, save_strategy=False)
     text = Path(run).read_text().replace("report_to: none", "report_to: [tensorboard, wandb]")
+    monkeypatch.setattr(
+        "transformers_confu.training.arguments.get_available_reporting_integrations", lambda: ["tensorboard", "wandb"]
+    )
     Path(run).write_text(text + "include_num_input_tokens_seen: no\n")
     with pytest.MonkeyPatch.context() as patch:
         arguments = []
@@ -375,10 +392,11 @@ def test_stages_share_what_they_do_not_override(tmp_path):
 
 def test_a_draft_of_the_command_line_is_that_of_the_first_stage(tmp_path):
     for own in ("", ", draft: own"):
-        text = f"output_dir: runs\ndraft: first\nstages: [{{stage: core{own}}}, {{stage: warm_up}}, {{stage: joint}}]"
+        stages = f"stages: [{{stage: core{own}}}, {{stage: contemplation}}, {{stage: joint}}]"
+        text = f"output_dir: runs\ndraft: first\n{stages}"
         runs = read(tmp_path, text, "--draft", "other", "--max_steps=5")
         drafts = [[option for option in run if option.startswith("--draft")] for run in runs]
-        assert drafts == [["--draft=other"], ["--draft=runs/core"], ["--draft=runs/warm_up"]]
+        assert drafts == [["--draft=other"], ["--draft=runs/core"], ["--draft=runs/contemplation"]]
         assert all(run[-1] == "--max_steps=5" for run in runs)
 
 

@@ -55,6 +55,13 @@ def make_inputs(draft: ConFuDraftModel, seed: int = 0) -> dict[str, torch.Tensor
     }
 
 
+def unrolled(draft: ConFuDraftModel, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs of all steps; the taps are fused first."""
+    features = draft.fuse_taps(inputs["taps"])
+    rest = {name: value for name, value in inputs.items() if name != "taps"}
+    return list(unroll(draft, features=features, **rest, num_steps=STEPS))
+
+
 def decode_row(
     draft: ConFuDraftModel, inputs: dict[str, torch.Tensor], text: int, row: int, first: int = 0
 ) -> Iterator[torch.Tensor]:
@@ -90,7 +97,7 @@ def decode_row(
 
 
 def assert_steps_decode(draft: ConFuDraftModel, inputs: dict[str, torch.Tensor], first: tuple[int, ...] = (0, 0)):
-    steps = list(unroll(draft, **inputs, num_steps=STEPS))
+    steps = unrolled(draft, inputs)
     assert len(steps) == STEPS
     compared = 0
     for text in range(BATCH):
@@ -126,9 +133,9 @@ def test_only_the_asked_rows_are_drafted_from():
     for name in ("future_states", "has_future"):
         index = rows[..., None].expand(-1, -1, inputs[name].shape[-1]) if inputs[name].ndim == 3 else rows
         inputs[name] = inputs[name].gather(1, index)
-    steps = list(unroll(draft, **inputs, num_steps=STEPS))
+    steps = unrolled(draft, inputs)
 
-    everything = list(unroll(draft, **make_inputs(draft), num_steps=STEPS))
+    everything = unrolled(draft, make_inputs(draft))
     for step in range(STEPS):
         for text in range(BATCH):
             # Steps that run out of the text draft from arbitrary tokens.
@@ -150,11 +157,11 @@ def test_hidden_true_rows_might_as_well_not_be_there():
 def test_a_row_depends_on_no_other_rows_future():
     draft = make_draft()
     inputs = make_inputs(draft)
-    before = list(unroll(draft, **inputs, num_steps=STEPS))
+    before = unrolled(draft, inputs)
     inputs["future_states"] = inputs["future_states"].clone()
     inputs["future_states"][0, 3] += 1
     inputs["has_future"][0, 3] = True
-    after = list(unroll(draft, **inputs, num_steps=STEPS))
+    after = unrolled(draft, inputs)
     for step in range(STEPS):
         changed = (before[step] != after[step]).any(dim=-1).nonzero().tolist()
         assert changed == [[0, 3]]
@@ -165,7 +172,7 @@ def test_gradients_flow_through_all_steps_of_a_row():
     inputs = make_inputs(draft)
     inputs["taps"].requires_grad_(True)
     inputs["future_states"].requires_grad_(True)
-    *_, last = unroll(draft, **inputs, num_steps=STEPS)
+    *_, last = unrolled(draft, inputs)
     row = int(inputs["has_future"][0, :8].nonzero()[-1])
     last[0, row].sum().backward()
     # Its own output is fed back, not a copy without a graph; and what it sees is taught too.

@@ -5,12 +5,13 @@ behind it as borrow it. Training mimics this at sampled positions, the anchors (
 sampling" and "future prediction replication").
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-
-IGNORE_INDEX = -100
+from .batch import draft_rows
 
 
 @dataclass
@@ -30,22 +31,10 @@ class Anchors:
     of_row: torch.LongTensor
 
 
-def draft_rows(labels: torch.LongTensor) -> torch.BoolTensor:
+@dataclass(frozen=True)
+class AnchorSampling:
     r"""
-    The rows that decoding can start a tree from, `(B, T)`.
-
-    Row i holds the feature at i and token i + 1, and predicts token i + 2; both tokens must be answer tokens. The
-    first row of an answer is its last prompt token.
-    """
-    is_answer = labels != IGNORE_INDEX
-    rows = torch.zeros_like(is_answer)
-    rows[:, :-2] = is_answer[:, 1:-1] & is_answer[:, 2:]
-    return rows
-
-
-def sample_anchors(labels: torch.LongTensor, replication: int, max_lag: int, limit: int | None = None) -> Anchors:
-    r"""
-    Sample anchors, with PyTorch's global random generator.
+    How anchors are drawn.
 
     Each run of draft rows is cut into blocks of `replication + 1` rows with one anchor in each, drawn uniformly; its
     first row, the last prompt token, is an anchor besides. An anchor serves itself and the `replication` rows behind
@@ -56,44 +45,52 @@ def sample_anchors(labels: torch.LongTensor, replication: int, max_lag: int, lim
     it. Here that lag is uniform in 1..`max_lag`, cut at the last prompt token, which itself has lag 0.
 
     Args:
-        labels (`torch.LongTensor` of shape `(batch, length)`): -100 outside of answers.
-        replication (`int`): Rows behind an anchor that use its future prediction, l.
+        replication (`int`): Rows behind an anchor that use its future prediction, l of the paper.
         max_lag (`int`): Greatest depth of a drafted node plus 1.
-        limit (`int`, *optional*): At most so many anchors in a sequence (K of the paper), the others left out by lot.
-            The first row of every answer stays one, also where a sequence has more answers than that.
+        seed (`int`): Of the draws.
     """
-    rows = draft_rows(labels)
-    starts_run = rows.clone()
-    starts_run[:, 1:] &= ~rows[:, :-1]
-    positions, routed_by = [], []
-    for is_row, is_start in zip(rows.cpu(), starts_run.cpu(), strict=True):
-        in_text, lagged, is_first = [], [], []
-        for start in is_start.nonzero()[:, 0].tolist():
-            behind = (~is_row[start:]).nonzero()
-            stop = start + int(behind[0]) if len(behind) else len(is_row)
-            blocks = torch.arange(start, stop, replication + 1)
-            drawn = blocks + torch.randint(replication + 1, blocks.shape)
-            anchors = torch.cat([torch.tensor([start]), drawn[drawn < stop]]).unique()
-            lag = torch.randint(1, max_lag + 1, anchors.shape)
-            in_text.append(anchors)
-            lagged.append(torch.maximum(anchors - lag, torch.tensor(start)))
-            is_first.append(anchors == start)
-        empty = torch.zeros(0, dtype=torch.long)
-        anchors = torch.cat(in_text) if in_text else empty
-        keep = torch.arange(len(anchors))
-        if limit is not None and len(anchors) > limit:
-            first = torch.cat(is_first)
-            # First rows lead, the others follow in an order drawn by lot.
-            order = (torch.rand(len(anchors)) - first.float()).argsort()
-            keep = order[: max(limit, int(first.sum()))].sort().values
-        positions.append(anchors[keep])
-        routed_by.append(torch.cat(lagged)[keep] if lagged else empty)
 
-    return place_anchors(positions, routed_by, labels, replication)
+    replication: int
+    max_lag: int
+    seed: int = 0
+
+    def draw(self, labels: torch.LongTensor, row_ids: Sequence[int], step: int = 0) -> Anchors:
+        r"""
+        Anchors of a batch.
+
+        Those of a row follow from (seed, step, number of the row) alone. So they are the same however the rows are
+        dealt out to batches and processes, and a resumed run draws what an uninterrupted one does.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, length)`): -100 outside of answers.
+            row_ids: Number of each row in its dataset.
+            step: Of the training; 0 for draws that never change.
+        """
+        rows = draft_rows(labels).cpu()
+        starts_run = rows.clone()
+        starts_run[:, 1:] &= ~rows[:, :-1]
+        positions, routed_by = [], []
+        for is_row, is_start, row_id in zip(rows, starts_run, row_ids, strict=True):
+            words = np.random.SeedSequence((self.seed, step, row_id)).generate_state(1)
+            generator = torch.Generator().manual_seed(int(words[0]))
+            of_text: list[torch.Tensor] = [torch.zeros(0, dtype=torch.long)]
+            routers: list[torch.Tensor] = [torch.zeros(0, dtype=torch.long)]
+            for start in is_start.nonzero()[:, 0].tolist():
+                behind = (~is_row[start:]).nonzero()
+                stop = start + int(behind[0]) if len(behind) else len(is_row)
+                blocks = torch.arange(start, stop, self.replication + 1)
+                drawn = blocks + torch.randint(self.replication + 1, blocks.shape, generator=generator)
+                anchors = torch.cat([torch.tensor([start]), drawn[drawn < stop]]).unique()
+                lag = torch.randint(1, self.max_lag + 1, anchors.shape, generator=generator)
+                of_text.append(anchors)
+                routers.append((anchors - lag).clamp(min=start))
+            positions.append(torch.cat(of_text))
+            routed_by.append(torch.cat(routers))
+        return place_anchors(positions, routed_by, labels, self.replication)
 
 
 def place_anchors(
-    positions: list[torch.LongTensor], routed_by: list[torch.LongTensor], labels: torch.LongTensor, replication: int
+    positions: list[torch.Tensor], routed_by: list[torch.Tensor], labels: torch.LongTensor, replication: int
 ) -> Anchors:
     """Anchors of a batch from those of each sequence, rising; `labels` `(batch, length)` and the rest as above."""
     rows = draft_rows(labels)
@@ -106,12 +103,13 @@ def place_anchors(
         if len(anchors):
             too_far = index - anchors[of_row[number].clamp(min=0)] > replication
             of_row[number, too_far] = -1
-    pad = torch.nn.utils.rnn.pad_sequence
+
+    def padded(parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(labels.device)
+
     return Anchors(
-        positions=pad(positions, batch_first=True).to(labels.device),
-        exists=pad([torch.ones_like(anchors, dtype=torch.bool) for anchors in positions], batch_first=True).to(
-            labels.device
-        ),
-        routed_by=pad(routed_by, batch_first=True).to(labels.device),
+        positions=padded(positions),
+        exists=padded([torch.ones_like(anchors, dtype=torch.bool) for anchors in positions]),
+        routed_by=padded(routed_by),
         of_row=of_row.to(labels.device).masked_fill(~rows, -1),
     )

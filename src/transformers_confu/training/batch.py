@@ -1,44 +1,178 @@
-"""A batch of training texts, padded or packed, as the objectives read it."""
+"""From rows of a dataset to a batch: which rows share one, how they are padded, and how the objectives read them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils.data import Sampler
 
-from .anchors import draft_rows
+from ..data.dataset import IGNORE_INDEX
+
+
+# Lengths are rounded up to a multiple of this many tokens before rows are sorted by them, so that rows of nearly equal
+# length change places between epochs.
+_LENGTH_STEP = 16
+
+
+class TokenBatchSampler(Sampler[list[int]]):
+    """
+    Batches of rows of similar length whose padded size (rows x longest row) stays within a budget of tokens.
+
+    Rows of one length need little padding and no attention mask but the causal one. (Packing several texts into one
+    sequence needs a mask of its own for every sequence; a forward of a 135M target over the same texts then took 1.4
+    times as long on a CPU.) A row longer than the budget is a batch of its own.
+
+    The batches are a function of (seed, epoch) alone: a resumed run sets the epoch and skips the batches that it has
+    had. The largest batches come first, so that memory runs out in the first step or not at all. Without `shuffle`,
+    every epoch goes from short rows to long ones.
+
+    Of several processes each gets its own share: every row is in one batch of one process, and all processes get the
+    same number of batches; where that does not come out even, batches are halved until it does. So the data loader
+    must not be sharded once more by accelerate.
+
+    Args:
+        lengths: Of every row, in tokens; at least 1 each.
+        tokens_per_batch: The budget of a batch of one process, in tokens, padding included.
+        seed: Of the shuffling, 0 or more.
+        shuffle: Whether to shuffle.
+        num_processes, process_index: How many processes share the rows, and which of them this is.
+
+    Raises:
+        ValueError: there are too few rows for the processes.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        tokens_per_batch: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        num_processes: int = 1,
+        process_index: int = 0,
+    ):
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.seed, self.shuffle = seed, shuffle
+        self.num_processes, self.process_index = num_processes, process_index
+        self.epoch = 0
+        self._rounded = -(-self.lengths // _LENGTH_STEP) * _LENGTH_STEP
+        ascending = np.sort(self._rounded)
+        self._bounds: list[tuple[int, int]] = []  # of each batch: slice [first, last) of the rows by ascending length
+        last = len(ascending)
+        while last > 0:  # filled from the longest row down
+            first = max(0, last - max(1, tokens_per_batch // int(ascending[last - 1])))
+            self._bounds.insert(0, (first, last))
+            last = first
+        self._halvings = -len(self._bounds) % num_processes
+        if self._halvings > len(self.lengths) - len(self._bounds):
+            raise ValueError(
+                f"{len(self.lengths)} rows in {len(self._bounds)} batches cannot be shared evenly by {num_processes} "
+                f"processes: give more rows or leave out {len(self.lengths) % num_processes}."
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next pass; Trainer calls it before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return (len(self._bounds) + self._halvings) // self.num_processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from (batch.tolist() for batch in self._all_batches()[self.process_index :: self.num_processes])
+
+    def _all_batches(self) -> list[np.ndarray]:
+        """The batches of all processes in the current epoch."""
+        if self.shuffle:
+            generator = np.random.default_rng((self.seed, self.epoch))
+            order = np.lexsort((generator.permutation(len(self.lengths)), self._rounded))
+            numbers = generator.permutation(len(self._bounds))
+        else:
+            order = np.argsort(self.lengths, kind="stable")
+            numbers = np.arange(len(self._bounds))
+        batches = [order[slice(*self._bounds[number])] for number in numbers]
+        for _ in range(self._halvings):
+            index = max(range(len(batches)), key=lambda index: len(batches[index]))
+            half = (len(batches[index]) + 1) // 2
+            batches[index : index + 1] = [batches[index][:half], batches[index][half:]]
+        if self.shuffle:
+            sizes = [len(batch) * int(self.lengths[batch].max()) for batch in batches]
+            by_size = sorted(range(len(batches)), key=lambda index: -sizes[index])
+            first = by_size[: self.num_processes]
+            batches = [batches[index] for index in first] + [
+                batch for index, batch in enumerate(batches) if index not in set(first)
+            ]
+        return batches
 
 
 @dataclass
-class Texts:
-    r"""
+class ConFuDataCollator:
+    """
+    Makes one batch of rows, padded on the right.
+
     Args:
-        input_ids, attention_mask, labels (`torch.LongTensor` of shape `(batch, length)`): Right-padded; labels are
-            -100 outside of answers.
-        position_ids (`torch.LongTensor` of shape `(batch, length)`): From 0 on in each document.
-        document_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Number of each token's document, -1
-            on padding, where a sequence packs several; see [`ConFuDataCollator`].
+        pad_token_id: What `input_ids` are padded with; 0 for `None`. No row that counts sees it.
+
+    Returns of a call, on the rows of a prepared dataset: LongTensors `[B, T]`
+
+    - `input_ids`.
+    - `attention_mask`: 1 on tokens, 0 on padding.
+    - `labels`: -100 on padding and on every first token, which nothing foretells.
+
+    and, if the rows have it, `row_ids` `[B]`. Other columns are left out.
+    """
+
+    pad_token_id: int | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        shape = (len(rows), max(len(row["input_ids"]) for row in rows))
+        input_ids = torch.full(shape, self.pad_token_id or 0, dtype=torch.long)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
+        for number, row in enumerate(rows):
+            length = len(row["input_ids"])
+            if len(row["labels"]) != length:
+                raise ValueError(
+                    f"A row has {length} input_ids and {len(row['labels'])} labels, expected as many of both: "
+                    "prepare it with prepare_dataset."
+                )
+            input_ids[number, :length] = torch.as_tensor(row["input_ids"])
+            attention_mask[number, :length] = 1
+            labels[number, 1:length] = torch.as_tensor(row["labels"][1:])
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if "row_ids" in rows[0]:
+            batch["row_ids"] = torch.tensor([row["row_ids"] for row in rows])
+        return batch
+
+
+@dataclass
+class TokenBatch:
+    r"""
+    A batch as the objectives read it.
+
+    Args:
+        input_ids, attention_mask, labels (`torch.LongTensor` of shape `(batch, length)`): Padded on the right; labels
+            are -100 outside of answers.
     """
 
     input_ids: torch.LongTensor
     attention_mask: torch.LongTensor
     labels: torch.LongTensor
-    position_ids: torch.LongTensor
-    document_ids: torch.LongTensor | None = None
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any]) -> "Texts":
+    def of(cls, batch: Mapping[str, Any]) -> "TokenBatch":
         """Of a batch as the collator makes it."""
-        input_ids = batch["input_ids"]
-        positions = batch.get("position_ids")
-        if positions is None:
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        return cls(input_ids, batch["attention_mask"], batch["labels"], positions, batch.get("document_ids"))
+        return cls(batch["input_ids"], batch["attention_mask"], batch["labels"])
+
+    @cached_property
+    def position_ids(self) -> torch.LongTensor:
+        """Position of every token, `(B, T)`."""
+        return torch.arange(self.input_ids.shape[1], device=self.input_ids.device).expand_as(self.input_ids)
 
     @cached_property
     def draft_rows(self) -> torch.BoolTensor:
-        """See [`~anchors.draft_rows`], `(B, T)`."""
+        """See [`draft_rows`], `(B, T)`."""
         return draft_rows(self.labels)
 
     @cached_property
@@ -53,21 +187,24 @@ class Texts:
         return (is_teacher.flatten().cumsum(0).view_as(self.labels) - 1).masked_fill(~is_teacher, -1)
 
     def sees(self, columns: torch.LongTensor) -> torch.BoolTensor:
-        """What rows standing at `columns` `(B, R)` see of the text, `(B, R, T)`: their document up to themselves."""
+        """What rows standing at `columns` `(B, R)` see of the text, `(B, R, T)`: everything up to themselves."""
         index = torch.arange(self.input_ids.shape[1], device=columns.device)
-        sees = (index <= columns[..., None]) & self.attention_mask.bool()[:, None]
-        if self.document_ids is not None:
-            sees &= self.document_ids[:, None] == self.document_ids.gather(1, columns)[..., None]
-        return sees
+        return (index <= columns[..., None]) & self.attention_mask.bool()[:, None]
 
-    def documents(self) -> Iterator[tuple[int, int, int]]:
-        """`(sequence, first, behind the last)` of every document, in the collator's order."""
-        numbers = self.attention_mask - 1 if self.document_ids is None else self.document_ids
-        for sequence, of_token in enumerate(numbers.tolist()):
-            first = 0
-            while first < len(of_token) and of_token[first] >= 0:
-                last = first
-                while last < len(of_token) and of_token[last] == of_token[first]:
-                    last += 1
-                yield sequence, first, last
-                first = last
+
+def draft_rows(labels: torch.LongTensor) -> torch.BoolTensor:
+    r"""
+    The rows that decoding can start a tree from, `(B, T)`, of labels `(B, T)`.
+
+    Row i holds the feature at i and token i + 1, and predicts token i + 2; both tokens must be answer tokens. The
+    first row of an answer is its last prompt token.
+    """
+    is_answer = labels != IGNORE_INDEX
+    rows = torch.zeros_like(is_answer)
+    rows[:, :-2] = is_answer[:, 1:-1] & is_answer[:, 2:]
+    return rows
+
+
+def gather_rows(states: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
+    """Rows `index` `(B, R)` of `states` `(B, T, D)`."""
+    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))

@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..data.continuous_batching import end_token_ids
+from ..common.answer_text import end_token_ids
 from ..data.dataset import IGNORE_INDEX
 
 

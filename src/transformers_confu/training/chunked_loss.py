@@ -15,14 +15,11 @@ from .losses import LOSSES
 
 def rows_per_chunk(device: torch.device) -> int:
     """
-    Rows whose scores are held at a time, `BYTES_OF_SCORE` bytes for each token that the draft can predict: few on a
-    CPU, for its caches; more on an accelerator, for few kernels, yet at most 1.6 GiB for 32,000 tokens.
+    Rows whose scores are held at a time: few on a CPU, for its caches; more on an accelerator, for few kernels. With
+    exponentials, gradient and what stands between, a score takes up to 26 bytes: 1.6 GiB for 2,048 rows over 32,000
+    tokens.
     """
     return 256 if device.type == "cpu" else 2048
-
-
-# Of a row's scores, their exponentials, gradient and what stands between, at most at once.
-BYTES_OF_SCORE = 26
 
 
 # Their gradient by the scores is q - p, which takes a third of the passes over a chunk that autograd would make.

@@ -4,6 +4,7 @@ import logging
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import DynamicCache, PreTrainedModel
 
 from ..inference.configuration_confu import ConFuConfig
@@ -30,7 +31,7 @@ def warm_start(
     normalise them, or neither does); `fc` starts as the highest tap. What could not be taken over is logged.
 
     Args:
-        target ([`PreTrainedModel`]): The target, of Llama's module names.
+        target ([`PreTrainedModel`]): The target. Where its modules are not named as Llama's, less is taken over.
         draft_token_ids (`torch.LongTensor` of shape `(draft_vocab_size,)`): See [`build_draft_vocabulary`].
         config ([`ConFuConfig`], *optional*): Defaults to [`ConFuConfig.from_target`].
         soft_prompt_ids (`torch.LongTensor` of shape `(num_soft_prompts,)`, *optional*): A text whose keys and values
@@ -42,7 +43,7 @@ def warm_start(
     draft_token_ids = draft.draft_token_ids
 
     backbone = target.get_decoder()
-    last = backbone.layers[-1]
+    last = _last_layer(backbone, config.target_num_hidden_layers)
     layer = draft.layers[0]
     # The draft's feature starts as the highest tap: the other taps come in as training finds use for them.
     nn.init.zeros_(draft.fc.weight)
@@ -123,16 +124,29 @@ def is_channel_untrained(draft: ConFuDraftModel) -> bool:
     return switched_off and (residual is None or not bool(residual.weight.any()))
 
 
-def _weight(module: nn.Module, path: str = "") -> torch.Tensor | None:
-    """Weight of the submodule at `path`, or `None` where there is no plain one.
+def _last_layer(backbone: nn.Module, num_layers: int) -> nn.Module | None:
+    """The last decoder layer, whatever the list of them is called (`layers`, `h`, `blocks`); `None` without a list."""
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module[-1]
+    return None
 
-    Quantised modules have none, a packed or a scaled one (FP8); offloaded ones hold theirs on the meta device.
+
+def _weight(module: nn.Module | None, path: str = "") -> torch.Tensor | None:
+    """
+    Weight of the submodule at `path`, dequantised where it knows how (torchao); `None` where there is no plain one.
+
+    Quantised modules have none, or a packed or scaled one (FP8); offloaded ones hold theirs on the meta device.
     """
     for name in path.split(".") if path else ():
         module = getattr(module, name, None)
     weight = getattr(module, "weight", None)
-    plain = isinstance(weight, torch.Tensor) and weight.dtype in PLAIN_DTYPES and not weight.is_meta
-    return weight if plain else None
+    if not isinstance(weight, torch.Tensor):  # torch's own quantised layers have a method of this name
+        return None
+    if is_traceable_wrapper_subclass(weight) and type(weight).dequantize is not torch.Tensor.dequantize:
+        weight = weight.dequantize()
+    is_plain = weight.dtype in PLAIN_DTYPES and not weight.is_meta and not is_traceable_wrapper_subclass(weight)
+    return weight if is_plain else None
 
 
 def _copy(ours: torch.Tensor, theirs: torch.Tensor | None) -> bool:

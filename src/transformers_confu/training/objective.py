@@ -9,9 +9,9 @@ from transformers import DynamicCache
 from ..inference.modeling_confu import ConFuDraftModel, ConFuExpertMixture
 from ..inference.target import TargetRunner
 from .anchors import Anchors
-from .batch import Texts
+from .batch import TokenBatch, gather_rows
 from .chunked_loss import ChunkedLoss
-from .teacher import Teaching, read_texts, teach
+from .teacher import Teaching, read_batch, teach
 from .unroll import unroll
 
 
@@ -31,8 +31,6 @@ class Objective:
             this step and all before are accepted in sampling at temperature 1.
         contemplate_load, future_load (`torch.LongTensor` of shape `(experts,)`, *optional*): How often the router of
             `[con]`, and that of `[f]`, chose each expert.
-        counted_by_position, correct_by_position (`torch.LongTensor` of shape `(4,)`, *optional*): Contemplate rows
-            within each of [`~warm_up.POSITIONS`] and beyond, and how many of them foresee the right token.
     """
 
     loss_sum: torch.Tensor
@@ -44,8 +42,6 @@ class Objective:
     accepted_so_far: torch.Tensor | None = None
     contemplate_load: torch.LongTensor | None = None
     future_load: torch.LongTensor | None = None
-    counted_by_position: torch.LongTensor | None = None
-    correct_by_position: torch.LongTensor | None = None
 
 
 @dataclass
@@ -56,17 +52,15 @@ class Recipe:
     Args:
         num_steps, decay: TTT steps, and the weight of step s as `decay ** s`.
         loss: Name of one of `LOSSES`.
-        weight_without_future: Weight of the rows that no anchor serves.
     """
 
     num_steps: int
     decay: float
     loss: str = "kl"
-    weight_without_future: float = 1.0
 
 
 def compute_live(
-    draft: ConFuDraftModel, runner: TargetRunner, texts: Texts, anchors: Anchors | None, recipe: Recipe
+    draft: ConFuDraftModel, runner: TargetRunner, batch: TokenBatch, anchors: Anchors | None, recipe: Recipe
 ) -> Objective:
     r"""
     The objective of a batch that the target reads now.
@@ -76,22 +70,22 @@ def compute_live(
     Args:
         draft ([`ConFuDraftModel`]): Trained.
         runner ([`TargetRunner`]): Of the frozen target, in its own dtype.
-        texts ([`Texts`]): The batch.
+        batch ([`TokenBatch`]): Texts.
         anchors ([`Anchors`], *optional*): Without them the draft trains in EAGLE-3 mode.
         recipe ([`Recipe`]).
     """
-    if not texts.draft_rows.any():
+    if not batch.draft_rows.any():
         return nothing_taught(draft, recipe.num_steps)
-    outputs = read_texts(
+    outputs = read_batch(
         runner,
-        texts,
-        keep_logits=texts.teaching_positions,
+        batch,
+        keep_logits=batch.teaching_positions,
         hidden_states=draft.config.target_hidden_state_indices,
         keep_cache=anchors is not None,
     )
     teaching = teach(draft, runner.taps(outputs.hidden_states), outputs.logits)
-    futures = None if anchors is None else contemplate(runner, texts, teaching.taps, outputs.cache, anchors)
-    return compute_objective(draft, runner.embed, texts, teaching, anchors, futures, recipe)
+    futures = None if anchors is None else contemplate(runner, batch, teaching.taps, outputs.cache, anchors)
+    return compute_objective(draft, runner.embed, batch, teaching, anchors, futures, recipe)
 
 
 def nothing_taught(draft: ConFuDraftModel, num_steps: int) -> Objective:
@@ -102,27 +96,27 @@ def nothing_taught(draft: ConFuDraftModel, num_steps: int) -> Objective:
 
 
 def contemplate(
-    runner: TargetRunner, texts: Texts, taps: torch.Tensor, cache: DynamicCache, anchors: Anchors
+    runner: TargetRunner, batch: TokenBatch, taps: torch.Tensor, cache: DynamicCache, anchors: Anchors
 ) -> torch.Tensor:
     """Future predictions at the anchors `(B, K, F)`, behind texts that are cached."""
     with torch.autocast(device_type=taps.device.type, enabled=False):
-        return runner.contemplate(cache, *contemplate_rows(texts, taps, anchors))
+        return runner.contemplate(cache, *contemplate_rows(batch, taps, anchors))
 
 
-def contemplate_rows(texts: Texts, taps: torch.Tensor, anchors: Anchors) -> tuple[torch.Tensor, ...]:
-    """What [`TargetRunner`] asks about the contemplate rows at anchors, behind a cache that holds the texts."""
+def contemplate_rows(batch: TokenBatch, taps: torch.Tensor, anchors: Anchors) -> tuple[torch.Tensor, ...]:
+    """What [`TargetRunner`] asks about the contemplate rows at anchors, behind a cache that holds the batch."""
     return (
         gather_rows(taps, anchors.routed_by),
-        texts.position_ids.gather(1, anchors.positions) + 1,
-        texts.position_ids.gather(1, anchors.routed_by) + 1,
-        texts.sees(anchors.positions),
+        batch.position_ids.gather(1, anchors.positions) + 1,
+        batch.position_ids.gather(1, anchors.routed_by) + 1,
+        batch.sees(anchors.positions),
     )
 
 
 def compute_objective(
     draft: ConFuDraftModel,
     embed: nn.Module,
-    texts: Texts,
+    batch: TokenBatch,
     teaching: Teaching,
     anchors: Anchors | None,
     futures: torch.Tensor | None,
@@ -132,43 +126,41 @@ def compute_objective(
     Args:
         draft ([`ConFuDraftModel`]): Trained.
         embed: The target's input embeddings, for a draft that has none of its own.
-        texts ([`Texts`]): The batch.
+        batch ([`TokenBatch`]): Texts.
         teaching ([`Teaching`]): What the target says about it.
         anchors ([`Anchors`], *optional*), futures (`torch.FloatTensor` of shape `(batch, anchors, future_size)`):
             Where the batch contemplates, and what comes of it. Without them the draft trains in EAGLE-3 mode.
         recipe ([`Recipe`]).
     """
-    if not texts.draft_rows.any():
+    if not batch.draft_rows.any():
         return nothing_taught(draft, recipe.num_steps)
-    rows, row_exists = _padded_index(texts.draft_rows)  # (B, R)
+    rows, row_exists = _padded_index(batch.draft_rows)  # (B, R)
 
-    dtype = teaching.probabilities.dtype
+    features = draft.fuse_taps(teaching.taps)  # (B, T, H)
     future_states = has_future = None
-    row_weights = torch.ones(rows.shape, device=draft.device, dtype=dtype)
     load = {}
     if anchors is not None:
         anchor_of_row = anchors.of_row.gather(1, rows)
         has_future = (anchor_of_row >= 0) & row_exists
         future_states = gather_rows(futures, anchor_of_row.clamp(min=0))  # (B, R, F)
-        row_weights = row_weights.masked_fill(~has_future.to(draft.device), recipe.weight_without_future)
         load = {
             "contemplate_load": expert_load(
                 draft.future_channel.contemplate_token, gather_rows(teaching.taps, anchors.routed_by)[anchors.exists]
             ),
             "future_load": expert_load(
-                draft.future_channel.future_token, draft.fuse_taps(gather_rows(teaching.taps, rows)[has_future])
+                draft.future_channel.future_token, gather_rows(features.detach(), rows)[has_future]
             ),
         }
 
     embed = draft.embed_tokens or embed
     with torch.no_grad() if draft.embed_tokens is None else torch.enable_grad():
-        inputs_embeds = embed(texts.input_ids).to(draft.device, draft.dtype)
+        inputs_embeds = embed(batch.input_ids).to(draft.device, draft.dtype)
     steps = unroll(
         draft,
         inputs_embeds,
-        teaching.taps,
-        texts.position_ids,
-        sees=texts.sees(rows),
+        features,
+        batch.position_ids,
+        sees=batch.sees(rows),
         rows=rows,
         future_states=future_states,
         has_future=has_future,
@@ -180,11 +172,12 @@ def compute_objective(
     # Row i at step s is taught by position i + 1 + s. It counts while all tokens up to i + 2 + s are of one answer.
     step_numbers = torch.arange(recipe.num_steps, device=rows.device)[:, None, None]
     taught_by = rows + 1 + step_numbers  # (S, B, R)
-    length = texts.input_ids.shape[1]
-    teachers = texts.teacher_numbers.expand(recipe.num_steps, -1, -1).gather(2, taught_by.clamp(max=length - 1))
+    length = batch.input_ids.shape[1]
+    teachers = batch.teacher_numbers.expand(recipe.num_steps, -1, -1).gather(2, taught_by.clamp(max=length - 1))
     counts = (row_exists & (teachers >= 0) & (taught_by < length)).cumprod(dim=0).bool()
     teachers = teachers[counts]  # (M,)
-    weights = row_weights * recipe.decay ** step_numbers.to(row_weights)
+    dtype = teaching.probabilities.dtype
+    weights = (recipe.decay ** step_numbers.to(draft.device, dtype)).expand_as(counts)
     # `ChunkedLoss` makes gradients in its forward; an evaluation has no use for the head's.
     head = draft.lm_head.weight if torch.is_grad_enabled() else draft.lm_head.weight.detach()
     # All steps at once, so that the head has one gradient to keep, not one for each.
@@ -226,11 +219,3 @@ def _padded_index(mask: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolT
     order = mask.int().sort(dim=1, descending=True, stable=True)
     most = int(mask.sum(dim=1).max())
     return order.indices[:, :most], order.values[:, :most].bool()
-
-
-def gather_rows(states: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
-    """Rows `index` `(B, R)` of `states` `(B, T, D)`."""
-    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
-
-
-__all__ = ["Objective", "Recipe", "compute_live", "compute_objective", "contemplate", "gather_rows"]

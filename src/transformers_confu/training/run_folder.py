@@ -4,27 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import logging
+
+from ..common.files import differences, read_json, write_atomically
 
 
-# Trainer writes it last.
-_LAST_FILE_OF_CHECKPOINT = "trainer_state.json"
-# Names with a leading underscore are not uploaded by Trainer.
-_RECORD = "_run.json"
-
-
-def _off(value: Any) -> Any:
-    """`None` for an option that is off: one that an older record does not know was off when the run was made."""
-    return None if value is False else value
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs, for an error; empty if nothing does."""
-    return "; ".join(
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted({*before, *now})
-        if _off(before.get(name)) != _off(now.get(name))
-    )
+logger = logging.get_logger(__name__)
 
 
 class RunFolder:
@@ -33,19 +19,21 @@ class RunFolder:
 
     Args:
         path: The folder.
-        recipe: What the outcome of the run depends on, by name; JSON values.
+        options: What the outcome of the run depends on, by name; JSON values.
 
     Raises:
-        ValueError: the folder holds a run with another recipe.
+        ValueError: the folder holds a run with other options.
     """
 
-    def __init__(self, path: str | Path, recipe: dict[str, Any]):
+    def __init__(self, path: str | Path, options: dict[str, Any]):
         self.path = Path(path)
-        self.recipe = json.loads(json.dumps(recipe))
-        self.conditions: dict[str, Any] = {}
-        record = json.loads(text) if (text := self._read()) else {"recipe": self.recipe, "finished": False}
-        self.finished: bool = record["finished"]
-        if changed := _changes(record["recipe"], self.recipe):
+        # Names with a leading underscore are not uploaded by Trainer.
+        self._record = self.path / "_run.json"
+        self._options = json.loads(json.dumps(options))
+        found = read_json(self._record) if self._record.exists() else {}
+        self.finished: bool = found.get("finished", False)
+        self._conditions: dict[str, Any] = found.get("conditions", {})
+        if found and (changed := differences(found.get("options", {}), self._options)):
             state = "a finished" if self.finished else "an interrupted"
             raise ValueError(
                 f"{self.path} holds {state} run with other options ({changed}): use another `output_dir`, or delete "
@@ -54,7 +42,7 @@ class RunFolder:
 
     def run_under(self, conditions: dict[str, Any], continued: bool) -> None:
         """
-        Take note of what the batches of an unfinished run depend on besides its recipe, and is known only now.
+        Take note of what the batches of an unfinished run depend on besides its options, and is known only now.
 
         Args:
             conditions: By name; JSON values.
@@ -63,33 +51,24 @@ class RunFolder:
         Raises:
             ValueError: it does, and was begun under other conditions.
         """
-        begun_under = json.loads(text).get("conditions") if continued and (text := self._read()) else None
-        # A record of an older version has none.
-        if begun_under is not None and (changed := _changes(begun_under, conditions)):
+        if continued and self._record.exists() and (changed := differences(self._conditions, conditions)):
             raise ValueError(
                 f"{self.path} holds an interrupted run, which would go on with other batches ({changed}): continue it "
                 "as it was begun, use another `output_dir`, or delete this one to train anew."
             )
-        self.conditions = conditions
-
-    def _read(self) -> str | None:
-        record = self.path / _RECORD
-        return record.read_text() if record.exists() else None
+        self._conditions = conditions
 
     def write(self, finished: bool) -> None:
         """Record that the run is under way, or finished."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        record = {"finished": finished, "recipe": self.recipe, "conditions": self.conditions}
-        (self.path / _RECORD).write_text(json.dumps(record, indent=2))
+        record = {"finished": finished, "options": self._options, "conditions": self._conditions}
+        write_atomically(self._record, json.dumps(record, indent=2))
 
     def last_checkpoint(self) -> str | None:
-        """Folder of the newest checkpoint of a recorded run that was written to its end, if there is one."""
-        if self._read() is None:
+        """Folder of the newest whole checkpoint of a recorded run, if there is one."""
+        if not self._record.exists():
             return None
-        steps = {
-            int(folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")): folder
-            for folder in self.path.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-            if folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdecimal()
-            and (folder / _LAST_FILE_OF_CHECKPOINT).exists()
-        }
-        return str(steps[max(steps)]) if steps else None
+        for folder in reversed(sort_checkpoints(str(self.path))):
+            if Path(folder, "trainer_state.json").exists():  # Trainer writes it last
+                return folder
+            logger.warning("%s was not written to its end, and is left out.", folder)
+        return None

@@ -1,20 +1,98 @@
-"""What the frozen target says about a batch of texts: what the draft reads, and what it shall foretell."""
+"""The frozen target: made ready for training, read, and what it says that the draft shall foretell."""
 
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..inference.checks import check_prompt_learning
 from ..inference.modeling_confu import ConFuDraftModel
-from ..inference.target import TargetRunner, additive_mask, can_name_logits
-from .batch import Texts
+from ..inference.target import TargetRunner, can_name_logits
+from .batch import TokenBatch
 from .chunked_loss import rows_per_chunk
+
+
+def freeze(target: nn.Module) -> PreTrainedModel:
+    """The target in eval mode, without gradients of its own; of a peft model the base model with its adapters on."""
+    if hasattr(target, "get_base_model"):
+        check_prompt_learning(target)  # which the base model alone would not show
+        target = target.get_base_model()
+    return target.eval().requires_grad_(False)
+
+
+def shard(target: PreTrainedModel, device: torch.device) -> None:
+    """
+    Shard the target's layers over all processes, in place (FSDP2).
+
+    Each layer is gathered when a forward or a backward reaches it. What lies outside of the layers (embeddings, final
+    norm, head) stays whole on every process: training calls the embeddings by themselves. All processes must then run
+    equally many forwards, which `ConFuTrainer` sees to.
+    """
+    # Imported here: not in every build of torch.
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if isinstance(target, FSDPModule):  # by an earlier stage of the same command
+        return
+    layers = [module for module in target.modules() if type(module).__name__ in (target._no_split_modules or ())]
+    if not layers:
+        raise ValueError(
+            f"{type(target).__name__} names no layers that may be sharded (`_no_split_modules`); load it with "
+            "`device_map` instead."
+        )
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    target.to(device)
+    outside = set(target.parameters()).difference(*(layer.parameters() for layer in layers))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(target, mesh=mesh, ignored_params=outside)
+
+
+@torch.no_grad()
+def read_batch(
+    runner: TargetRunner,
+    batch: TokenBatch,
+    keep_logits: torch.BoolTensor,
+    hidden_states: list[int],
+    keep_cache: bool = False,
+) -> ModelOutput:
+    r"""
+    The target's forward over a batch.
+
+    Args:
+        runner ([`TargetRunner`]): Of the frozen target.
+        batch ([`TokenBatch`]): The texts.
+        keep_logits (`torch.BoolTensor` of shape `(batch, length)`): Where logits are wanted; those of the outputs are
+            `(kept, V)`.
+        hidden_states: Indices of the hidden states that are wanted.
+        keep_cache: Whether the outputs shall hold a cache.
+    """
+    target = runner.target
+    keeps_logits = can_name_logits(target)
+    with torch.autocast(device_type=target.device.type, enabled=False):
+        outputs = target(
+            input_ids=batch.input_ids,
+            # Padding is on the right, where no real row sees it, and causal masking alone is cheaper.
+            attention_mask=None if bool(batch.attention_mask.all()) else batch.attention_mask,
+            position_ids=batch.position_ids,
+            cache=DynamicCache(config=target.config) if keep_cache else None,
+            use_cache=keep_cache,
+            output_hidden_states=sorted(hidden_states),
+            **runner.asked_of_all,
+            **({"logits_to_keep": keep_logits} if keeps_logits else {}),
+        )
+    if not keeps_logits:
+        outputs.logits = outputs.logits[keep_logits.to(outputs.logits.device)]
+    return outputs
 
 
 @dataclass
 class Teaching:
     r"""
+    What the target says about a batch.
+
     Position j of the target says what token j + 1 should be. The M positions that teach some draft row are numbered
     through the batch, row by row.
 
@@ -33,51 +111,6 @@ class Teaching:
     out_of_vocabulary_mass: torch.Tensor
     entropies: torch.Tensor
     best_tokens: torch.LongTensor
-
-
-@torch.no_grad()
-def read_texts(
-    runner: TargetRunner,
-    texts: Texts,
-    keep_logits: torch.BoolTensor,
-    hidden_states: list[int],
-    keep_cache: bool = False,
-) -> ModelOutput:
-    r"""
-    The target's forward over texts.
-
-    Args:
-        runner ([`TargetRunner`]): Of the frozen target.
-        texts ([`Texts`]): Padded or packed.
-        keep_logits (`torch.BoolTensor` of shape `(batch, length)`): Where logits are wanted; those of the outputs are
-            `(kept, V)`.
-        hidden_states: Indices of the hidden states that are wanted.
-        keep_cache: Whether the outputs shall hold a cache.
-    """
-    target = runner.target
-    if texts.document_ids is not None:
-        # Any embedding tells the dtype of the mask.
-        like = target.get_input_embeddings()(texts.input_ids[:1, :1])
-        columns = torch.arange(texts.input_ids.shape[1], device=texts.input_ids.device)
-        attention_mask = additive_mask(texts.sees(columns.expand_as(texts.input_ids)), like=like)
-    else:
-        # Padding is on the right, where no real row sees it, and causal masking alone is cheaper.
-        attention_mask = None if bool(texts.attention_mask.all()) else texts.attention_mask
-    keeps_logits = can_name_logits(target)
-    with torch.autocast(device_type=target.device.type, enabled=False):
-        outputs = target(
-            input_ids=texts.input_ids,
-            attention_mask=attention_mask,
-            position_ids=texts.position_ids,
-            cache=DynamicCache(config=target.config) if keep_cache else None,
-            use_cache=keep_cache,
-            output_hidden_states=sorted(hidden_states),
-            **runner.asked_of_all,
-            **({"logits_to_keep": keep_logits} if keeps_logits else {}),
-        )
-    if not keeps_logits:
-        outputs.logits = outputs.logits[keep_logits.to(outputs.logits.device)]
-    return outputs
 
 
 @torch.no_grad()

@@ -1,36 +1,43 @@
 """`ConFuTrainer`: fine-tune a ConFu draft for a target, on Transformers' `Trainer`."""
 
 import copy
+import errno
+import inspect
+import shutil
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, concatenate_datasets
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from ..common.loading import default_dtype, load_draft, load_target
 from ..data.dataset import sequence_lengths
 from ..inference.checks import check_target
 from ..inference.configuration_confu import SPECIAL_TOKENS
 from ..inference.modeling_confu import ConFuDraftModel
 from ..inference.target import TargetRunner
-from .anchors import Anchors, draft_rows, sample_anchors
-from .arguments import NOT_SHARDED_BY, PARAMETER_GROUPS, ConFuTrainingArguments, parameter_group
-from .batch import Texts
-from .batching import ConFuDataCollator, LengthGroupedTokenBatchSampler, PackedTokenBatchSampler, TokenBatchSampler
+from .anchors import AnchorSampling
+from .arguments import NOT_SHARDED_BY, ConFuTrainingArguments, parameter_group
+from .batch import ConFuDataCollator, TokenBatch, TokenBatchSampler, draft_rows
 from .checks import check_dataset, check_tokenizer
-from .features import CachedFeatures, FixedAnchors
-from .hub_uploads import PublishingTrainer
+from .contemplation import compute_foresight
+from .features import KeptFeatures
 from .initialisation import is_channel_untrained
+from .metrics import Counts
 from .objective import Objective, Recipe, compute_live
-from .running_metrics import Counts, warn_of_collapse
-from .targets import freeze, load_frozen_target, shard
-from .warm_up import compute_foresight
+from .release import ReleasingTrainer
+from .teacher import freeze, shard
+
+
+# What the override below relies on; `Trainer` calls it with what to train, and trains what it returns.
+_WRAP_MODEL_PARAMETERS = ["self", "model", "training", "dataloader"]
 
 
 class ObjectiveModule(nn.Module):
@@ -43,7 +50,7 @@ class ObjectiveModule(nn.Module):
         draft ([`ConFuDraftModel`]): Trained.
         target ([`PreTrainedModel`]): Frozen.
         args ([`ConFuTrainingArguments`]).
-        features ([`CachedFeatures`], *optional*): What the target says, where it need not be asked again.
+        features ([`KeptFeatures`], *optional*): What the target says, where it need not be asked again.
     """
 
     def __init__(
@@ -51,7 +58,7 @@ class ObjectiveModule(nn.Module):
         draft: ConFuDraftModel,
         target: PreTrainedModel,
         args: ConFuTrainingArguments,
-        features: CachedFeatures | None = None,
+        features: KeptFeatures | None = None,
     ):
         super().__init__()
         self.draft = draft
@@ -63,13 +70,30 @@ class ObjectiveModule(nn.Module):
         """Loss and counts of a batch as the collator makes it, with `anchors` besides, except in stage core."""
         (target,) = self._target
         runner = TargetRunner(target, self.draft.config, self.draft.future_channel)
-        texts, args = Texts.of(batch), self.args
-        if args.stage == "warm_up":
-            return compute_foresight(self.draft, runner, texts, batch["anchors"])
-        recipe = Recipe(args.ttt_steps, args.ttt_decay, args.loss, args.weight_without_future)
+        texts, anchors = TokenBatch.of(batch), batch.get("anchors")
+        if self.args.stage == "contemplation":
+            return compute_foresight(self.draft, runner, texts, anchors)
+        recipe = Recipe(self.args.ttt_steps, self.args.ttt_decay, self.args.loss)
         if self.features is not None:
-            return self.features.compute(texts, batch["row_ids"].tolist(), recipe)
-        return compute_live(self.draft, runner, texts, batch.get("anchors"), recipe)
+            return self.features.compute(texts, batch["row_ids"].tolist(), anchors, recipe)
+        return compute_live(self.draft, runner, texts, anchors, recipe)
+
+
+class NumberedRows(torch.utils.data.Dataset):
+    """Rows of a dataset with their number in `row_ids`, from `first` on. (As a column, `datasets` would copy all.)"""
+
+    def __init__(self, rows: Dataset, first: int):
+        self.rows, self.first = rows, first
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index] | {"row_ids": self.first + index}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        rows = self.rows.__getitems__(indices)
+        return [row | {"row_ids": self.first + index} for index, row in zip(indices, rows, strict=True)]
 
 
 class KeepSpecialTokens(TrainerCallback):
@@ -87,22 +111,7 @@ class KeepSpecialTokens(TrainerCallback):
                 setattr(config, name, copy.copy(value))
 
 
-def token_batches(dataset: Any, args: ConFuTrainingArguments, shuffle: bool) -> TokenBatchSampler:
-    """This process's batches of a dataset; ValueError where it cannot be dealt out as `args` say."""
-    settings: dict[str, Any] = {
-        "lengths": sequence_lengths(dataset),
-        "tokens_per_batch": args.tokens_per_batch,
-        "seed": args.seed,
-        "shuffle": shuffle,
-        "num_processes": args.world_size,
-        "process_index": args.process_index,
-    }
-    if args.packed_length is None:
-        return LengthGroupedTokenBatchSampler(**settings)
-    return PackedTokenBatchSampler(packed_length=args.packed_length, **settings)
-
-
-class ConFuTrainer(PublishingTrainer):
+class ConFuTrainer(ReleasingTrainer):
     r"""
     Trains a draft against its frozen target.
 
@@ -123,12 +132,12 @@ class ConFuTrainer(PublishingTrainer):
     step, however the rows are dealt out. A resumed run continues as if it had not been interrupted.
 
     Logged and evaluated beside the loss: see [`~metrics.Counts.metrics`]. `load_best_model_at_end=True` selects by
-    `tau_greedy`. In the warm-up stage accuracy is that of the contemplate rows' own predictions, and rows are these.
+    `tau_greedy`.
 
     Args:
-        model ([`ConFuDraftModel`]): The draft, in float32; see [`warm_start`].
+        model ([`ConFuDraftModel`] or `str`): The draft, in float32; see [`warm_start`]. Or its folder or Hub id.
         target_model ([`PreTrainedModel`], peft model or `str`): The target, on the device and in the dtype it shall
-            run in; or its folder or Hub id, loaded as `args.target_dtype` and `args.target_device_map` say.
+            run in; or its folder or Hub id, loaded in bfloat16 where the hardware computes in it.
         args ([`ConFuTrainingArguments`]).
         processing_class ([`PreTrainedTokenizerBase`], *optional*): The target's tokenizer; saved with the draft.
         train_dataset, eval_dataset: From [`prepare_dataset`].
@@ -141,7 +150,7 @@ class ConFuTrainer(PublishingTrainer):
 
     def __init__(
         self,
-        model: ConFuDraftModel,
+        model: ConFuDraftModel | str,
         target_model: PreTrainedModel | nn.Module | str,
         args: ConFuTrainingArguments,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -149,56 +158,48 @@ class ConFuTrainer(PublishingTrainer):
         eval_dataset: Any = None,
         **kwargs: Any,
     ):
-        if model is None or kwargs.get("model_init") is not None:
-            raise ValueError("`model_init` is not supported: a draft is made for its target; give it as `model`.")
-        if model.dtype != torch.float32:
+        if not isinstance(args, ConFuTrainingArguments):
             raise ValueError(
-                f"The draft is in {model.dtype}; train it in float32 (`model.float()`) and set `bf16=True` for speed."
+                f"`args` is a {type(args).__name__}; give `ConFuTrainingArguments(output_dir=...)`, which hold what a "
+                "draft's training needs besides."
             )
-        for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"`{name}` has no effect here: losses are named by `loss`, and there are no logits to measure; "
-                    "leave it out, and measure in a callback's `on_evaluate`."
-                )
+        if list(inspect.signature(Trainer._wrap_model).parameters) != _WRAP_MODEL_PARAMETERS:
+            raise RuntimeError(
+                "This version of Transformers wraps models in another way than the one known here, and would train "
+                "without the target: install the version that this package asks for."
+            )
+        model = self._checked_draft(model, kwargs)
         if isinstance(target_model, str):
-            target_model = load_frozen_target(target_model, args.target_dtype, args.device, args.target_device_map)
+            target_model, _ = load_target(target_model, default_dtype(args.device), args.device)
         self.target_model = freeze(target_model)
         check_target(self.target_model, model.config)
         if processing_class is not None:
             check_tokenizer(processing_class, self.target_model)
-        steps = 1 if args.stage == "warm_up" else args.ttt_steps
-
-        def checked(dataset: Dataset, name: str) -> Dataset:
-            dataset = check_dataset(dataset, self.target_model, name, steps)
-            try:
-                token_batches(dataset, args, shuffle=False)
-            except ValueError as error:
-                raise ValueError(f"`{name}` makes no batches. {error}") from error
-            return dataset
-
+        if args.shard_target and args.world_size == 1:
+            raise ValueError("`shard_target` needs several processes; start them with `torchrun` or `accelerate`.")
+        if isinstance(eval_dataset, dict) and args.metric_for_best_model in (
+            "tau_greedy",
+            "tau_probabilistic",
+            "loss",
+        ):
+            raise ValueError(
+                f"`metric_for_best_model` is {args.metric_for_best_model!r}, and there are several evaluation sets: "
+                f"name one of them too, such as '{next(iter(eval_dataset), '')}_{args.metric_for_best_model}'."
+            )
+        self._first_rows: list[tuple[Dataset, int]] = []
+        """The datasets of this trainer, and the number of the first row of each through all of them."""
         if train_dataset is not None:
-            train_dataset = checked(train_dataset, "train_dataset")
+            train_dataset = self._checked(train_dataset, "train_dataset", args)
         if isinstance(eval_dataset, dict):
-            if (metric := args.metric_for_best_model) in ("tau_greedy", "tau_probabilistic", "loss"):
-                raise ValueError(
-                    f"`metric_for_best_model` is {metric!r}, and there are several evaluation sets: name one of them "
-                    f"too, such as '{next(iter(eval_dataset), '')}_{metric}'."
-                )
             eval_dataset = {
-                name: checked(dataset, f"eval_dataset[{name!r}]") for name, dataset in eval_dataset.items()
+                name: self._checked(dataset, f"eval_dataset[{name!r}]", args) for name, dataset in eval_dataset.items()
             }
         elif eval_dataset is not None:
-            eval_dataset = checked(eval_dataset, "eval_dataset")
+            eval_dataset = self._checked(eval_dataset, "eval_dataset", args)
         if args.shard_target:
-            if args.world_size == 1:
-                raise ValueError("`shard_target` needs several processes; start them with `torchrun` or `accelerate`.")
             shard(self.target_model, args.device)
-        # Several GPUs in one process would mean `DataParallel`, which splits a forward that training never calls and
-        # scales the loss by their number.
-        args._n_gpu = min(args.n_gpu, 1)
         if kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = ConFuDataCollator(model.config.pad_token_id, packed_length=args.packed_length)
+            kwargs["data_collator"] = ConFuDataCollator(model.config.pad_token_id)
         if {"contemplate", "future"} & set(args.taught) and is_channel_untrained(model):
             del model.generation_config.confu_contemplation  # from here on there is something to decode with
         # Parameters that this run shall not teach are left out of the optimiser, whose weight decay would shrink them.
@@ -218,51 +219,77 @@ class ConFuTrainer(PublishingTrainer):
         # The loss below is already divided by the number of rows of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self._sampling = AnchorSampling(args.replication, args.ttt_steps + 1, args.seed)
         with self.accelerator.main_process_first():  # makes the files, which all share
-            features = self._cached_features()
+            features = self._kept_features()
         self._objective = ObjectiveModule(model, self.target_model, args, features)
         self._counts = {"train": self._no_counts(), "eval": self._no_counts()}
-        self._collapsed: set[str] = set()
+
+    @staticmethod
+    def _checked_draft(model: Any, kwargs: dict[str, Any]) -> ConFuDraftModel:
+        if model is None or kwargs.get("model_init") is not None:
+            raise ValueError("`model_init` is not supported: a draft is made for its target; give it as `model`.")
+        for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` has no effect here: losses are named by `loss`, and there are no logits to measure; "
+                    "leave it out, and measure in a callback's `on_evaluate`."
+                )
+        if isinstance(model, str):
+            model = load_draft(model, torch.float32)
+        model = getattr(model, "_orig_mod", model)  # of `torch.compile`
+        if not isinstance(model, ConFuDraftModel):
+            raise ValueError(
+                f"`model` is a {type(model).__name__}, expected a ConFuDraftModel; load one with "
+                "`ConFuDraftModel.from_pretrained`. All of a draft is trained, or the groups that are not `frozen`; "
+                "adapters of peft are not."
+            )
+        if model.dtype != torch.float32:
+            raise ValueError(
+                f"The draft is in {model.dtype}; train it in float32 (`model.float()`) and set `bf16=True` for speed."
+            )
+        return model
 
     # Data
 
-    def _cached_features(self) -> CachedFeatures | None:
-        """The files of `args.feature_cache`; the rows of all datasets are numbered for them."""
+    def _checked(self, dataset: Any, name: str, args: ConFuTrainingArguments) -> Dataset:
+        """A dataset that can be trained on."""
+        dataset = check_dataset(dataset, self.target_model, name, args.num_steps)
+        try:
+            self._sampler(dataset, args, shuffle=False)
+        except ValueError as error:
+            raise ValueError(f"`{name}` makes no batches. {error}") from error
+        self._first_rows.append((dataset, sum(len(before) for before, _ in self._first_rows)))
+        return dataset
+
+    @staticmethod
+    def _sampler(dataset: Dataset, args: ConFuTrainingArguments, shuffle: bool) -> TokenBatchSampler:
+        return TokenBatchSampler(
+            sequence_lengths(dataset),
+            args.tokens_per_batch,
+            seed=args.seed,
+            shuffle=shuffle,
+            num_processes=args.world_size,
+            process_index=args.process_index,
+        )
+
+    def _kept_features(self) -> KeptFeatures | None:
+        """The files of `args.feature_cache`, for the rows of all datasets."""
         if self.args.feature_cache is None:
             return None
-        numbered, first = [], 0
-
-        def number(dataset: Dataset) -> Dataset:
-            nonlocal first
-            ids = range(first, first + len(dataset))
-            first += len(dataset)
-            numbered.append(dataset.add_column("row_ids", ids))
-            return numbered[-1]
-
-        if self.train_dataset is not None:
-            self.train_dataset = number(self.train_dataset)
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: number(dataset) for name, dataset in self.eval_dataset.items()}
-        elif self.eval_dataset is not None:
-            self.eval_dataset = number(self.eval_dataset)
-        anchors = None
-        if self.args.stage == "joint":
-            args = self.args
-            anchors = FixedAnchors(args.replication, args.max_lag, args.anchors_per_sequence, args.seed)
-        if not numbered:
+        datasets = [rows.select_columns(["input_ids", "labels"]) for rows, _ in self._first_rows]
+        if not datasets:
             raise ValueError("`feature_cache` keeps what the target says about datasets; give a `train_dataset`.")
-        features = numbered[0].features
-        for index, rows in enumerate(numbered):
-            if rows.features != features:  # ids may be of several integer types
-                numbered[index] = rows.select_columns(list(features)).cast(features)
-        whole = concatenate_datasets(numbered)
+        features = datasets[0].features  # ids may be of several integer types
+        whole = concatenate_datasets([rows if rows.features == features else rows.cast(features) for rows in datasets])
         runner = TargetRunner(self.target_model, self.model.config, self.model.future_channel)
-        return CachedFeatures(self.model, runner, whole, self.args.feature_cache, anchors)
+        sampling = self._sampling if self.args.stage == "joint" else None
+        return KeptFeatures(self.model, runner, whole, self.args.feature_cache, sampling)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise ValueError("Training needs a `train_dataset`; make one with `prepare_dataset`.")
-        return self._token_batches(self.train_dataset, shuffle=True)
+        return self._loader(self.train_dataset, shuffle=True)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         return self.get_eval_dataloader(test_dataset)
@@ -273,18 +300,19 @@ class ConFuTrainer(PublishingTrainer):
             dataset = self.eval_dataset[dataset]
         if dataset is None:
             raise ValueError("Evaluation needs an `eval_dataset`; make one with `prepare_dataset`.")
-        if self._objective.features is not None and "row_ids" not in dataset.column_names:
+        return self._loader(dataset, shuffle=False)
+
+    def _loader(self, dataset: Dataset, shuffle: bool) -> DataLoader:
+        args = self.args
+        first = next((first for known, first in self._first_rows if known is dataset), None)
+        if first is None and self._objective.features is not None:
             raise ValueError(
                 "`feature_cache` keeps the rows that the trainer was made with, and this dataset is none of them; "
                 "give it as an `eval_dataset` of `ConFuTrainer`, or leave `feature_cache` out."
             )
-        return self._token_batches(dataset, shuffle=False)
-
-    def _token_batches(self, dataset: Any, shuffle: bool) -> DataLoader:
-        args = self.args
         loader = DataLoader(
-            dataset,
-            batch_sampler=token_batches(dataset, args, shuffle),
+            NumberedRows(dataset, first or 0),
+            batch_sampler=self._sampler(dataset, args, shuffle),
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
@@ -293,52 +321,51 @@ class ConFuTrainer(PublishingTrainer):
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         # The sampler already deals batches out to the processes.
-        return prepare_data_loader(
-            loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True
-        )
+        return prepare_data_loader(loader, device=args.device, num_processes=1, process_index=0, put_on_device=True)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
         """The batches of one step, with their anchors, and the number of rows that all processes train on in it."""
+        if self.state.global_step >= self.state.max_steps:
+            # A checkpoint of the last step is continued: Trainer would look only behind the next step.
+            self.control.should_training_stop = True
+            return [], None
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
-        if self._draws_anchors:
-            for number, batch in enumerate(batches):
-                # A pure function of the step: a resumed run draws the same, and nothing else depends on it.
-                place = (self.args.seed, self.state.global_step, number, self.args.process_index)
-                batch["anchors"] = self._draw_anchors(batch["labels"], place)
-        if self.args.stage == "warm_up":
+        for batch in batches:
+            self._add_anchors(batch, step=self.state.global_step + 1)
+        if self.args.stage == "contemplation":
             rows = sum(batch["anchors"].exists.sum() for batch in batches)
         else:
             rows = sum(draft_rows(batch["labels"]).sum() for batch in batches)
         return batches, self.accelerator.reduce(rows.to(device), reduction="sum")
 
-    @property
-    def _draws_anchors(self) -> bool:
-        """Whether batches come with anchors; those of kept features are fixed."""
-        return self.args.stage == "warm_up" or (self.args.stage == "joint" and self._objective.features is None)
-
-    def _draw_anchors(self, labels: torch.LongTensor, place: tuple[int, ...]) -> Anchors:
-        with torch.random.fork_rng(devices=[]):  # anchors are drawn on the CPU
-            torch.default_generator.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
-            return sample_anchors(
-                labels, self.args.replication, self.args.max_lag, limit=self.args.anchors_per_sequence
-            )
+    def _add_anchors(self, batch: dict[str, Any], step: int) -> None:
+        """Where a batch contemplates; always the same with kept features, whose future predictions are of step 0."""
+        if self.args.stage != "core":
+            if self._objective.features is not None:
+                step = 0
+            batch["anchors"] = self._sampling.draw(batch["labels"], batch["row_ids"].tolist(), step)
 
     # Optimisation
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self._counts["train"] = self._no_counts()
-        return super().train(*args, **kwargs)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing where a checkpoint of the last step is continued: Trainer looks only behind the next step."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # A full disk is an internal error of torch's or of safetensors' writers.
+            free = shutil.disk_usage(self.args.output_dir).free
+            if free > sum(value.nbytes for value in self.model.state_dict().values()):
+                raise
+            raise OSError(
+                errno.ENOSPC,
+                f"no space for a checkpoint ({free / 1e6:.0f} MB are free); make room, or keep fewer with "
+                "`save_total_limit`, and start again: the run goes on from its last whole checkpoint",
+                self.args.output_dir,
+            ) from error
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """What Trainer calls with a batch: never the draft itself, but the objective around it."""
@@ -347,16 +374,18 @@ class ConFuTrainer(PublishingTrainer):
         return self.accelerator.prepare_model(self._objective) if model is self.model else model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's optimiser, its parameters grouped so that each has the learning rate of its group."""
+        """Trainer's optimiser, its parameters grouped so that the future channel has its learning rate."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if is_new:
-            group_of = {parameter: parameter_group(name) for name, parameter in self.model.named_parameters()}
+        if is_new and self.args.channel_learning_rate is not None:
+            of_core = {
+                parameter for name, parameter in self.model.named_parameters() if parameter_group(name) == "core"
+            }
             optimizer.param_groups = [
-                group | {"params": members, "lr": self.args.learning_rates[name]}
-                for name in PARAMETER_GROUPS
+                group | {"params": members, "lr": rate}
+                for is_core, rate in ((True, self.args.learning_rate), (False, self.args.channel_learning_rate))
                 for group in optimizer.param_groups
-                if (members := [parameter for parameter in group["params"] if group_of[parameter] == name])
+                if (members := [parameter for parameter in group["params"] if (parameter in of_core) is is_core])
             ]
         return optimizer
 
@@ -383,22 +412,17 @@ class ConFuTrainer(PublishingTrainer):
     ) -> tuple[None, None, None]:
         """Count one batch. Trainer would average the losses of batches, which are of unequal size."""
         inputs = self._prepare_inputs(inputs)
-        if self._draws_anchors:
-            place = (self.args.seed, self.args.process_index, self._evaluated)
-            inputs["anchors"] = self._draw_anchors(inputs["labels"], place)  # the same at every evaluation
-        self._evaluated += 1
+        self._add_anchors(inputs, step=0)  # the same at every evaluation
         with torch.no_grad():
             self.compute_loss(model, inputs)
         return None, None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self._counts["eval"] = self._no_counts()
-        self._evaluated = 0
         # Iterating over a DataLoader spends one of training's random numbers.
         with torch.random.fork_rng(devices=[]):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         counts = self._counts["eval"].over_processes(self.accelerator)
-        self._warn_of_collapse(counts)
         metrics = {"loss": counts.loss} | counts.metrics()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
@@ -407,14 +431,8 @@ class ConFuTrainer(PublishingTrainer):
         if "loss" in logs:
             counts = self._counts["train"].over_processes(self.accelerator)
             self._counts["train"] = self._no_counts()
-            self._warn_of_collapse(counts)
             logs = logs | counts.metrics()
         super().log(logs, *args, **kwargs)
 
     def _no_counts(self) -> Counts:
-        return Counts(self.model.config, 1 if self.args.stage == "warm_up" else self.args.ttt_steps)
-
-    def _warn_of_collapse(self, counts: Counts) -> None:
-        for router in set(counts.collapsed_routers()) - self._collapsed:
-            self._collapsed.add(router)
-            warn_of_collapse(router, self.model.config)
+        return Counts(self.model.config, self.args.num_steps)

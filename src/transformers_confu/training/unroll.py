@@ -13,17 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from ..inference.modeling_confu import ConFuAttention, ConFuDraftModel, rotate
-
-
-# Of a weight of the draft's attention, of one row to one token in one head, at most at once: scores and weights in
-# float32, and those in half precision that multiply the values. Of one step only: the others are made anew.
-BYTES_OF_WEIGHT = 12
+from .batch import gather_rows
 
 
 def unroll(
     draft: ConFuDraftModel,
     inputs_embeds: torch.Tensor,
-    taps: torch.Tensor,
+    features: torch.Tensor,
     position_ids: torch.LongTensor,
     sees: torch.BoolTensor,
     rows: torch.LongTensor,
@@ -37,10 +33,10 @@ def unroll(
     Args:
         draft ([`ConFuDraftModel`]): The draft.
         inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): Token embeddings.
-        taps (`torch.FloatTensor` of shape `(batch, length, taps_size)`): The target's taps.
+        features (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): The target's taps, fused.
         position_ids (`torch.LongTensor` of shape `(batch, length)`).
-        sees (`torch.BoolTensor` of shape `(batch, rows, length)`): True rows that a draft row sees: up to itself, of
-            its own document, no padding.
+        sees (`torch.BoolTensor` of shape `(batch, rows, length)`): True rows that a draft row sees: up to itself, no
+            padding.
         rows (`torch.LongTensor` of shape `(batch, rows)`): Positions in the sequence of the rows to draft from.
         future_states (`torch.FloatTensor` of shape `(batch, rows, future_size)`, *optional*): The f of each row;
             `None` is EAGLE-3 mode.
@@ -51,12 +47,8 @@ def unroll(
     layer = draft.layers[0]
     attention: ConFuAttention = layer.self_attn
 
-    def at(states: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
-        return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
-
     # True rows: keys and values of the whole sequence, queries of `rows` only. The last one pairs with no next token
     # and is seen by no row that is trained.
-    features = draft.fuse_taps(taps)  # (B, T, H)
     next_embeds = inputs_embeds.roll(-1, dims=1)
     hidden_states = layer.attention_input(next_embeds, features)  # (B, T, 2H)
     cos, sin = draft.rotary_emb(hidden_states, position_ids)
@@ -64,21 +56,21 @@ def unroll(
     true_keys = repeat_kv(rotate(attention.keys(hidden_states), cos, sin), groups)  # (B, h, T, hd)
     true_values = repeat_kv(attention.values(hidden_states), groups)
 
-    features = at(features, rows)  # (B, R, H)
+    features = gather_rows(features, rows)  # (B, R, H)
     row_positions = position_ids.gather(1, rows)
     future = None
     if future_states is not None:
         future = draft.future(future_states, features)
         if future.residual is not None:
             future.residual = future.residual * has_future[..., None]
-    hidden_states = at(hidden_states, rows)
+    hidden_states = gather_rows(hidden_states, rows)
 
     keys: list[torch.Tensor] = []  # the diagonal, each (B, h, R, hd)
     values: list[torch.Tensor] = []
     for step in range(num_steps):
         if step > 0:
             shifted = (rows + 1 + step).clamp(max=inputs_embeds.shape[1] - 1)
-            hidden_states = layer.attention_input(at(inputs_embeds, shifted), features)
+            hidden_states = layer.attention_input(gather_rows(inputs_embeds, shifted), features)
         cos, sin = draft.rotary_emb(hidden_states, row_positions + step)
         queries = rotate(attention.queries(hidden_states), cos, sin)  # (B, h, R, hd)
         if step > 0:

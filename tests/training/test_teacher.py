@@ -6,10 +6,10 @@ from torch.distributed.tensor import DTensor
 
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu.inference.target import TargetRunner
-from transformers_confu.training.anchors import sample_anchors
-from transformers_confu.training.batch import Texts
+from transformers_confu.training.anchors import AnchorSampling
+from transformers_confu.training.batch import TokenBatch
 from transformers_confu.training.objective import Recipe, compute_live
-from transformers_confu.training.targets import freeze, shard
+from transformers_confu.training.teacher import freeze, shard
 
 
 @pytest.fixture
@@ -30,15 +30,14 @@ def test_a_sharded_target_teaches_the_same(one_process):
 
     ids = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(0))
     labels = ids.masked_fill(torch.arange(12) < 3, -100)
-    texts = Texts.of({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    batch = TokenBatch.of({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
     gradients = []
     for target in (whole, sharded):
         draft = make_tiny_draft(whole).train()
-        torch.manual_seed(0)
-        anchors = sample_anchors(labels, replication=1, max_lag=3)
+        anchors = AnchorSampling(replication=1, max_lag=3).draw(labels, range(2))
         for _ in range(2):
             runner = TargetRunner(target, draft.config, draft.future_channel)
-            compute_live(draft, runner, texts, anchors, Recipe(num_steps=3, decay=0.8)).loss_sum.backward()
+            compute_live(draft, runner, batch, anchors, Recipe(num_steps=3, decay=0.8)).loss_sum.backward()
         gradients.append({name: parameter.grad for name, parameter in draft.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)

@@ -2,19 +2,9 @@
 
 import torch
 from accelerate import Accelerator
-from transformers.utils import logging
 
 from ..inference.configuration_confu import ConFuConfig
 from .objective import Objective
-from .warm_up import POSITIONS
-
-
-logger = logging.get_logger(__name__)
-
-# A router has collapsed when it gives all but this share of its choices to as many experts as it must choose.
-_COLLAPSED_SHARE = 0.01
-# Below so many choices for each expert, a router that has not collapsed may look as if it had.
-_CHOICES_PER_EXPERT = 32
 
 
 class Counts:
@@ -39,8 +29,6 @@ class Counts:
             "accepted_so_far": steps.float(),
             "contemplate_load": torch.zeros(config.num_contemplate_experts, dtype=torch.long),
             "future_load": torch.zeros(config.num_future_experts, dtype=torch.long),
-            "counted_by_position": torch.zeros(len(POSITIONS) + 1, dtype=torch.long),
-            "correct_by_position": torch.zeros(len(POSITIONS) + 1, dtype=torch.long),
         }
 
     def add(self, objective: Objective) -> None:
@@ -68,17 +56,17 @@ class Counts:
         Shares of what was counted; nothing if nothing was.
 
         - `accuracy_s`: the draft's first choice at step s is the target's, over the full vocabulary. What the draft
-          vocabulary lacks is a miss.
+          vocabulary lacks is a miss. In stage `contemplation` `accuracy_0` is how often a contemplate row foresees
+          the token after the next.
         - `acceptance_s`: so is that of all steps up to s.
         - `tau_greedy`: 1 + the sum of `acceptance_s`. What a chain of `num_steps` tokens would emit in a round at
-          temperature 0, teacher-forced.
+          temperature 0, teacher-forced. (`confu evaluate` decodes with a tree, whose tau is higher.)
         - `tau_probabilistic`: the same for sampling at temperature 1, where the token of step s is accepted with
           probability 1 - TV_s (total variation between target and draft).
         - `future_coverage`: draft rows that read a future prediction.
         - `contemplate_load_min`, `..._max`, `future_load_...`: the least and the greatest share of one expert in what
-          the router of `[con]`, and that of `[f]`, chose.
-        - `accuracy_to_256`, `..._to_1024`, `..._to_4096`, `accuracy_beyond`, in the warm-up: of the contemplate rows
-          whose anchor is among the first 256 tokens of its text, among the next up to 1,024, and so on.
+          the router of `[con]`, and that of `[f]`, chose. A router that always chooses the same K experts shows a
+          greatest share of 1 / K.
         """
         if self.sums["rows"] == 0:
             return {}
@@ -88,7 +76,7 @@ class Counts:
             shares = (self.sums[numerator] / counted).tolist()
             metrics |= {f"{name}_{step}": round(share, 4) for step, share in enumerate(shares)}
         for name, numerator in (("tau_greedy", "correct_so_far"), ("tau_probabilistic", "accepted_so_far")):
-            if name == "tau_greedy" or self.sums[numerator].any():  # the warm-up does not count the latter
+            if name == "tau_greedy" or self.sums[numerator].any():  # stage contemplation does not count the latter
                 metrics[name] = round(1 + float((self.sums[numerator] / counted).sum()), 4)
         metrics["future_coverage"] = round(float(self.sums["rows_with_future"] / self.sums["rows"]), 4)
         for name in ("contemplate_load", "future_load"):
@@ -96,33 +84,4 @@ class Counts:
             if load.sum() > 0:
                 shares = load / load.sum()
                 metrics |= {f"{name}_min": round(float(shares.min()), 4), f"{name}_max": round(float(shares.max()), 4)}
-        by_position = (self.sums["counted_by_position"].tolist(), self.sums["correct_by_position"].tolist())
-        for bound, counted_here, correct_here in zip((*POSITIONS, None), *by_position, strict=True):
-            if counted_here:
-                name = f"accuracy_to_{bound}" if bound else "accuracy_beyond"
-                metrics[name] = round(correct_here / counted_here, 4)
         return metrics
-
-    def collapsed_routers(self) -> list[str]:
-        """`"contemplate"` and `"future"`, where the router sends all rows to the same experts, whatever it reads."""
-        collapsed = []
-        for name in ("contemplate", "future"):
-            load = self.sums[f"{name}_load"]
-            chosen = getattr(self.config, f"num_{name}_experts_per_token")
-            if chosen < len(load) and load.sum() >= _CHOICES_PER_EXPERT * len(load):
-                if load.topk(chosen).values.sum() >= (1 - _COLLAPSED_SHARE) * load.sum():
-                    collapsed.append(name)
-        return collapsed
-
-
-def warn_of_collapse(router: str, config: ConFuConfig) -> None:
-    """Say which router has collapsed and what to do."""
-    token, rate = {"contemplate": ("[con]", "contemplate"), "future": ("[f]", "future")}[router]
-    logger.warning(
-        "The router of %s has collapsed: it sends nearly every row to the same %d of %d experts. Lower "
-        "`%s_learning_rate` and start again, or train with `num_experts=1`, which is as good as this and cheaper.",
-        token,
-        getattr(config, f"num_{router}_experts_per_token"),
-        getattr(config, f"num_{router}_experts"),
-        rate,
-    )

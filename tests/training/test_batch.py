@@ -1,0 +1,103 @@
+"""Padding and batching against references written out by hand."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+
+from transformers_confu.training import ConFuDataCollator
+from transformers_confu.training.batch import TokenBatchSampler
+
+
+@pytest.mark.parametrize("pad_token_id", [None, 9])
+def test_collator_pads_on_the_right(pad_token_id):
+    ids = [torch.arange(1, length + 1) for length in (3, 5, 1)]
+    rows = [
+        {"input_ids": x.tolist(), "labels": (x + 10).tolist(), "row_ids": n, "other": "text"}
+        for n, x in enumerate(ids, start=7)
+    ]
+    batch = ConFuDataCollator(pad_token_id)(rows)
+    for name, tensors, fill in (
+        ("input_ids", ids, pad_token_id or 0),
+        ("labels", [torch.cat([torch.tensor([-100]), x[1:] + 10]) for x in ids], -100),
+        ("attention_mask", [torch.ones_like(x) for x in ids], 0),
+    ):
+        assert batch[name].dtype == torch.long
+        assert torch.equal(batch[name], pad_sequence(tensors, batch_first=True, padding_value=fill))
+    assert batch["row_ids"].tolist() == [7, 8, 9]
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "row_ids"}
+
+
+def test_collator_refuses_unequal_columns():
+    with pytest.raises(ValueError, match="2 input_ids and 1 labels"):
+        ConFuDataCollator()([{"input_ids": [1, 2], "labels": [1]}])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=80),
+    budget=st.integers(1, 700),
+    seed=st.integers(0, 2**32),
+    shuffle=st.booleans(),
+    num_processes=st.integers(1, 4),
+)
+def test_batches_keep_the_budget_and_share_all_rows(lengths, budget, seed, shuffle, num_processes):
+    def make(process_index, num_processes=num_processes):
+        return TokenBatchSampler(lengths, budget, seed, shuffle, num_processes, process_index)
+
+    plain_batches = len(make(0, num_processes=1))
+    if -plain_batches % num_processes > len(lengths) - plain_batches:
+        with pytest.raises(ValueError, match="cannot be shared evenly"):
+            make(0)
+        return
+    samplers = [make(process_index) for process_index in range(num_processes)]
+    for epoch in (0, 1, 7):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        shares = [list(sampler) for sampler in samplers]
+        assert shares == [list(sampler) for sampler in samplers]
+        assert {len(share) for share in shares} == {len(samplers[0])}
+        assert len(samplers[0]) == math.ceil(plain_batches / num_processes)
+        batches = [batch for step in zip(*shares, strict=True) for batch in step]
+        assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+        sizes = [len(batch) * max(lengths[index] for index in batch) for batch in batches]
+        assert all(size <= budget or len(batch) == 1 for size, batch in zip(sizes, batches, strict=True))
+        if shuffle:
+            assert sizes[:num_processes] == sorted(sizes, reverse=True)[:num_processes]
+        else:
+            flat = [lengths[index] for batch in batches for index in batch]
+            assert all(first <= second for first, second in pairwise(flat))
+
+
+def test_rows_and_batches_are_shuffled_between_epochs():
+    lengths = [10 + index % 90 for index in range(900)]
+    sampler = TokenBatchSampler(lengths, 400, seed=3)
+    epochs = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    contents = [{frozenset(batch) for batch in batches} for batches in epochs]
+    assert len(contents[0] & contents[1]) < 0.1 * len(contents[0])
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert list(TokenBatchSampler(lengths, 400, seed=4)) != epochs[0]
+    sampler.set_epoch(0)
+    assert list(sampler) == epochs[0]
+    padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in epochs[0])
+    assert sum(lengths) > 0.85 * padded
+
+
+def test_too_few_rows_for_the_processes_are_refused():
+    with pytest.raises(ValueError, match="3 rows in 3 batches cannot be shared evenly by 2 processes.* out 1"):
+        TokenBatchSampler([9, 9, 9], 9, num_processes=2)
+
+
+def test_rows_reach_a_data_loader():
+    rows = [{"input_ids": [1] * length, "labels": [1] * length} for length in (3, 30, 4, 31, 5)]
+    sampler = TokenBatchSampler([len(row["input_ids"]) for row in rows], 64)
+    loader = DataLoader(rows, batch_sampler=sampler, collate_fn=ConFuDataCollator())
+    assert sorted(tuple(batch["input_ids"].shape) for batch in loader) == [(2, 31), (3, 5)]
