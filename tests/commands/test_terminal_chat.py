@@ -11,6 +11,8 @@ from helpers import make_tiny_draft
 from transformers_confu import cli
 from transformers_confu.commands import chat as chat_module
 from transformers_confu.commands.chat import Chat, converse
+from transformers_confu.common import loading
+from transformers_confu.common.answer_text import answer_text
 
 
 OPTIONS = {"max_new_tokens": 20, "do_sample": False}
@@ -46,7 +48,9 @@ def test_answers_are_plain_generates_over_one_cache(models, ends):
         new = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         ids += tokenizer(("<|im_end|>\n" if number else "") + new)["input_ids"]
         expected = plain_answer(target, tokenizer, ids)
-        assert chat.ask(question, **OPTIONS) == tokenizer.decode(expected, skip_special_tokens=True)
+        assert chat.ask(question, **OPTIONS) == answer_text(
+            tokenizer, expected, target.generation_config.eos_token_id if ends else [1]
+        )
         assert draft.last_statistics.draft_state == ("carried" if number else "new")
         ended = ends and expected[-1] in target.generation_config.eos_token_id
         assert ended or len(expected) == 20
@@ -65,8 +69,51 @@ def test_a_template_that_rewrites_past_answers_starts_over(models):
             [*chat.messages, {"role": "user", "content": question}], add_generation_prompt=True
         )["input_ids"]
         expected = plain_answer(target, tokenizer, ids)
-        assert chat.ask(question, **OPTIONS) == tokenizer.decode(expected, skip_special_tokens=True)
+        assert chat.ask(question, **OPTIONS) == answer_text(tokenizer, expected, [1])
         assert draft.last_statistics.draft_state == "new"
+
+
+def test_reasoning_whose_marks_are_special_tokens_leaves_the_history(models):
+    """Without its marks the template could not cut it out, and it would stand in the next prompt as the answer."""
+    target, tokenizer, draft = models
+    first = tokenizer("<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    answer = plain_answer(target, tokenizer, first)
+    # Whatever token stands in the middle of the answer is a special one, and past answers are cut behind it.
+    mark = next(token for token in tokenizer.convert_ids_to_tokens(answer[5:]) if token.isascii())
+    tokenizer.add_special_tokens({"extra_special_tokens": [mark]})
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content']", f"message['content'].split({mark!r})[-1]"
+    )
+    chat = Chat(target, tokenizer, draft)
+    said = chat.ask("What?", **OPTIONS)
+    assert mark in said and said == answer_text(tokenizer, answer, [1])
+    assert mark not in tokenizer.decode(answer, skip_special_tokens=True)
+    prompt = (
+        f"<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n{said.split(mark)[-1]}<|im_end|>\n"
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    expected = plain_answer(target, tokenizer, tokenizer(prompt)["input_ids"])
+    assert chat.ask("Why?", **OPTIONS) == answer_text(tokenizer, expected, [1])
+
+
+def test_a_tokenizer_that_cannot_read_what_it_renders_gets_its_own_ids(models, monkeypatch):
+    """As mistral-common's: the text of a rendered conversation is not tokenised into the marks that it shows."""
+    target, tokenizer, draft = models
+    own = tokenizer.apply_chat_template
+
+    def with_a_mark_that_has_no_text(messages, tokenize=True, **options):
+        encoded = own(messages, tokenize=tokenize, **options)
+        if tokenize:
+            encoded["input_ids"] = torch.cat([torch.tensor([[7]]), encoded["input_ids"]], dim=1)
+        return encoded
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", with_a_mark_that_has_no_text)
+    chat = Chat(target, tokenizer, draft)
+    assert not chat.can_continue
+    for question in QUESTIONS[:2]:
+        messages = [*chat.messages, {"role": "user", "content": question}]
+        ids = [7, *own(messages, add_generation_prompt=True)["input_ids"]]
+        assert chat.ask(question, **OPTIONS) == answer_text(tokenizer, plain_answer(target, tokenizer, ids), [1])
 
 
 def test_an_interrupted_turn_has_not_taken_place(models):
@@ -155,7 +202,7 @@ def test_ctrl_c_stops_an_answer_not_the_chat(models, type_in, monkeypatch, capsy
 
 def test_the_command(models, type_in, monkeypatch, capsys):
     target, tokenizer, draft = models
-    monkeypatch.setattr(chat_module, "load_target", lambda name, dtype, device: (target, tokenizer))
+    monkeypatch.setattr(loading, "load_target", lambda *arguments: (target, tokenizer))
     monkeypatch.setattr(chat_module, "load_draft", lambda name, dtype: draft)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     type_in("What?")
@@ -171,7 +218,6 @@ def test_a_target_that_is_not_there_ends_the_command_in_words(tmp_path, capsys):
     assert str(tmp_path / "nothing") in capsys.readouterr().err
     assert cli.main(["chat", "--dtype", "nothing"]) == 1
     assert "expected the name of a torch dtype" in capsys.readouterr().err
-    for option, value in (("--temperature", "-0.5"), ("--max-new-tokens", "0")):
-        with pytest.raises(SystemExit):
-            cli.main(["chat", option, value])
-        assert f"{option} is {value}; it must be at least" in capsys.readouterr().err
+    for option, value in (("temperature", "-0.5"), ("max_new_tokens", "0")):
+        assert cli.main(["chat", f"--{option}", value]) == 1
+        assert f"`{option}` is {value}; it must be at least" in capsys.readouterr().err

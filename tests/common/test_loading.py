@@ -66,7 +66,7 @@ def test_training_in_emulated_bf16_warns(cpu, capabilities, warns, tmp_path, cap
     cpu(capabilities)
     monkeypatch.setattr(logging.getLogger("transformers_confu"), "propagate", True)
     for bf16 in (False, True):
-        arguments = ConFuTrainingArguments(output_dir=str(tmp_path), bf16=bf16, use_cpu=True)
+        ConFuTrainingArguments(output_dir=str(tmp_path), bf16=bf16, use_cpu=True)
         assert ("Leave it out (`--bf16 false`)" in caplog.text) == (bf16 and warns)
 
 

@@ -1,16 +1,18 @@
 """A chat in the terminal that keeps its cache and shows what the draft does: `confu chat --help`."""
 
-import argparse
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import DynamicCache, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from ..common.loading import default_device, default_draft, default_dtype, load_draft, load_target
+from ..common.answer_text import answer_text, end_token_ids
+from ..common.loading import TargetOptions, default_draft, default_dtype, load_draft
 from ..inference.checks import check_target
 from ..inference.modeling_confu import ConFuDraftModel
+from ..inference.target import input_device
 
 
 class Chat:
@@ -44,14 +46,17 @@ class Chat:
             raise ValueError("The tokenizer has no chat template; use the instruction-tuned version of the target.")
         self.target, self.tokenizer, self.draft = target, tokenizer, draft
         self.system = system
+        # Some tokenizers give other ids to the text of a rendered conversation than to the conversation.
+        sample = [{"role": "user", "content": "Hello"}]
+        self.can_continue = torch.equal(self._encode(self._render(sample)), self._encode_chat(sample))
         self.reset()
 
     def reset(self) -> None:
         """Forget all turns."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         self.cache = DynamicCache()
-        self.ids = self._encode("")
-        self.written = ""  # what the template has made of `ids`
+        self.ids = self._encode("")  # (1, tokens) of all turns
+        self.written = ""  # what the template has made of them
 
     def ask(self, question: str, streamer: BaseStreamer | None = None, **options: Any) -> str:
         r"""
@@ -63,14 +68,13 @@ class Chat:
             options: Of `generate`, such as `max_new_tokens`.
         """
         messages = [*self.messages, {"role": "user", "content": question}]
-        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        cache, ids = self.cache, self.ids
-        if prompt.startswith(self.written):
+        prompt = self._render(messages)
+        if self.can_continue and self.written and prompt.startswith(self.written):
             # Earlier turns keep the ids that the target chose: to tokenise their text again could give others, which
             # the cache does not hold. Only what the template puts after the last answer is new.
-            ids = torch.cat([ids, self._encode(prompt[len(self.written) :])], dim=1)
-        else:  # some templates rewrite answers once they are past, to drop their thoughts or spaces
-            cache, ids = DynamicCache(), self._encode(prompt)
+            cache, ids = self.cache, torch.cat([self.ids, self._encode(prompt[len(self.written) :])], dim=1)
+        else:  # the first turn; and some templates rewrite past answers, to drop their reasoning or spaces
+            cache, ids = DynamicCache(), self._encode_chat(messages)
         sequences = self.target.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -80,19 +84,27 @@ class Chat:
             return_dict_in_generate=False,
             **options,
         )
-        answer_ids = sequences[0, ids.shape[1] :]
-        answer = self.tokenizer.decode(answer_ids, skip_special_tokens=True)
+        ends = end_token_ids(self.target)
+        answer_ids = sequences[0, ids.shape[1] :].tolist()
+        answer = answer_text(self.tokenizer, answer_ids, ends)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         self.cache, self.written = cache, prompt + answer
         # The template writes the token that ends a turn itself.
-        ends = self.target.generation_config.eos_token_id
-        ended = answer_ids[-1].item() in (ends if isinstance(ends, list) else [ends])
-        self.ids = sequences[:, :-1] if ended else sequences
+        self.ids = sequences[:, :-1] if answer_ids[-1] in ends else sequences
         return answer
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def _encode_chat(self, messages: list[dict[str, str]]) -> torch.LongTensor:
+        encoded = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        return encoded["input_ids"].to(input_device(self.target))
 
     def _encode(self, text: str) -> torch.LongTensor:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return torch.tensor([ids], dtype=torch.long, device=self.target.device)
+        return torch.tensor([ids], dtype=torch.long, device=input_device(self.target))
 
 
 HELP = "/reset forgets the conversation, /quit (or Ctrl-D) ends it, Ctrl-C stops an answer."
@@ -129,31 +141,39 @@ def converse(chat: Chat, **options: Any) -> None:
             print(f"[{tokens} tokens, {tau}{tokens / seconds:.1f} tokens/s]")
 
 
+@dataclass
+class ChatOptions:
+    """Options of `confu chat`."""
+
+    target: str = field(default="demo", metadata={"help": "Folder or Hub id, or 'demo' for SmolLM2-135M-Instruct."})
+    draft: str = field(
+        default_factory=default_draft, metadata={"help": "Folder or Hub id of the draft made for the target."}
+    )
+    dtype: str = field(
+        default_factory=default_dtype,
+        metadata={"help": "Of target and draft; bfloat16 where the hardware computes in it."},
+    )
+    system: str | None = field(default=None, metadata={"help": "System prompt, in place of the template's own."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Longest answer."})
+    temperature: float = field(default=0.0, metadata={"help": "0 always takes the likeliest token."})
+
+    def __post_init__(self):
+        for name, least in (("max_new_tokens", 1), ("temperature", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {least}.")
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="confu chat",
+    parser = HfArgumentParser(
+        (ChatOptions, TargetOptions),
+        allow_abbrev=False,
         description="Chat with a target and its draft. Answers stream; behind each stand tau and speed. " + HELP,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--target", default="demo", help="folder or Hub id, or 'demo' for SmolLM2-135M-Instruct")
-    parser.add_argument("--draft", default=default_draft(), help="folder or Hub id of the draft made for it")
-    parser.add_argument(
-        "--dtype", default=default_dtype(), help="of target and draft; bfloat16 where the hardware computes in it"
-    )
-    parser.add_argument("--system", help="system prompt, in place of the template's own")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token")
-    arguments = parser.parse_args(argv)
-    for name, least in (("max_new_tokens", 1), ("temperature", 0)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least {least}.")
-
-    device = default_device()
-    sampling = {"do_sample": False}
-    if arguments.temperature > 0:
-        sampling = {"do_sample": True, "temperature": arguments.temperature}
-    target, tokenizer = load_target(arguments.target, arguments.dtype, device)
-    draft = load_draft(arguments.draft, target.dtype).to(device)
-    chat = Chat(target, tokenizer, draft, arguments.system)
-    converse(chat, max_new_tokens=arguments.max_new_tokens, **sampling)
+    options, loading = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if options.temperature > 0:
+        sampling = {"do_sample": True, "temperature": options.temperature}
+    target, tokenizer = loading.load(options.target, options.dtype)
+    draft = load_draft(options.draft, target.dtype).to(input_device(target))
+    converse(Chat(target, tokenizer, draft, options.system), max_new_tokens=options.max_new_tokens, **sampling)

@@ -139,7 +139,7 @@ class CardFacts:
                 if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
                     raise ValueError(f"`{entry.name}` of the card is {value!r}; it must be a list of texts.")
             # YAML reads a bare `no` as False.
-            elif entry.name != "evaluations" and not isinstance(value, get_args(entry.type) or entry.type):
+            elif entry.name != "evaluations" and not isinstance(value, get_args(entry.type) or str):
                 raise ValueError(f"`{entry.name}` of the card is {value!r}; it must be a text.")
         if self.base_model is not None and (self.base_model.count("/") != 1 or not _is_hub_id(self.base_model)):
             raise ValueError(
