@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # usage: launch.sh TRAIN_YAML [options of `confu data serve-regenerate`]
 #
-# Prompts -> answers by the target -> core, warm-up, joint -> measurement -> publishing if asked for. Every step that is
+# Prompts -> answers by the target -> core, contemplation, joint -> measurement -> publishing if asked for. Every step that is
 # done is skipped and an interrupted one goes on where it stopped, so the same command resumes. In the environment:
 #
 #   WORK      folder of data and results              (default: the folder of TRAIN_YAML's name in the current one)
