@@ -20,8 +20,12 @@ def fingerprint_of_dataset(dataset: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def fingerprint_of_target(target: PreTrainedModel) -> str:
-    """Hash of a target's configuration and tensors, wherever it was loaded from; see [`fingerprint_of_module`]."""
+def fingerprint_of_target(target: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
+    """
+    Hash of a target's configuration and tensors, wherever it was loaded from; see [`fingerprint_of_module`].
+
+    With `dtype` it is the hash of the target as rounded to it: with bf16, the same for the target in fp32 and bf16.
+    """
     config = target.config
     # What is as by default does not count: another version of Transformers may know more options.
     default = config.default_config_fields()
@@ -31,11 +35,11 @@ def fingerprint_of_target(target: PreTrainedModel) -> str:
         if name not in ("architectures", "dtype", "transformers_version")  # saving and loading set them
         and (name not in default or value != default[name])
     }
-    content = json.dumps(settings, sort_keys=True, default=str) + fingerprint_of_module(target)
+    content = json.dumps(settings, sort_keys=True, default=str) + fingerprint_of_module(target, dtype=dtype)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def fingerprint_of_module(module: nn.Module, prefixes: Sequence[str] = ("",)) -> str:
+def fingerprint_of_module(module: nn.Module, prefixes: Sequence[str] = ("",), dtype: torch.dtype | None = None) -> str:
     """
     Hash of the parameters, and of the buffers that a checkpoint holds (weights, where they are quantised), by name.
 
@@ -51,10 +55,11 @@ def fingerprint_of_module(module: nn.Module, prefixes: Sequence[str] = ("",)) ->
     for name, tensor in sorted(tensors.items()):
         if not name.startswith(tuple(prefixes)):
             continue
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        digest.update(f"{name} {kind} {list(tensor.shape)}".encode())
         if not tensor.is_meta and not hasattr(tensor, "__tensor_flatten__"):
             flat = tensor.detach().flatten()
             # An odd step: one that divides the length of the rows would look at the same column of each.
             sample = flat[:: max(1, len(flat) // 4096) | 1]
-            digest.update(sample.cpu().double().numpy().tobytes())
+            digest.update(sample.to(kind).cpu().double().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,0 +1,229 @@
+"""Conversations on their way to answers: planned, answered turn by turn, written as one row each, and gone on with."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..common.answer_text import answer_text
+from ..common.files import differences
+from ..common.jsonl import JsonLines
+from .chat_template import TEMPLATE_FIELDS, Messages, check_messages, encode_prompt
+
+
+# What a row of prompts hands on to its answers: how it is rendered, and where it is from.
+_HANDED_ON = (*TEMPLATE_FIELDS, "source", "license", "category")
+
+
+class Conversation:
+    r"""
+    A row of prompts and how far it is answered.
+
+    Args:
+        row: `{"id", "prompt"}`, where the prompt is one user turn or messages; or `{"id", "turns"}`, a list of user
+            turns that are answered one after the other, with a `system` message if wanted. Beside them perhaps
+            `tools`, `chat_template_kwargs`, `source`, `license` and `category`.
+        temperature: Of its answers; 0 is greedy.
+
+    Raises:
+        ValueError: the row is neither.
+    """
+
+    def __init__(self, row: Mapping[str, Any], temperature: float) -> None:
+        given = {name: value for name, value in row.items() if value is not None}
+        if not isinstance(given.get("id"), str | int) or ("prompt" in given) == ("turns" in given):
+            raise ValueError(f"it has the fields {sorted(given)}, expected 'id' and either 'prompt' or 'turns'.")
+        turns = given.get("turns", [given.get("prompt")])
+        if "turns" in given and not (
+            isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns)
+        ):
+            raise ValueError(f"'turns' is {turns!r:.80}, expected a non-empty list of the user's turns as strings.")
+        system = [{"role": "system", "content": given["system"]}] if given.get("system") else []
+        first = [{"role": "user", "content": turns[0]}] if isinstance(turns[0], str) else turns[0]
+        self.id: str | int = given["id"]
+        self.temperature = float(temperature)
+        self.messages: Messages = system + check_messages(first, "prompt")
+        self.asked = len(self.messages)  # messages before the first answer
+        self.waiting: list[str] = turns[1:]
+        self.turns = len(turns)
+        self.prompt_ids: list[list[int]] = []
+        self.answer_ids: list[list[int]] = []
+        self.finished = True
+        self.is_retokenized = False
+        self.given = {name: given[name] for name in _HANDED_ON if name in given}
+
+    def next_prompt(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Ids of what the target is to answer next."""
+        try:
+            return encode_prompt(self.messages, tokenizer, *(self.given.get(name) for name in TEMPLATE_FIELDS))
+        except ValueError as error:
+            raise ValueError(f"Prompt {self.id!r}: {error}") from error
+
+    def add(
+        self, prompt_ids: list[int], answer_ids: list[int], finished: bool, tokenizer: PreTrainedTokenizerBase
+    ) -> bool:
+        """
+        Take an answer, whose last token is the one that ended it if it is finished.
+
+        Returns:
+            Whether there is a further turn to answer. None follows an answer that was cut or is empty.
+        """
+        text = answer_text(tokenizer, answer_ids, answer_ids[-1:] if finished else ())
+        self.prompt_ids.append(prompt_ids)
+        self.answer_ids.append(answer_ids)
+        self.messages.append({"role": "assistant", "content": text})
+        self.finished = finished
+        if not (finished and text.strip() and self.waiting):
+            return False
+        self.messages.append({"role": "user", "content": self.waiting.pop(0)})
+        return True
+
+    def row(self, made_with: Mapping[str, Any]) -> dict[str, Any]:
+        """The answered row, which `prepare_dataset` takes as it is."""
+        messages = self.messages
+        if messages[-1]["role"] != "assistant":  # a last turn that could not be answered
+            messages = messages[:-1]
+        return {
+            "id": self.id,
+            "messages": messages,
+            "prompt_ids": self.prompt_ids,
+            "answer_ids": self.answer_ids,
+            "temperature": self.temperature,
+            "finished": self.finished,
+            "made_with": dict(made_with),
+            **({"retokenized": True} if self.is_retokenized else {}),
+            **self.given,
+        }
+
+    def is_answered_by(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row of a file answers this conversation, which is still unanswered."""
+        messages = row.get("messages") or []
+        asked = [message["content"] for message in messages[self.asked :] if message["role"] == "user"]
+        return (
+            row.get("id") == self.id
+            and row.get("temperature") == self.temperature
+            and messages[: self.asked] == self.messages
+            and asked == self.waiting[: len(asked)]
+            and all(row.get(name) == self.given.get(name) for name in TEMPLATE_FIELDS)
+        )
+
+
+def plan_conversations(rows: Iterable[Mapping[str, Any]], temperatures: Sequence[float]) -> list[Conversation]:
+    """
+    The conversations of rows of prompts, which take the temperatures in turn.
+
+    Raises:
+        ValueError: a temperature is negative or none is given, or a row is malformed or has the id of another.
+    """
+    if not temperatures or min(temperatures) < 0:
+        raise ValueError(f"temperatures is {list(temperatures)}, expected one or more numbers of 0 or above.")
+    conversations: dict[str | int, Conversation] = {}
+    for index, row in enumerate(rows):
+        try:
+            conversation = Conversation(row, temperatures[index % len(temperatures)])
+        except ValueError as error:
+            raise ValueError(f"Row {index}: {error}") from error
+        if conversation.id in conversations:
+            raise ValueError(f"Row {index} has the id {conversation.id!r} of an earlier row: make the ids unique.")
+        conversations[conversation.id] = conversation
+    return list(conversations.values())
+
+
+def check_output(output_path: str | Path, **least_one: int) -> Path:
+    """The path of the answers; ValueError if it is no `.jsonl` file or one of the numbers is less than 1."""
+    if Path(output_path).suffix != ".jsonl":
+        raise ValueError(f"The output is {output_path}, expected a .jsonl file; compress it when it is complete.")
+    for name, value in least_one.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1.")
+    return Path(output_path)
+
+
+def find_answered(file: JsonLines, conversations: Iterable[Conversation], made_with: Mapping[str, Any]) -> list[Any]:
+    """
+    Ids of the conversations that an earlier call has answered, in the order of the file.
+
+    Raises:
+        ValueError: the file holds an answer that this call would not write.
+    """
+    unanswered = {conversation.id: conversation for conversation in conversations}
+    answered = []
+    for number, row in file.rows():
+        conversation = unanswered.pop(row.get("id"), None)
+        if conversation is None or not conversation.is_answered_by(row):
+            raise ValueError(
+                f"{file.path}, line {number} is no answer (id {row.get('id')!r}) that this call would write: repeat "
+                "the earlier call with its prompts and settings, or choose another output."
+            )
+        before = row.get("made_with") or {}
+        # The same target may be called by another name: its hash counts.
+        if changed := differences({**before, "target_name": ""}, {**made_with, "target_name": ""}):
+            raise ValueError(
+                f"{file.path}, line {number} was made with other settings ({changed}): repeat the earlier call with "
+                "its target and settings, or choose another output."
+            )
+        answered.append(row["id"])
+    return answered
+
+
+@dataclass
+class RegenerationReport:
+    """What one call of `regenerate` or `regenerate_served` did.
+
+    Attributes:
+        prompts: conversations given; a single prompt is one.
+        too_long: conversations skipped because their first prompt exceeds `max_prompt_length`.
+        resumed: conversations found in the output of an earlier call.
+        written: conversations written by this call.
+        unfinished: written ones whose last answer was cut at `max_new_tokens`.
+        stopped: written ones that ended before their last turn.
+        tokens: answer tokens written by this call.
+        seconds: time that this call took.
+        retokenized: written ones whose ids were made from text, since the server returned none.
+        retries: requests repeated after a busy, failing or unreachable server.
+        refused: conversations that the server refused, by its reason.
+    """
+
+    prompts: int = 0
+    too_long: int = 0
+    resumed: int = 0
+    written: int = 0
+    unfinished: int = 0
+    stopped: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    retokenized: int = 0
+    retries: int = 0
+    refused: Counter = field(default_factory=Counter)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def count(self, conversation: Conversation) -> None:
+        self.written += 1
+        self.unfinished += not conversation.finished
+        self.stopped += len(conversation.answer_ids) < conversation.turns
+        self.tokens += sum(map(len, conversation.answer_ids))
+        self.retokenized += conversation.is_retokenized
+
+    def __str__(self) -> str:
+        lines = [
+            f"prompts: {self.prompts:,}, of which too long: {self.too_long:,}, answered before: {self.resumed:,}",
+            f"answers written: {self.written:,} ({self.tokens:,} tokens, {self.tokens_per_second:,.0f} tokens/s), "
+            f"of which cut at the maximum length: {self.unfinished:,}",
+        ]
+        if self.stopped:
+            lines.append(f"conversations that ended before their last turn: {self.stopped:,}")
+        if self.retokenized:
+            lines.append(
+                f"answers whose ids were made from text, since the server returns none: {self.retokenized:,}; their "
+                "tokens may differ from those the target chose"
+            )
+        lines += [f"prompts refused ({reason}): {number:,}" for reason, number in self.refused.items()]
+        if self.retries:
+            lines.append(f"requests repeated: {self.retries:,}")
+        return "\n".join(lines)
