@@ -23,8 +23,8 @@ class ConFuConfig(PreTrainedConfig):
         vocab_size (`int`): Vocabulary of the target, V. Equal to the target's, whatever the draft predicts.
         draft_vocab_size (`int`, *optional*): Number of target tokens the draft can predict, Vd. Defaults to V.
         hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim, hidden_act, rms_norm_eps,
-        rope_parameters, max_position_embeddings, attention_bias, mlp_bias, attention_dropout: the draft's one decoder
-            layer, in Llama's terms.
+        rope_parameters, max_position_embeddings, attention_bias, mlp_bias: the draft's one decoder layer, in Llama's
+            terms.
         has_own_embeddings (`bool`, *optional*): Whether the draft saves an embedding table of its own; else it reads
             the target's. Defaults to `hidden_size != target_hidden_size`, where it must.
         use_qk_norm (`bool`): Normalise each head of queries and keys before the rotation, as Qwen3 and the drafts of
@@ -71,7 +71,6 @@ class ConFuConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     attention_bias: bool = False
     mlp_bias: bool = False
-    attention_dropout: int | float = 0.0
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -101,6 +100,8 @@ class ConFuConfig(PreTrainedConfig):
     use_future_residual: bool = True
 
     def __post_init__(self, **kwargs):
+        # What EAGLE-3 drafts and Llama's configurations have, and a draft never used: it drops nothing.
+        kwargs.pop("attention_dropout", None)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
@@ -235,47 +236,95 @@ class ConFuConfig(PreTrainedConfig):
                 as wide as one layer of the target, so that it can start from the target's own weights.
 
         Raises:
-            ValueError: the target is no decoder-only model, or its configuration has no Llama-like sizes.
+            ValueError: the target is no decoder-only model, its configuration has no Llama-like sizes, or its layers
+                differ in size.
         """
         if target_config.is_encoder_decoder:
             raise ValueError(
                 f"{type(target_config).__name__} is of an encoder-decoder model; ConFu drafts for decoder-only models."
             )
         target = target_config.get_text_config(decoder=True)
+        hidden_size, num_layers, num_heads = (
+            size_of(target, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        )
         missing = [
             name
-            for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-            if not isinstance(getattr(target, name, None), int)
+            for name, size in (
+                ("vocab_size", getattr(target, "vocab_size", None)),
+                ("hidden_size", hidden_size),
+                ("num_hidden_layers", num_layers),
+                ("num_attention_heads", num_heads),
+            )
+            if not isinstance(size, int)
         ]
         if missing:
             raise ValueError(
                 f"{type(target).__name__} has no {', '.join(f'`{name}`' for name in missing)}; a ConFu draft needs a "
                 "decoder-only target with Llama-like configuration names."
             )
-        num_key_value_heads = getattr(target, "num_key_value_heads", None) or target.num_attention_heads
-        head_dim = getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads
-        rope = dict(getattr(target, "rope_parameters", None) or {})
+        num_key_value_heads = num_cached_heads(target)
+        head_dim = size_of(target, "head_dim") or hidden_size // num_heads
+        rope = full_attention_rope(target)
         if rope.get("rope_type", "default") not in STATIC_ROPE_TYPES or "partial_rotary_factor" in rope:
             # The draft's positions are its own affair: plain RoPE with the target's base serves any target.
             rope = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}
+        longest = getattr(target, "max_position_embeddings", None)
         sizes = {
             "vocab_size": target.vocab_size,
-            "hidden_size": target.hidden_size,
-            "intermediate_size": getattr(target, "intermediate_size", None) or 4 * target.hidden_size,
-            "num_attention_heads": target.num_attention_heads,
+            "hidden_size": hidden_size,
+            "intermediate_size": size_of(target, "intermediate_size") or 4 * hidden_size,
+            "num_attention_heads": num_heads,
             "num_key_value_heads": num_key_value_heads,
-            "head_dim": head_dim,
-            "rms_norm_eps": getattr(target, "rms_norm_eps", 1e-6),
+            "head_dim": head_dim + head_dim % 2,  # the draft has RoPE, which turns pairs
+            "rms_norm_eps": getattr(target, "rms_norm_eps", None) or getattr(target, "layer_norm_eps", None) or 1e-6,
             "rope_parameters": rope or None,
-            "max_position_embeddings": getattr(target, "max_position_embeddings", 2048),
+            "max_position_embeddings": longest if longest and longest > 0 else 2048,
             # Copied, as a list of EOS tokens belongs to the target.
             **{name: copy.copy(getattr(target, name, None)) for name in SPECIAL_TOKENS},
-            "target_hidden_size": target.hidden_size,
-            "target_num_hidden_layers": target.num_hidden_layers,
+            "target_hidden_size": hidden_size,
+            "target_num_hidden_layers": num_layers,
             "target_num_key_value_heads": num_key_value_heads,
             "target_head_dim": head_dim,
         }
         return cls(**(sizes | kwargs))
+
+
+def size_of(target_config: PreTrainedConfig, name: str) -> int | None:
+    """
+    A size that all layers of a target have in common, or `None` if its configuration does not tell it.
+
+    Raises:
+        ValueError: the size differs from layer to layer.
+    """
+    try:
+        size = getattr(target_config, name, None)
+    except RuntimeError:  # how Transformers answers where a configuration has one of its own for each layer
+        size = []
+    if not isinstance(size, list):
+        return size
+    if len(set(size)) != 1:
+        raise ValueError(
+            f"{type(target_config).__name__} has `{name}` layer by layer, and its layers differ; ConFu needs a target "
+            "whose layers are all alike."
+        )
+    return size[0]
+
+
+def num_cached_heads(target_config: PreTrainedConfig) -> int:
+    """How many key/value heads each layer of a target caches."""
+    if target_config.model_type == "falcon":  # computes with fewer heads than it caches, or caches one
+        one_head = target_config.multi_query and not target_config.new_decoder_architecture
+        return 1 if one_head else target_config.num_attention_heads
+    return size_of(target_config, "num_key_value_heads") or target_config.num_attention_heads
+
+
+def full_attention_rope(target_config: PreTrainedConfig) -> dict[str, Any]:
+    """`rope_parameters` of a target's layers with full attention; empty if they have no RoPE."""
+    rope = getattr(target_config, "rope_parameters", None) or {}
+    # Some configurations have one entry for each type of layer; `None` stands for layers without RoPE.
+    if "full_attention" in rope or "sliding_attention" in rope:
+        rope = rope.get("full_attention") or {}
+    return dict(rope)
 
 
 def default_taps(num_layers: int) -> list[int]:

@@ -151,7 +151,6 @@ class ConFuAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
         self.is_causal = True
         bias = config.attention_bias
         self.q_proj = nn.Linear(2 * config.hidden_size, config.num_attention_heads * self.head_dim, bias=bias)
@@ -215,7 +214,7 @@ class ConFuAttention(nn.Module):
             key_states,
             value_states,
             attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
+            dropout=0.0,  # in training too: decoding must not differ from it, nor draw random numbers
             scaling=self.scaling,
         )
         return self.o_proj(attention_output.flatten(2))  # (B, Q, H)

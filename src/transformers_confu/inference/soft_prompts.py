@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from .configuration_confu import full_attention_rope
+
 
 class KeyRotation:
     r"""
@@ -27,7 +29,7 @@ class KeyRotation:
         config, decoder = target.config.get_text_config(decoder=True), target.get_decoder()
         self.embedding = getattr(decoder, "rotary_emb", None)
         self.apply = getattr(sys.modules[type(self.embedding).__module__], "apply_rotary_pos_emb", None)
-        rope = getattr(config, "rope_parameters", None)
+        rope = full_attention_rope(config)
         if self.apply is None or not rope or not all(getattr(config, "no_rope_layers", None) or [True]):
             raise ValueError(
                 f"The draft's soft prompts are rotated by the target's RoPE (`rotate_soft_prompts=True`), but "
@@ -37,7 +39,7 @@ class KeyRotation:
         # Models that rotate each type of layer in its own way ask for the type; check_target lets one type pass.
         parameters = inspect.signature(self.embedding.forward).parameters
         self.of_type = {"layer_type": "full_attention"} if "layer_type" in parameters else {}
-        self.share = rope.get("full_attention", rope).get("partial_rotary_factor", 1.0)
+        self.share = rope.get("partial_rotary_factor", 1.0)
 
     def __call__(self, keys: torch.Tensor, position_ids: torch.LongTensor) -> torch.Tensor:
         r"""
