@@ -248,16 +248,19 @@ def test_a_wrong_default_knob_is_refused(llama, count_forwards, whose):
     assert not forwards
 
 
-def test_a_target_with_other_heads_is_refused_as_soon_as_they_are_known(llama, count_forwards):
-    draft, forwards = make_tiny_draft(llama, target_num_key_value_heads=1, target_head_dim=16), count_forwards(llama)
+def test_a_target_with_other_heads_is_refused_before_the_prompt(llama):
+    """Their number is only known from a forward, and the self-check has the first one."""
+    draft = make_tiny_draft(llama, target_num_key_value_heads=1, target_head_dim=16)
+    lengths = []
+    handle = llama.register_forward_pre_hook(lambda module, args, kwargs: lengths.append(kwargs), with_kwargs=True)
     sentence = "The target caches 2 key/value heads of size 8, but the draft's soft prompts are for 1 of size 16"
     with pytest.raises(ValueError, match=sentence):
-        generate(llama, draft)
-    assert len(forwards) == 1  # the shape of a cache is only known after the prompt
+        generate(llama, draft, PROMPT.repeat(1, 4))
+    handle.remove()
+    assert [kwargs["input_ids"].shape[1] for kwargs in lengths] == [5, 1, 1]
 
 
-def test_keys_and_values_of_different_sizes_are_refused():
-    """Multi-head latent attention caches something else than heads."""
+def test_latent_attention_is_refused(count_forwards):
     settings = LLAMA_SIZES | {"num_key_value_heads": 4, "first_k_dense_replace": 5}
     settings |= {
         "q_lora_rank": None,
@@ -268,10 +271,10 @@ def test_keys_and_values_of_different_sizes_are_refused():
     }
     del settings["head_dim"]
     target = AutoModelForCausalLM.from_config(transformers.DeepseekV3Config(**settings))
-    with pytest.raises(
-        ValueError, match="The target caches 1 key/value heads of size 16, and values of 1 heads of size"
-    ):
+    forwards = count_forwards(target)
+    with pytest.raises(ValueError, match=r"DeepseekV3ForCausalLM has multi-head latent attention \(`kv_lora_rank`\)"):
         generate(target, make_tiny_draft(target))
+    assert not forwards
 
 
 # Targets

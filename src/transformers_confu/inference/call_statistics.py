@@ -20,6 +20,10 @@ class ConFuStatistics:
         target_cache_bytes, draft_cache_bytes (`int`): Keys and values of the text at the end of the call.
         transient_cache_bytes (`int`): The most that a round added to the target's keys and values before compaction:
             tree nodes, contemplate rows and soft prompts.
+        self_checked (`bool`): Whether the call began with a proof that this target computes a tree as it computes
+            text (see `self_check`); part of `prefill_seconds`.
+        contemplation_overflowed (`bool`): Whether contemplate rows overflowed inside the target. That forward was
+            repeated without them, and the rest of the call went on in EAGLE-3 mode.
         draft_state (`str`): "new" (no cache was passed), "carried" (continued from the passed cache) or "restarted"
             (the passed cache holds no state of this draft, so the draft only sees the new tokens; the text is the
             same, acceptance may be lower).
@@ -38,6 +42,8 @@ class ConFuStatistics:
     target_cache_bytes: int = 0
     draft_cache_bytes: int = 0
     transient_cache_bytes: int = 0
+    self_checked: bool = False
+    contemplation_overflowed: bool = False
     draft_state: str = "new"
 
     @property

@@ -9,7 +9,7 @@ from transformers.generation import CandidateGenerator
 from transformers.utils import ModelOutput
 
 from .draft_tree import DraftTree, TreeGrower
-from .target import additive_mask, input_device
+from .target import additive_mask, input_device, position_table_size
 
 
 @dataclass
@@ -99,6 +99,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
         else:
             self._embed, self._embed_device = draft.embed_tokens, draft.device
         self._token_ids = draft.draft_token_ids
+        self._num_positions = position_table_size(target)
         self._cache = DynamicCache(config=draft.config)
         self._pending: list[TrueRows] = []
 
@@ -233,7 +234,10 @@ class ConFuCandidateGenerator(CandidateGenerator):
                 taps[:, real.to(taps.device)],
             )
         self.observe(self.embed(next_tokens), taps, position_ids)
-        chain = self.propose(input_ids[:, -1], tree_size=self.depth + 1, max_depth=self.depth, future_states=None)
+        max_depth = self.depth
+        if self._num_positions is not None:  # the root stands at the position behind the newest true row
+            max_depth = min(max_depth, self._num_positions - 2 - int(self._pending[-1].position_ids[0, -1]))
+        chain = self.propose(input_ids[:, -1], tree_size=self.depth + 1, max_depth=max_depth, future_states=None)
         return torch.cat([input_ids, chain.tokens[:, 1:].to(input_ids.device)], dim=-1), None
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:

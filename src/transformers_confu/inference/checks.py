@@ -1,13 +1,18 @@
-"""What cannot be decoded exactly, refused in one sentence before any work: targets, caches, calls."""
+"""What cannot be decoded exactly, refused in one sentence before any work: targets, caches, calls, weights of drafts.
+
+What these checks do not know by name, the self-check finds by computing; see `self_check.py`.
+"""
 
 import inspect
+import weakref
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from torch import nn
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from .configuration_confu import STATIC_ROPE_TYPES, ConFuConfig
+from .configuration_confu import STATIC_ROPE_TYPES, ConFuConfig, full_attention_rope, size_of
 from .soft_prompts import KeyRotation
 
 
@@ -22,6 +27,32 @@ def check_target(target: PreTrainedModel, config: ConFuConfig) -> None:
     target_config = target.config.get_text_config(decoder=True)
     if target.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model; ConFu drafts for decoder-only models.")
+    _check_attention(name, target, target_config)
+    _check_positions(name, target_config)
+    _check_inputs(name, target, target_config)
+    if getattr(target, "_tp_size", None) not in (None, 1):
+        raise ValueError(
+            f"{name} is loaded with tensor parallelism over {target._tp_size} processes, where every process would "
+            "need the same tree; load it with `device_map` instead."
+        )
+    if config.rotate_soft_prompts and config.num_soft_prompts:
+        KeyRotation(target)
+    _check_adapters(name, target)
+    for field, ours in (
+        ("vocab_size", config.vocab_size),
+        ("hidden_size", config.target_hidden_size),
+        ("num_hidden_layers", config.target_num_hidden_layers),
+    ):
+        if getattr(target_config, field) != ours:
+            raise ValueError(
+                f"The draft was made for a target with `{field}={ours}`, but {name} has "
+                f"{getattr(target_config, field)}; load the target named in the draft's card, or train a draft for "
+                "this one."
+            )
+
+
+def _check_attention(name: str, target: PreTrainedModel, target_config: PreTrainedConfig) -> None:
+    """Every row must see what a mask says, all of it, and nothing else; and its keys must lie in a plain cache."""
     if getattr(target, "_is_stateful", False):
         raise ValueError(
             f"{name} is stateful: it cannot return to an earlier state when a guess is refused, so no assisted "
@@ -39,23 +70,44 @@ def check_target(target: PreTrainedModel, config: ConFuConfig) -> None:
             f"{name} has layers of type {', '.join(unusual)}, whose cache cannot hold a tree; ConFu needs a target "
             "with full attention in every layer."
         )
-    if not layer_types and getattr(target_config, "sliding_window", None) is not None:
+    window = None if layer_types else size_of(target_config, "sliding_window")
+    if window is not None:
         raise ValueError(
-            f"{name} has `sliding_window={target_config.sliding_window}`, and a sliding cache cannot hold a tree; "
-            "ConFu needs full attention (`sliding_window=None`)."
+            f"{name} has `sliding_window={window}`, and a sliding cache cannot hold a tree; ConFu needs full "
+            "attention (`sliding_window=None`)."
         )
     if getattr(target_config, "attention_layers", None) is not None:
         raise ValueError(
             f"{name} masks attention by the order of rows, whatever mask it is given, and the rows of a tree are in "
             "no such order; ConFu needs a target that follows the mask."
         )
+    if getattr(target_config, "kv_lora_rank", None) is not None:
+        raise ValueError(
+            f"{name} has multi-head latent attention (`kv_lora_rank`), which caches something else than keys and "
+            "values of heads, so it has no place for a draft's soft prompts; use a target without it."
+        )
+    if getattr(target_config, "n_recurrent_loops", 1) > 1:
+        raise ValueError(
+            f"{name} runs through layers several times (`n_recurrent_loops={target_config.n_recurrent_loops}`), and "
+            "what it caches is not what the rows of one forward see of each other; use a target without loops."
+        )
+
+
+def _check_positions(name: str, target_config: PreTrainedConfig) -> None:
+    """Branches of a tree share positions, and cached keys keep theirs."""
     if getattr(target_config, "alibi", False):
         raise ValueError(
             f"{name} counts rows for its positions (`alibi=True`), and branches of a tree share positions; ConFu "
             "needs a target that follows `position_ids`."
         )
-    rope = getattr(target_config, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)  # some have one entry for each type of layer
+    if getattr(target_config, "attn_temperature_tuning", False) and not all(
+        getattr(target_config, "no_rope_layers", None) or [True]
+    ):
+        raise ValueError(
+            f"{name} scales queries by the number of rows before them (`attn_temperature_tuning`), and branches of a "
+            "tree share positions; ConFu needs a target that follows `position_ids`."
+        )
+    rope = full_attention_rope(target_config)
     if rope.get("rope_type", "default") not in STATIC_ROPE_TYPES:
         raise ValueError(
             f"{name} uses RoPE type '{rope['rope_type']}', whose frequencies change with the length of the forward, "
@@ -63,6 +115,10 @@ def check_target(target: PreTrainedModel, config: ConFuConfig) -> None:
         )
     if "mrope_section" in rope:
         raise ValueError(f"{name} uses 3-D positions (mrope), which a draft tree has not; use a text-only target.")
+
+
+def _check_inputs(name: str, target: PreTrainedModel, target_config: PreTrainedConfig) -> None:
+    """A contemplate row has no token id, only an embedding."""
     if getattr(target_config, "hidden_size_per_layer_input", None):
         raise ValueError(
             f"{name} looks token ids up in every layer (`hidden_size_per_layer_input`), and a contemplate row has no "
@@ -75,15 +131,19 @@ def check_target(target: PreTrainedModel, config: ConFuConfig) -> None:
             "needs a target where both are the same."
         )
     parameters = inspect.signature(target.forward).parameters
+    if "input_ids" not in parameters and any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+        return  # a wrapper that passes on whatever it is given; the self-check sees whether it does
     if missing := [p for p in ("inputs_embeds", "position_ids", "cache") if p not in parameters]:
-        raise ValueError(f"{name}.forward takes no {', '.join(f'`{p}`' for p in missing)}, which a draft tree needs.")
-    if getattr(target, "_tp_size", None) not in (None, 1):
-        raise ValueError(
-            f"{name} is loaded with tensor parallelism over {target._tp_size} processes, where every process would "
-            "need the same tree; load it with `device_map` instead."
-        )
-    if config.rotate_soft_prompts and config.num_soft_prompts:
-        KeyRotation(target)
+        missing_names = ", ".join(f"`{p}`" for p in missing)
+        if "forward" in vars(target):
+            raise ValueError(
+                f"The `forward` that was put in the place of {name}'s own takes no {missing_names}, which a draft "
+                "tree needs; let it take `**kwargs` and pass them on."
+            )
+        raise ValueError(f"{name}.forward takes no {missing_names}, which a draft tree needs.")
+
+
+def _check_adapters(name: str, target: PreTrainedModel) -> None:
     check_prompt_learning(getattr(target.prepare_inputs_for_generation, "__self__", target))
     adapters = getattr(target, "peft_config", None) or {}
     if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters.values()):
@@ -91,20 +151,32 @@ def check_target(target: PreTrainedModel, config: ConFuConfig) -> None:
             f"{name} has an activated LoRA (`alora_invocation_tokens`), which peft applies to the last rows of a "
             "forward, and those of a tree are not the text's last tokens; use a LoRA without it."
         )
-    for field, ours in (
-        ("vocab_size", config.vocab_size),
-        ("hidden_size", config.target_hidden_size),
-        ("num_hidden_layers", config.target_num_hidden_layers),
-    ):
-        if getattr(target_config, field) != ours:
-            raise ValueError(
-                f"The draft was made for a target with `{field}={ours}`, but {name} has "
-                f"{getattr(target_config, field)}; load the target named in the draft's card, or train a draft for "
-                "this one."
-            )
 
 
-def check_prompt_learning(target: torch.nn.Module) -> None:
+def check_evaluation_mode(target: PreTrainedModel) -> None:
+    """Refuse a target whose forwards are random: dropout would fall on a tree's rows otherwise than on a text's."""
+    training = [module for module in target.modules() if module.training]
+    if not training:
+        return
+    rates = {}
+    if dropout := max((module.p for module in training if isinstance(module, nn.Dropout)), default=0):
+        rates["Dropout"] = dropout
+    # Attention's dropout and a router's noise are no modules, but entries of the configuration.
+    options = vars(target.config.get_text_config(decoder=True)).items()
+    rates |= {
+        option: value
+        for option, value in options
+        if isinstance(value, float) and value > 0 and any(part in option for part in ("drop", "jitter"))
+    }
+    if rates:
+        found = ", ".join(f"`{option}={rate}`" for option, rate in rates.items())
+        raise ValueError(
+            f"{type(target).__name__} is in training mode with {found}, so that its text is random; call "
+            "`target.eval()` first."
+        )
+
+
+def check_prompt_learning(target: nn.Module) -> None:
     """ValueError for a peft model with virtual tokens of its own."""
     if getattr(getattr(target, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError(
@@ -126,27 +198,42 @@ def check_cached_heads(keys: tuple[int, int], values: tuple[int, int], config: C
 
 def check_cache(cache: Any, config: ConFuConfig) -> None:
     r"""
-    Refuse a cache whose rows cannot be moved and dropped one by one.
+    Refuse a cache whose rows cannot be moved and dropped one by one, or into which the soft prompts do not fit.
 
     The type of each layer must be `DynamicLayer` itself: its subclasses store rows quantised, offloaded or windowed.
+    A cache may be of a class of the user's, but only with the `update` of `DynamicCache`, in whose place the rows of a
+    round are stored.
     """
+    found = f"{'an offloaded' if getattr(cache, 'offloading', False) else 'a'} {type(cache).__name__}"
     if isinstance(cache, DynamicCache) and not cache.offloading:
-        layer_types = {type(layer) for layer in cache.layers}
-        if layer_types <= {DynamicLayer}:
-            for layer in cache.layers:
-                if layer.get_seq_length() == 0:
-                    continue
-                keys, values = ((states.shape[1], states.shape[3]) for states in (layer.keys, layer.values))
-                check_cached_heads(keys, values, config)
+        foreign_layers = {type(layer) for layer in cache.layers} - {DynamicLayer}
+        if type(cache).update is not DynamicCache.update or "update" in vars(cache):
+            found = f"a {type(cache).__name__} with an `update` of its own"
+        elif foreign_layers:
+            found = (
+                f"a {type(cache).__name__} with layers of type {', '.join(sorted(t.__name__ for t in foreign_layers))}"
+            )
+        else:
+            _check_cached_layers(cache, config)
             return
-        found = ", ".join(sorted(layer_type.__name__ for layer_type in layer_types - {DynamicLayer}))
-        found = f"a {type(cache).__name__} with layers of type {found}"
-    else:
-        found = f"{'an offloaded' if getattr(cache, 'offloading', False) else 'a'} {type(cache).__name__}"
     raise ValueError(
         f"ConFu decoding needs a plain, non-offloaded DynamicCache of full-attention layers, got {found}; leave "
         "`cache_implementation` and `cache` unset, or pass `DynamicCache()`."
     )
+
+
+def _check_cached_layers(cache: DynamicCache, config: ConFuConfig) -> None:
+    """Compare the rows of a cache that has some with the draft's soft prompts, which become rows of it."""
+    filled = [layer for layer in cache.layers if layer.get_seq_length() > 0]
+    if filled and len(cache.layers) != config.target_num_hidden_layers:
+        raise ValueError(
+            f"The target has {config.target_num_hidden_layers} layers but caches keys and values of "
+            f"{len(cache.layers)}, as targets do that run through layers several times or share caches between them; "
+            "ConFu needs a target that caches each layer once."
+        )
+    for layer in filled:
+        keys, values = ((states.shape[1], states.shape[3]) for states in (layer.keys, layer.values))
+        check_cached_heads(keys, values, config)
 
 
 SUPPORTED_MODEL_KWARGS = {
@@ -162,6 +249,7 @@ SUPPORTED_MODEL_KWARGS = {
 
 
 def check_call(
+    config: ConFuConfig,
     generation_config: GenerationConfig,
     input_ids: torch.LongTensor,
     synced_gpus: bool,
@@ -192,6 +280,15 @@ def check_call(
             "`assistant_ensemble_weight` mixes the draft's distribution into the text; ConFu keeps the target's own. "
             "Leave it unset."
         )
+    for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
+        if value := getattr(generation_config, name, None):
+            raise ValueError(
+                f"`{name}={value}` asks for another source of guesses than the draft that is given; set it to None, "
+                "or give no draft."
+            )
+    chunk_size = generation_config.prefill_chunk_size
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"`prefill_chunk_size` is {chunk_size}; it must be at least 1, or None for no chunks.")
     # Transformers gives models of text and images an empty dictionary where there are no images.
     present = {name for name, value in model_kwargs.items() if value is not None and value != {}}
     if foreign := sorted(present - SUPPORTED_MODEL_KWARGS):
@@ -199,6 +296,93 @@ def check_call(
             f"A ConFu draft cannot pass {', '.join(f'`{name}`' for name in foreign)} on to the target's tree forward; "
             "it works with text inputs (`input_ids` or `inputs_embeds`, `attention_mask`, `position_ids`)."
         )
-    if model_kwargs.get("position_ids") is None or model_kwargs["position_ids"].ndim != 2:
-        shape = None if model_kwargs.get("position_ids") is None else tuple(model_kwargs["position_ids"].shape)
-        raise ValueError(f"ConFu needs `position_ids` of shape (batch, length), got {shape}; use a text-only target.")
+    logits_to_keep = model_kwargs.get("logits_to_keep")
+    if logits_to_keep is not None and (isinstance(logits_to_keep, torch.Tensor) or logits_to_keep < 0):
+        raise ValueError(
+            f"`logits_to_keep` is {logits_to_keep}; decoding reads the last row's logits of every forward, so it must "
+            "be a number of last rows, or unset."
+        )
+    if model_kwargs.get("inputs_embeds") is not None and config.has_own_embeddings:
+        raise ValueError(
+            f"This draft embeds tokens itself (hidden_size {config.hidden_size}, target {config.target_hidden_size}) "
+            "and cannot read `inputs_embeds`; pass `input_ids`."
+        )
+    _check_lengths(generation_config, input_ids, model_kwargs)
+
+
+def _check_lengths(
+    generation_config: GenerationConfig, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]
+) -> None:
+    """Ids or embeddings, mask, positions and cache must belong to one text."""
+    cached = model_kwargs["cache"].get_seq_length()
+    inputs_embeds = model_kwargs.get("inputs_embeds")
+    given = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and mask.shape[0] != 1:
+        raise ValueError(f"`attention_mask` has {mask.shape[0]} rows, but the input is one text; it needs one row.")
+    # Transformers drops a mask that hides nothing, but notes its length.
+    mask_length = getattr(generation_config, "_mask_length", given) if mask is None else mask.shape[1]
+    # A continued text comes as the whole of it, or as the new ids with a mask that covers the cached ones too.
+    only_new_ids = inputs_embeds is None and cached > 0 and mask_length == cached + given
+    if mask_length != given and not only_new_ids:
+        raise ValueError(
+            f"`attention_mask` covers {mask_length} tokens, but the inputs are {given}"
+            + (f" and the cache holds {cached}" if cached else "")
+            + "; it needs a column for every token."
+        )
+    new = given if only_new_ids else given - cached
+    if new < 1:
+        raise ValueError(
+            f"The cache holds {cached} tokens and the inputs add none; the newest token must not be cached. Pass the "
+            "whole text, or the new ids with an `attention_mask` that also covers the cached ones."
+            if cached
+            else "The inputs hold no token; pass at least one."
+        )
+    position_ids = model_kwargs.get("position_ids")
+    shape = None if position_ids is None else tuple(position_ids.shape)
+    if shape is None or len(shape) != 2:
+        remedy = "use a text-only target" if shape is not None and len(shape) == 3 else f"pass shape (1, {new})"
+        raise ValueError(f"ConFu needs `position_ids` of shape (batch, length), got {shape}; {remedy}.")
+    if shape[0] != 1 or shape[1] < new:
+        raise ValueError(
+            f"`position_ids` has shape {shape}, but the inputs add {new} tokens; it needs shape (1, {new})."
+        )
+
+
+_SOUND_CHANNELS: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
+"""Future channels that were found finite, with what would change if their values or the target's precision did."""
+
+
+def check_future_channel(channel: nn.Module, dtype: torch.dtype) -> None:
+    r"""
+    Refuse a draft whose soft prompts or embeddings are not finite where the target computes with them.
+
+    A real row of the target sees no contemplate row and no soft prompt: their weights in its attention are 0. But
+    0 times NaN or infinity is NaN, and the text would be lost.
+
+    Args:
+        channel ([`ConFuFutureChannel`]): The draft's future channel.
+        dtype (`torch.dtype`): Precision of the target, in which large numbers of the draft may be infinite.
+    """
+    parameters = dict(channel.named_parameters())
+    try:
+        version = (dtype, *((id(parameter), parameter._version) for parameter in parameters.values()))
+    except RuntimeError:  # tensors made in inference mode count no versions
+        version = None
+    if version is not None and _SOUND_CHANNELS.get(channel) == version:
+        return
+    for name, parameter in parameters.items():
+        reaches_target = name in ("soft_prompts", "contemplate_token.experts")
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(
+                f"The draft's `future_channel.{name}` holds NaN or infinity; train or load the draft again, or decode "
+                "without it by `confu_contemplation=0`."
+            )
+        if reaches_target and not bool(parameter.to(dtype).isfinite().all()):
+            raise ValueError(
+                f"The draft's `future_channel.{name}` holds {parameter.abs().max().item():.3g}, which is infinite in "
+                f"the target's {dtype}; load the target in bfloat16 or float32, or decode without contemplation by "
+                "`confu_contemplation=0`."
+            )
+    if version is not None:
+        _SOUND_CHANNELS[channel] = version

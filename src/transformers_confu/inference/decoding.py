@@ -15,10 +15,11 @@ from transformers.utils import ModelOutput
 
 from .call_statistics import ConFuStatistics
 from .candidate_generator_confu import CarriedState, ConFuCandidateGenerator
-from .checks import check_cache, check_call, check_target
+from .checks import check_cache, check_call, check_evaluation_mode, check_future_channel, check_target
 from .draft_tree import DraftTree
 from .knobs import ConFuKnobs
-from .target import TargetRunner, cache_bytes, crop
+from .self_check import prove_target
+from .target import TargetRunner, Verification, cache_bytes, crop, position_table_size
 
 
 @torch.no_grad()
@@ -48,9 +49,16 @@ def confu_decode(
     """
     knobs = ConFuKnobs.resolve(generation_config, draft.generation_config)
     check_target(target, draft.config)
-    check_call(generation_config, input_ids, synced_gpus, model_kwargs)
+    check_evaluation_mode(target)
+    check_call(draft.config, generation_config, input_ids, synced_gpus, model_kwargs)
     check_cache(model_kwargs["cache"], draft.config)
+    started = time.perf_counter()
+    if knobs.contemplation > 0:
+        check_future_channel(draft.future_channel, target.dtype)
+    self_checked = prove_target(target, draft, contemplates=knobs.contemplation > 0)
     decoding = _Decoding(draft, target, input_ids, knobs, logits_processor, stopping_criteria, generation_config)
+    decoding.statistics.self_checked = self_checked
+    decoding.statistics.prefill_seconds = time.perf_counter() - started
     output = decoding.run(model_kwargs, streamer)
     draft.last_statistics = decoding.statistics
     return output
@@ -75,6 +83,8 @@ class _Decoding:
         self.generator = ConFuCandidateGenerator(draft, target, knobs.depth, knobs.branching)
         self.statistics = ConFuStatistics()
 
+        self.contemplates = knobs.contemplation > 0
+        self.num_positions = position_table_size(target)
         self.input_ids = input_ids
         self.finished = False
         self.transient_rows = 0  # of the target's cache, most in a round
@@ -134,8 +144,6 @@ class _Decoding:
             self.statistics.draft_state = "restarted" if carried is None else "carried"
         prompt = self._new_inputs(past_length, model_kwargs)
         outputs, taps = self._forward_prompt(prompt, model_kwargs)
-        if not past_length:
-            check_cache(cache, self.draft.config)  # its shape is known only now
 
         if model_kwargs.get("attention_mask") is not None:
             self.visible = model_kwargs["attention_mask"].to(taps.device).bool()
@@ -164,24 +172,19 @@ class _Decoding:
             self.hidden_states += (self._returned(outputs.hidden_states),)
         self._observe_newest()
         future = None
-        if self.knobs.contemplation > 0 and not self.finished:
+        if self.contemplates and not self.finished and self._room() > 1:
             # The round that this f opens has its root where the row stands.
             root_positions = self.root_positions[:, None]
             future = self.runner.contemplate(
                 cache, self.last_taps, root_positions, root_positions, self.visible[:, None]
             )[:, 0]
-        self.statistics.prefill_seconds = time.perf_counter() - started
+        self.statistics.prefill_seconds += time.perf_counter() - started
         return future
 
     def _new_inputs(self, past_length: int, model_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The part of the prompt that is not in the cache yet: ids or embeddings, and positions."""
         position_ids = model_kwargs["position_ids"]
         if (inputs_embeds := model_kwargs.get("inputs_embeds")) is not None:
-            if self.draft.config.has_own_embeddings:
-                raise ValueError(
-                    f"This draft embeds tokens itself (hidden_size {self.draft.config.hidden_size}, target "
-                    f"{self.draft.config.target_hidden_size}) and cannot read `inputs_embeds`; pass `input_ids`."
-                )
             inputs_embeds = inputs_embeds[:, past_length:]
             length = inputs_embeds.shape[1]
             new = {"inputs_embeds": inputs_embeds}
@@ -196,11 +199,6 @@ class _Decoding:
             ids = self.input_ids[:, past_length:] if total == self.input_ids.shape[1] else self.input_ids
             length = ids.shape[1]
             new = {"input_ids": ids}
-        if length == 0:
-            raise ValueError(
-                f"The cache holds {past_length} tokens and the inputs add none; the newest token must not be cached. "
-                "Pass the whole text, or the new ids with an `attention_mask` that also covers the cached ones."
-            )
         return new | {"position_ids": position_ids[:, -length:]}
 
     def _forward_prompt(
@@ -234,27 +232,20 @@ class _Decoding:
         """One round; the future prediction of the last accepted node, `(B, future_size)`."""
         started = time.perf_counter()
         # A round emits at most one token more than its tree is deep.
-        limit = self.stopping_criteria.max_length  # the caller's criterion may stand in for the config's
-        remaining = (self.generation_config.max_length if limit is None else limit) - self.input_ids.shape[1]
+        room = self._room()
         tree = self.generator.propose(
-            self.input_ids[:, -1], self.knobs.tree_size, max_depth=remaining - 1, future_states=future
+            self.input_ids[:, -1], self.knobs.tree_size, max_depth=room - 1, future_states=future
         )
         nodes = None
-        if self.knobs.contemplation > 0 and remaining > 1:
-            # A node at depth `remaining` - 1 ends the text: no round is left that could use its future prediction, and
-            # its contemplate row would lie one position beyond the longest text.
-            nodes = tree.contemplated_nodes(self.knobs.contemplation, max_depth=remaining - 2)
+        if self.contemplates and room > 1:
+            # A node at depth `room` - 1 ends the text: no round is left that could use its future prediction, and its
+            # contemplate row would lie one position beyond the longest text.
+            nodes = tree.contemplated_nodes(self.knobs.contemplation, max_depth=room - 2)
         drafted = time.perf_counter()
 
-        verification = self.runner.verify(
-            tree,
-            nodes,
-            self.last_taps[:, -1],
-            cache,
-            self.root_positions,
-            self.visible,
-            output_attentions=self.attentions is not None,
-        )
+        verification = self._verify(tree, nodes, cache)
+        if verification.futures is None:
+            nodes = None
         self.transient_rows = max(self.transient_rows, cache.get_seq_length() - verification.prefix_length)
         verified = time.perf_counter()
 
@@ -283,6 +274,37 @@ class _Decoding:
         num_rows = 0 if nodes is None else nodes.shape[1]
         self.statistics.count_round(len(path), num_accepted, tree.size, num_rows)
         return future
+
+    def _room(self) -> int:
+        """Tokens that may still be emitted, and positions that the target has for them; at least 1."""
+        limit = self.stopping_criteria.max_length  # the caller's criterion may stand in for the config's
+        room = (self.generation_config.max_length if limit is None else limit) - self.input_ids.shape[1]
+        if self.num_positions is not None:
+            # Where even the root has no position left, the target says so as in plain decoding.
+            room = min(room, max(1, self.num_positions - int(self.root_positions)))
+        return room
+
+    def _verify(self, tree: DraftTree, nodes: torch.LongTensor | None, cache: DynamicCache) -> Verification:
+        """The target's forward over the tree; once more without contemplate rows, should they overflow in it."""
+        length = cache.get_seq_length()
+        arguments = (self.last_taps[:, -1], cache, self.root_positions, self.visible)
+        wants_attentions = self.attentions is not None
+        verification = self.runner.verify(tree, nodes, *arguments, output_attentions=wants_attentions)
+        if nodes is None or not self._overflowed(verification):
+            return verification
+        self.statistics.contemplation_overflowed = True
+        self.contemplates = False
+        crop(cache, length)
+        return self.runner.verify(tree, None, *arguments, output_attentions=wants_attentions)
+
+    @staticmethod
+    def _overflowed(verification: Verification) -> bool:
+        """Whether a contemplate row has no finite f, or has spoilt the real rows.
+
+        Their attention gives it the weight 0, but 0 times NaN is NaN, in every real row, so the root tells.
+        """
+        root = verification.outputs.logits[:, 0]
+        return not bool(verification.futures.isfinite().all().to(root.device) & ~root.isnan().any())
 
     def _measure_caches(self, cache: DynamicCache) -> None:
         self.statistics.target_cache_bytes = cache_bytes(cache)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .configuration_confu import ConFuConfig
+from .configuration_confu import ConFuConfig, full_attention_rope
 from .draft_tree import DraftTree
 from .soft_prompts import KeyRotation, SlotCache
 
@@ -256,9 +256,19 @@ def input_device(target: PreTrainedModel) -> torch.device:
     return torch.device("cpu") if target.device.type == "meta" else target.device
 
 
+def position_table_size(target: PreTrainedModel) -> int | None:
+    """Positions of a target that looks them up in a table; `None` where RoPE computes them, without an end."""
+    config = target.config.get_text_config(decoder=True)
+    return None if full_attention_rope(config) else getattr(config, "max_position_embeddings", None)
+
+
 def without_router_loss(target: PreTrainedModel) -> dict[str, bool]:
     """Options of a forward under a 4D mask, which the balancing loss of a mixture of experts cannot read."""
-    takes_it = "output_router_logits" in inspect.signature(target.forward).parameters
+    # Also of the class's own `forward`, as one put in its place may take anything and pass it on.
+    takes_it = any(
+        "output_router_logits" in inspect.signature(forward).parameters
+        for forward in (target.forward, type(target).forward)
+    )
     return {"output_router_logits": False} if takes_it else {}
 
 
