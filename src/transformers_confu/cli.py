@@ -83,6 +83,11 @@ COMMANDS = {
         "Write the EAGLE-3 part of a ConFu draft, without its future channel, for SGLang or vLLM.",
         "confu convert out runs/draft --format sglang --output runs/eagle3",
     ),
+    "convert resize": Command(
+        "conversion.resize",
+        "Make a draft fit a target whose embeddings were resized, where ids still mean what they did.",
+        "confu convert resize runs/draft --vocab_size 32768 --output runs/resized",
+    ),
     "check": Command(
         "publishing.compatibility",
         "Say whether a draft fits a target, and what to do if not; no weights of the target are read.",

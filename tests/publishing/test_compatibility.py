@@ -12,6 +12,7 @@ from eagle3_source import Source
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuDraftModel, cli
 from transformers_confu.common.loading import load_draft
+from transformers_confu.conversion.resize import resize_vocabulary
 from transformers_confu.publishing.compatibility import Finding, check_compatibility, main
 
 
@@ -83,6 +84,37 @@ def test_another_target(target, changes, sentence):
     draft = make_tiny_draft(target)
     config = LlamaConfig(**target.config.to_dict() | changes)
     assert sentence in sentences(check_compatibility(config, None, draft))
+
+
+@pytest.mark.parametrize("vocab_size", [128, 90])
+@pytest.mark.parametrize("own_embeddings", [False, True])
+def test_a_draft_is_carried_over_to_a_resized_target(target, tmp_path, vocab_size, own_embeddings, capsys):
+    narrow = {"hidden_size": 16, "head_dim": 4} if own_embeddings else {}
+    draft = make_tiny_draft(target, draft_vocab_size=40, **narrow)
+    draft.set_draft_vocabulary(torch.arange(5, 85, 2))
+    draft.save_pretrained(tmp_path / "draft")
+    resized = make_tiny_target(eos_token_id=[2, 5])
+    resized.resize_token_embeddings(vocab_size)
+    found = sentences(check_compatibility(resized, None, draft))
+    assert f"`confu convert resize DRAFT --vocab_size {vocab_size} --output NEW`" in found
+    arguments = ["convert", "resize", str(tmp_path / "draft"), "--output", str(tmp_path / "new")]
+    assert cli.main([*arguments, f"--vocab_size={vocab_size}"]) == 0
+    carried = load_draft(tmp_path / "new")
+    assert check_compatibility(resized, None, tmp_path / "new") == []
+    assert torch.equal(carried.draft_token_ids, draft.draft_token_ids)
+    # On old tokens the rows of the resized target are those of the old one, and so are text and proposals.
+    ids, options = torch.tensor([[1, 5, 9]]), {"max_new_tokens": 20, "do_sample": False}
+    texts, statistics = [], []
+    for model, assistant in ((target, draft), (resized, carried)):
+        only_old = {"suppress_tokens": list(range(90, model.config.vocab_size))}
+        texts.append(model.generate(ids, assistant_model=assistant, **options, **only_old))
+        statistics.append(assistant.last_statistics.emitted)
+    assert torch.equal(*texts) and statistics[0] == statistics[1]
+
+
+def test_tokens_that_a_target_lost_cannot_be_carried_over(target):
+    with pytest.raises(ValueError, match="proposes token 96, but a target of 90 tokens has none such"):
+        resize_vocabulary(make_tiny_draft(target), 90)
 
 
 def test_kinds_of_targets_that_no_draft_fits(target):

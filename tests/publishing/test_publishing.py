@@ -263,11 +263,10 @@ def test_a_text_that_is_not_plain_generates_is_not_published(
 def test_half_precision_counts_differences(draft, target, tokenizer, monkeypatch):
     target.bfloat16()
     exact = hub.check_exactness(target, draft, tokenizer, CHECK_PROMPTS[:2])
-    assert exact.answers == 2 and exact.rounds > 0
+    assert "of 2 greedy answers of up to 16 tokens, target in bfloat16, " in exact and "; tau " in exact
     Falsified(target, monkeypatch)
     check = hub.check_exactness(target, draft, tokenizer, CHECK_PROMPTS[:2])
-    assert check.identical == 0
-    assert "target in bfloat16, 0 equal plain `generate`'s" in str(check)
+    assert "target in bfloat16, 0 equal plain `generate`'s" in check
 
 
 def test_ties_are_told_apart_from_faults(draft, target, tokenizer, monkeypatch):
@@ -275,8 +274,7 @@ def test_ties_are_told_apart_from_faults(draft, target, tokenizer, monkeypatch):
     torch.nn.init.zeros_(target.lm_head.weight)
     Falsified(target, monkeypatch)
     check = hub.check_exactness(target, draft, tokenizer, CHECK_PROMPTS[:1])
-    assert (check.identical, check.ties) == (0, 1)
-    assert "1 part at a tie of two scores" in str(check)
+    assert ", 0 equal plain `generate`'s, 1 part at a tie of two scores" in check
 
 
 # The command

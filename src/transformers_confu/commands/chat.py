@@ -1,7 +1,7 @@
 """A chat in the terminal that keeps its cache and shows what the draft does: `confu chat --help`."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..common.answer_text import answer_text, end_token_ids
 from ..common.loading import TargetOptions, default_draft, default_dtype, load_draft
+from ..common.option_files import option
 from ..inference.checks import check_target
 from ..inference.modeling_confu import ConFuDraftModel
 from ..inference.target import input_device
@@ -145,17 +146,12 @@ def converse(chat: Chat, **options: Any) -> None:
 class ChatOptions:
     """Options of `confu chat`."""
 
-    target: str = field(default="demo", metadata={"help": "Folder or Hub id, or 'demo' for SmolLM2-135M-Instruct."})
-    draft: str = field(
-        default_factory=default_draft, metadata={"help": "Folder or Hub id of the draft made for the target."}
-    )
-    dtype: str = field(
-        default_factory=default_dtype,
-        metadata={"help": "Of target and draft; bfloat16 where the hardware computes in it."},
-    )
-    system: str | None = field(default=None, metadata={"help": "System prompt, in place of the template's own."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Longest answer."})
-    temperature: float = field(default=0.0, metadata={"help": "0 always takes the likeliest token."})
+    target: str = option("Folder or Hub id, or 'demo' for SmolLM2-135M-Instruct.", "demo")
+    draft: str = option("Folder or Hub id of the draft made for the target.", default_draft)
+    dtype: str = option("Of target and draft; bfloat16 where the hardware computes in it.", default_dtype)
+    system: str | None = option("System prompt, in place of the template's own.")
+    max_new_tokens: int = option("Longest answer.", 512)
+    temperature: float = option("0 always takes the likeliest token.", 0.0)
 
     def __post_init__(self):
         for name, least in (("max_new_tokens", 1), ("temperature", 0)):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import (
 
 from ..inference.modeling_confu import ConFuDraftModel
 from .demo_target import demo_target_path
-from .option_files import json_option
+from .option_files import json_option, option
 
 
 DEMO_DRAFT = "transformers-confu/confu-smollm2-135m-instruct"
@@ -66,19 +66,12 @@ def default_dtype(device: torch.device | str | None = None) -> str:
 class TargetOptions:
     """How a command loads its target: options that all commands share. Their parsers read it as a dataclass."""
 
-    device: str | None = field(
-        default=None, metadata={"help": "Where to run, such as cuda:1; a GPU if there is one, else the CPU."}
+    device: str | None = option("Where to run, such as cuda:1; a GPU if there is one, else the CPU.")
+    device_map: str | None = option(
+        "Spread a large target over devices, memory and disk: auto, balanced, or JSON of module to device; in place "
+        "of `device`."
     )
-    device_map: str | None = field(
-        default=None,
-        metadata={
-            "help": "Spread a large target over devices, memory and disk: auto, balanced, or JSON of module to "
-            "device; in place of `device`."
-        },
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the code that comes with the target's checkpoint; read it first."}
-    )
+    trust_remote_code: bool = option("Run the code that comes with the target's checkpoint; read it first.", False)
 
     def __post_init__(self):
         if self.device is not None and self.device_map is not None:

@@ -4,10 +4,28 @@ import difflib
 import json
 from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
+
+
+def option(help: str, default: Any = None, **settings: Any) -> Any:
+    """
+    A field of a dataclass of options, as `HfArgumentParser` reads them.
+
+    Args:
+        help: What the option means.
+        default: Its value if it is not given; a function that makes it; or `...` for one that must be given.
+        settings: More for `add_argument`.
+    """
+    metadata = {"help": help, **settings}
+    if default is ...:
+        return field(metadata=metadata)
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def read_option_file(argv: list[str], types: Mapping[str, Any]) -> list[list[str]]:

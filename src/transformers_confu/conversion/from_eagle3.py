@@ -1,7 +1,7 @@
 """EAGLE-3 drafts of other libraries -> ConFu drafts."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel
 
 from ..common.files import read_json, share
 from ..common.loading import dtype_named, load_target_config
+from ..common.option_files import option
 from ..common.sentences import some
 from ..common.vocabulary_map import check_vocabulary_map, marks_of
 from ..inference.configuration_confu import ConFuConfig
@@ -213,41 +214,25 @@ SWITCH = {"nargs": "?", "const": True}  # the name alone means true
 class IntoOptions:
     """Options of `confu convert in`."""
 
-    target: str = field(metadata={"help": "Folder or Hub id of the model that the draft was trained for."})
-    output: str = field(metadata={"help": "New folder for the ConFu draft."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the source on the Hub."})
-    dtype: str | None = field(
-        default=None, metadata={"help": "Dtype of the result, such as bfloat16; the source's if not given."}
+    target: str = option("Folder or Hub id of the model that the draft was trained for.", ...)
+    output: str = option("New folder for the ConFu draft.", ...)
+    revision: str | None = option("Branch, tag or commit of the source on the Hub.")
+    dtype: str | None = option("Dtype of the result, such as bfloat16; the source's if not given.")
+    taps: list[int] | None = option(
+        "Indices into the target's hidden_states (0 = embeddings, i = input of layer i) that the draft fuses, in "
+        "place of what its config says."
     )
-    taps: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Indices into the target's hidden_states (0 = embeddings, i = input of layer i) that the draft "
-            "fuses, in place of what its config says."
-        },
+    norm_output: bool | None = option(
+        "Whether features are fed back after the last norm, in place of what its config says.", **SWITCH
     )
-    norm_output: bool | None = field(
-        default=None,
-        metadata={
-            **SWITCH,
-            "help": "Whether features are fed back after the last norm, in place of what its config says.",
-        },
+    norm_before_residual: bool | None = option(
+        "Whether the residual starts with the normalised feature, in place of what its config says.", **SWITCH
     )
-    norm_before_residual: bool | None = field(
-        default=None,
-        metadata={
-            **SWITCH,
-            "help": "Whether the residual starts with the normalised feature, in place of what its config says.",
-        },
+    num_soft_prompts: int | None = option("Soft prompts of the new future channel.")
+    rotate_soft_prompts: bool | None = option(
+        "Whether they keep their distance to the text's end, by the target's RoPE.", **SWITCH
     )
-    num_soft_prompts: int | None = field(default=None, metadata={"help": "Soft prompts of the new future channel."})
-    rotate_soft_prompts: bool | None = field(
-        default=None,
-        metadata={**SWITCH, "help": "Whether they keep their distance to the text's end, by the target's RoPE."},
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the code that comes with the target's configuration; read it first."}
-    )
+    trust_remote_code: bool = option("Run the code that comes with the target's configuration; read it first.", False)
 
 
 def main(argv: list[str] | None = None) -> None:

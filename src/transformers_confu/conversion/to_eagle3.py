@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from ..common.files import share
 from ..common.loading import load_draft, load_target_config
+from ..common.option_files import option
 from ..inference.configuration_confu import SPECIAL_TOKENS, ConFuConfig
 from ..inference.knobs import ConFuKnobs
 from ..inference.modeling_confu import ConFuDraftModel
@@ -239,14 +240,10 @@ def _card(format: str, target_name: str | None) -> ModelCard:
 class OutOptions:
     """Options of `confu convert out`."""
 
-    output: str = field(metadata={"help": "New folder for the EAGLE-3 draft."})
-    format: Literal["sglang", "speculators"] = field(metadata={"help": "Whose form; speculators is vLLM's."})
-    target: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the draft's target; needed for speculators."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the code that comes with the target's configuration; read it first."}
-    )
+    output: str = option("New folder for the EAGLE-3 draft.", ...)
+    format: Literal["sglang", "speculators"] = option("Whose form; speculators is vLLM's.", ...)
+    target: str | None = option("Folder or Hub id of the draft's target; needed for speculators.")
+    trust_remote_code: bool = option("Run the code that comes with the target's configuration; read it first.", False)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -134,6 +134,14 @@ def _check_target(
         check_cached_heads(heads, heads, config)
     except ValueError as error:
         yield Finding(True, str(error))
+        found = target_config.get_text_config(decoder=True).vocab_size
+        if found != config.vocab_size:
+            yield Finding(
+                True,
+                f"If only the embeddings of the draft's target were resized, so that ids 0 to "
+                f"{min(found, config.vocab_size) - 1} mean what they did, carry the draft over: `confu convert resize "
+                f"DRAFT --vocab_size {found} --output NEW`.",
+            )
         return
     if config.max_position_embeddings < wanted.max_position_embeddings:
         yield Finding(

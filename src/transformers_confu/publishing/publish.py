@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from ..common.loading import (
     load_target_config,
     load_tokenizer,
 )
+from ..common.option_files import option
 from ..common.texts import TIE, first_difference
 from ..inference.configuration_confu import ConFuConfig
 from ..inference.custom_generate import generate
@@ -56,45 +57,22 @@ CHECK_PROMPTS = [
 CHECK_TOKENS = 64
 
 
-@dataclass
-class ShortCheck:
-    """
-    What greedy answers with a draft were, against plain `generate`.
-
-    Args:
-        dtype (`str`): Of the target.
-        identical, ties (`int`): Answers that are the same; that part where two scores lie within 1e-4.
-        answers (`int`): All answers.
-        emitted, rounds (`int`): Tokens emitted in rounds, and rounds.
-    """
-
-    dtype: str
-    identical: int = 0
-    ties: int = 0
-    answers: int = 0
-    emitted: int = 0
-    rounds: int = 0
-
-    def __str__(self) -> str:
-        tau = f"; tau {self.emitted / self.rounds:.2f}" if self.rounds else ""
-        ties = f", {self.ties} part at a tie of two scores" if self.ties else ""
-        return (
-            f"A check before publishing: of {self.answers} greedy answers of up to {CHECK_TOKENS} tokens, target in "
-            f"{self.dtype}, {self.identical} equal plain `generate`'s{ties}{tau}."
-        )
-
-
 def check_exactness(
     target: PreTrainedModel, draft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]
-) -> ShortCheck:
+) -> str:
     """
     Greedy answers with and without a draft.
+
+    Returns:
+        What was found, as a sentence for the card.
 
     Raises:
         ValueError: an answer differs in a way that rounding does not explain. In half precision it is only counted.
     """
-    check = ShortCheck(str(target.dtype).removeprefix("torch."))
+    dtype = str(target.dtype).removeprefix("torch.")
+    identical, ties, emitted = 0, 0, []
     options = {"do_sample": False, "max_new_tokens": CHECK_TOKENS}
+    prompts = list(prompts)
     for prompt in tqdm(prompts, desc="Checking", unit="answer"):
         inputs = encode(prompt, tokenizer).to(target.device)
         length = inputs["input_ids"].shape[1]
@@ -102,25 +80,28 @@ def check_exactness(
         expected = plain.sequences[0, length:].tolist()
         ids = target.generate(**inputs, **options, assistant_model=draft, return_dict_in_generate=False)
         found = ids[0, length:].tolist()
-        check.answers += 1
-        check.emitted += sum(draft.last_statistics.emitted)
-        check.rounds += draft.last_statistics.rounds
+        emitted += draft.last_statistics.emitted
         place = first_difference(expected, found)
         if place is None:
-            check.identical += 1
+            identical += 1
             continue
         gap = float("inf")  # one answer goes on where the other ends
         if place < min(len(expected), len(found)):
             gap = float(plain.scores[place][0, expected[place]] - plain.scores[place][0, found[place]])
         if gap <= TIE:
-            check.ties += 1
-        elif check.dtype in ("float32", "float64"):
+            ties += 1
+        elif dtype in ("float32", "float64"):
             raise ValueError(
                 f"With this draft the answer to {prompt!r} is not plain generate's: it differs from token {place + 1} "
                 f"on, where the scores differ by {gap:.2g}. That is a fault of the decoding code, not of the draft; "
                 "please report it. Nothing was published."
             )
-    return check
+    parting = f", {ties} part at a tie of two scores" if ties else ""
+    tau = f"; tau {sum(emitted) / len(emitted):.2f}" if emitted else ""
+    return (
+        f"A check before publishing: of {len(prompts)} greedy answers of up to {CHECK_TOKENS} tokens, target in "
+        f"{dtype}, {identical} equal plain `generate`'s{parting}{tau}."
+    )
 
 
 def encode(prompt: str, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
@@ -303,7 +284,7 @@ def build(
         (folder / "LICENSE").write_text(text, encoding="utf-8")
     saved = AutoModel.from_pretrained(folder, trust_remote_code=True).to(target.device)
     check = check_exactness(target, saved, tokenizer, CHECK_PROMPTS)
-    write_card(folder, facts, repo_id or f"your-organisation/{Path(draft.name_or_path or 'draft').name}", str(check))
+    write_card(folder, facts, repo_id or f"your-organisation/{Path(draft.name_or_path or 'draft').name}", check)
     share(folder)
 
 
@@ -311,33 +292,20 @@ def build(
 class PublishOptions:
     """Options of `confu publish` beside draft, target, repository and knobs."""
 
-    dry_run: str | None = field(
-        default=None, metadata={"help": "New folder to write everything to; nothing is uploaded."}
-    )
-    card: str | None = field(
-        default=None, metadata={"help": f"Facts of the model card; {CARD_FILE} in the draft's folder if not given."}
-    )
-    card_only: bool = field(
-        default=False, metadata={"help": "Only write README.md into the draft's folder, from its facts."}
-    )
-    base_model: str | None = field(
-        default=None, metadata={"help": "Id of the target on the Hub, where it is loaded from a folder."}
-    )
-    license: str | None = field(default=None, metadata={"help": "Licence of the weights, such as apache-2.0."})
-    language: list[str] | None = field(default=None, metadata={"help": "Languages, such as en de."})
-    datasets: list[str] | None = field(default=None, metadata={"help": "Ids of the training data on the Hub."})
-    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
-    revision: str | None = field(default=None, metadata={"help": "Branch to push to; made if it is not there."})
-    create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
-    token: str | None = field(
-        default=None, metadata={"help": "Access token, in place of the one you are logged in with."}
-    )
-    commit_message: str = field(default="Upload ConFu draft", metadata={"help": "Message of the commit."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Of the published weights."})
-    target_dtype: str = field(
-        default="float32",
-        metadata={"help": "In which the target runs in the check; half precision proves less."},
-    )
+    dry_run: str | None = option("New folder to write everything to; nothing is uploaded.")
+    card: str | None = option(f"Facts of the model card; {CARD_FILE} in the draft's folder if not given.")
+    card_only: bool = option("Only write README.md into the draft's folder, from its facts.", False)
+    base_model: str | None = option("Id of the target on the Hub, where it is loaded from a folder.")
+    license: str | None = option("Licence of the weights, such as apache-2.0.")
+    language: list[str] | None = option("Languages, such as en de.")
+    datasets: list[str] | None = option("Ids of the training data on the Hub.")
+    private: bool = option("Make a new repository private.", False)
+    revision: str | None = option("Branch to push to; made if it is not there.")
+    create_pr: bool = option("Open a pull request.", False)
+    token: str | None = option("Access token, in place of the one you are logged in with.")
+    commit_message: str = option("Message of the commit.", "Upload ConFu draft")
+    dtype: str = option("Of the published weights.", "bfloat16")
+    target_dtype: str = option("In which the target runs in the check; half precision proves less.", "float32")
 
     def facts(self, folder: str) -> CardFacts:
         """The facts of the card's file, if there is one, and of the options, which go first."""
