@@ -85,31 +85,28 @@ def test_the_command_releases_a_draft_whose_card_tells_of_the_last_evaluation(hu
     assert "Teacher-forced on held-out rows at step 1: `tau_greedy`" in card.text
 
 
-def test_the_card_is_completed_by_hand(tmp_path, caplog):
+def test_a_card_says_what_is_written_by_hand_and_else_what_the_training_knows(tmp_path):
     trainer = make_trainer(tmp_path)
-    trainer.create_model_card()
-    path = tmp_path / "my-draft" / "card.yaml"
-    facts = CardFacts.load(path)
-    assert facts.license == "unknown" and not facts.training
-    facts.license, facts.summary = "mit", "A draft of note."
-    facts.save(path)
-    trainer.create_model_card()
-    card = ModelCard.load(tmp_path / "my-draft" / "README.md")
-    assert card.data.license == "mit" and "A draft of note." in card.text and "my-draft" in card.text
-    assert "Stage `joint`: 0 steps" in card.text
-
-    # Later training is told of, and what is said now counts.
     trainer.train()
-    trainer.create_model_card(license="apache-2.0", dataset="org/data")
+    path = tmp_path / "my-draft" / "card.yaml"
+    CardFacts(license="mit", summary="A draft of note.").save(path)
+    trainer.create_model_card(dataset="org/data")
     card = ModelCard.load(tmp_path / "my-draft" / "README.md")
-    assert "Stage `joint`: 2 steps" in card.text
-    assert (card.data.license, card.data.datasets) == ("apache-2.0", ["org/data"])
-    assert CardFacts.load(path).license == "apache-2.0"
-    facts.training = "By hand."
-    facts.save(path)
-    trainer.create_model_card()
+    assert (card.data.license, card.data.datasets, card.data.base_model) == ("mit", ["org/data"], "org/target")
+    assert "A draft of note." in card.text and "my-draft" in card.text and "Stage `joint`: 2 steps" in card.text
+    CardFacts(license="mit", training="By hand.").save(path)
+    trainer.create_model_card(license="apache-2.0")
     card = ModelCard.load(tmp_path / "my-draft" / "README.md")
     assert "By hand." in card.text and "Stage `joint`" not in card.text
+    assert card.data.license == "apache-2.0"
+
+
+def test_the_command_leaves_the_facts_of_a_card(saved_target, tmp_path):
+    stages = [{"stage": "core"}, {"stage": "joint"}]
+    main([write_run(tmp_path, saved_target, stages=stages, output_dir=str(tmp_path / "runs"), max_steps=1)])
+    facts = CardFacts.load(tmp_path / "runs" / "joint" / "card.yaml")
+    assert facts.training.index("Stage `core`: 1 steps") < facts.training.index("Stage `joint`: 1 steps")
+    assert facts.base_model is None and "Teacher-forced on held-out rows at step 1" in facts.evaluation
 
 
 def test_a_target_without_a_name_is_refused_before_the_training(hub, tmp_path):

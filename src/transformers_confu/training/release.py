@@ -3,19 +3,16 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import hf_api, logging
+from transformers.utils import hf_api
 
 from ..inference.knobs import ConFuKnobs
 from ..publishing.model_card import CARD_FILE, CardFacts, model_card
 from ..publishing.publish import write_custom_generate
 
-
-logger = logging.get_logger(__name__)
 
 # Pickles, the state of optimiser and Trainer, and what only this machine can use.
 _NOT_RELEASED = [
@@ -30,8 +27,23 @@ class ReleasingTrainer(Trainer):
     target_model: PreTrainedModel
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        self._base_model()  # what the card will need is asked for before the training
+        if self._base_model() is None:  # which the card needs: asked for before the training
+            raise ValueError(
+                "The card names the target by its id on the Hub, and this one comes from "
+                f"{self.target_model.name_or_path!r}: set `hub_base_model` to that id, such as 'Qwen/Qwen3-4B'."
+            )
         super().init_hf_repo(token=token, private=private)
+
+    def card_facts(self) -> CardFacts:
+        """Facts of the draft's card: those of `card.yaml` in `args.output_dir`, then what this training knows."""
+        path = Path(self.args.output_dir, CARD_FILE)
+        facts = CardFacts.load(path) if path.exists() else CardFacts()
+        return dataclasses.replace(
+            facts,
+            base_model=facts.base_model or self._base_model(),
+            training=facts.training or self._training(),
+            evaluation=facts.evaluation or self._evaluation(),
+        )
 
     def create_model_card(
         self,
@@ -40,50 +52,33 @@ class ReleasingTrainer(Trainer):
         tags: str | list[str] | None = None,
         model_name: str | None = None,
         finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
         dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
+        **others: Any,
     ) -> None:
-        r"""
-        Write the card of the draft, `README.md` of `args.output_dir`.
-
-        What cannot be read from the draft comes from the arguments, and where they say nothing from `card.yaml` beside
-        it (see [`CardFacts`]), which is written to be completed. What that says neither of training nor of evaluation
-        comes from the training.
+        """
+        Write the card of the draft, `README.md` of `args.output_dir`, from the arguments and from `card_facts`.
 
         Args:
             language, license, tags, dataset: Metadata of the card, as of `Trainer`.
             model_name (`str`, *optional*): Name of the repository, for the snippets.
-            finetuned_from (`str`, *optional*): Hub id of the target, where it was loaded from a folder.
-            tasks, dataset_tags, dataset_args: Not used.
+            finetuned_from (`str`, *optional*): Hub id of the target.
+            others: What else `Trainer` takes; not used.
         """
         if not self.is_world_process_zero():
             return
-        folder = Path(self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         asked: dict[str, Any] = {
             "base_model": finetuned_from,
             "license": license,
             "language": _as_list(language),
             "datasets": _as_list(dataset),
         }
-        path = folder / CARD_FILE
-        if path.exists():
-            facts = CardFacts.load(path)
-        else:
-            facts = CardFacts(base_model=finetuned_from or self._base_model(), license="unknown")
-        facts = dataclasses.replace(facts, **{name: value for name, value in asked.items() if value})
-        facts.save(path)
-        if facts.license == "unknown":
-            logger.warning("The model card says `license: unknown`; complete %s.", path)
-        completed = dataclasses.replace(
-            facts, training=facts.training or self._training(), evaluation=facts.evaluation or self._evaluation()
-        )
+        facts = dataclasses.replace(self.card_facts(), **{name: value for name, value in asked.items() if value})
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
         repo_id = self.hub_model_id or model_name or folder.absolute().name
-        card = model_card(completed, self.model.config, repo_id, ConFuKnobs.of(self.model.generation_config))
-        data = cast(ModelCardData, card.data)
-        data.tags = list(dict.fromkeys([*(data.tags or ()), *_as_list(tags)]))
+        card = model_card(facts, self.model.config, repo_id, ConFuKnobs.of(self.model.generation_config))
+        data: Any = card.data
+        data.tags = list(dict.fromkeys([*data.tags, *_as_list(tags)]))
         card.save(folder / "README.md")
 
     def push_to_hub(
@@ -114,15 +109,10 @@ class ReleasingTrainer(Trainer):
             revision=revision or self.args.hub_revision,
         )
 
-    def _base_model(self) -> str:
-        """Hub id of the target."""
+    def _base_model(self) -> str | None:
+        """The target's id on the Hub, where it is known."""
         name = self.args.hub_base_model or self.target_model.name_or_path
-        if name.count("/") != 1 or os.path.isdir(name):
-            raise ValueError(
-                f"The card names the target by its id on the Hub, and this one comes from {name!r}: set "
-                "`hub_base_model` to that id, such as 'Qwen/Qwen3-4B'."
-            )
-        return name
+        return name if name.count("/") == 1 and not os.path.isdir(name) else None
 
     def _training(self) -> str:
         args = self.args

@@ -13,6 +13,7 @@ import gc
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from ..data.fingerprints import fingerprint_of_dataset, fingerprint_of_target
 from ..data.vocabulary import build_draft_vocabulary, count_assistant_tokens
 from ..inference.configuration_confu import ConFuConfig
 from ..inference.modeling_confu import ConFuDraftModel
+from ..publishing.model_card import CARD_FILE, CardFacts
 from .arguments import ConFuTrainingArguments
 from .decoding_callback import DecodingEvaluation
 from .initialisation import is_channel_untrained, start_future_channel, warm_start
@@ -199,6 +201,8 @@ def run(folder: RunFolder, arguments: DraftArguments, training: ConFuTrainingArg
     trainer.save_model(_internal_call=True)  # an evaluation that fails does not cost the training
     if eval_dataset is not None:
         say(trainer.evaluate())
+    if training.should_save:
+        write_card_facts(trainer, arguments.draft)
     if training.push_to_hub:
         trainer.push_to_hub()  # its card tells of the evaluation
     write_record(folder, finished=True)
@@ -209,6 +213,16 @@ def write_record(folder: RunFolder, finished: bool) -> None:
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         folder.write(finished)
+
+
+def write_card_facts(trainer: ConFuTrainer, draft: str | None) -> None:
+    """What `confu publish` will want to know of the training, and of that of the draft it went on from."""
+    facts, path = trainer.card_facts(), Path(trainer.args.output_dir, CARD_FILE)
+    if path.exists():  # written by hand
+        return
+    if draft is not None and (before := Path(draft, CARD_FILE)).exists():
+        facts.training = f"{CardFacts.load(before).training.strip()} {facts.training}"
+    facts.save(path)
 
 
 def say(what: Any) -> None:
@@ -253,7 +267,7 @@ def prepare(
             arguments.max_length,
             eos_token_ids=end_token_ids(target) or None,
             vocab_size=target.config.get_text_config(decoder=True).vocab_size,
-            made_by=None if arguments.allow_other_target else fingerprint_of_target(target),
+            made_by=None if arguments.allow_other_target else fingerprint_of_target(target, torch.bfloat16),
             report=report,
         )
     say(report)
