@@ -8,10 +8,12 @@ from pathlib import Path
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from ..common.extras import require
 from ..common.option_files import read_option_file
 from .arguments import EvaluationArguments
+from .figures import comparisons_of
 from .measure import measure
+from .report import conclusion, markdown, write_report
+from .tables import speed_table
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,15 +25,11 @@ def main(argv: list[str] | None = None) -> None:
     (arguments,) = parser.parse_args_into_dataclasses(options, look_for_args_file=False)
     if options is not argv:
         command += f"\n\n# {argv[0]}\n{Path(argv[0]).read_text(encoding='utf-8').rstrip()}"
-    require("pandas", "matplotlib", "evaluate")  # a missing package shows before the work, not after it
-    from .figures import comparisons_of
-    from .report import conclusion, markdown, speed_table, write_report
-
     logging.set_verbosity_warning()
     logging.disable_progress_bar()  # of loading; the measurement has its own
     file = measure(arguments, command)
     comparisons = comparisons_of([file], arguments.seed)
-    print(f"\n{markdown(speed_table(comparisons), '')}\n")
+    print(f"\n{markdown(speed_table(comparisons))}\n")
     print(*map(conclusion, comparisons), sep="\n\n")
     if arguments.report is not None:
         print(f"\nReport: {write_report([file], Path(arguments.report), arguments.seed)}")

@@ -142,18 +142,12 @@ class Comparison:
             low, high = samples[1:].quantile([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         return Interval(samples[0], float(low), float(high), len(self._members(group)))
 
-    def by_run(self) -> dict[str, tuple[Spread, Spread]]:
-        """Of each arm the run-to-run spread of tokens per second, and of the speed-up (total)."""
+    def by_run(self, arm: str) -> tuple[Spread, Spread]:
+        """Run-to-run spread of an arm's tokens per second, and of its speed-up (total)."""
         sums = self.answers.groupby(["run", "arm"])[["tokens", "seconds"]].sum()
         rates = (sums["tokens"] / sums["seconds"]).unstack("arm")  # (runs, arms)
-        speedups = rates.div(rates[self.plain], axis=0)
-        return {
-            arm: (
-                Spread(rates[arm].median(), rates[arm].min(), rates[arm].max()),
-                Spread(speedups[arm].median(), speedups[arm].min(), speedups[arm].max()),
-            )
-            for arm in self.arms
-        }
+        rate, speedup = rates[arm], rates[arm] / rates[self.plain]
+        return Spread(rate.median(), rate.min(), rate.max()), Spread(speedup.median(), speedup.min(), speedup.max())
 
     def of(self, arm: str, group: str | None = None) -> pd.DataFrame:
         """The answers of one arm, a row each."""
@@ -174,9 +168,15 @@ class Comparison:
         means = {name: value / sums["rounds"] for name, value in (parts | {"rest": rest}).items()}
         return means | {"round": sum(means.values()), "prefill": prefill / sums["calls"]}
 
+    def emitted_and_accepted(self, arm: str, group: str | None = None) -> tuple[list[list[int]], list[list[int]]]:
+        """Tokens that a draft's rounds emitted, and how many of them were drafted; a list for each answer."""
+        answers = self.of(arm, group)
+        return answers["by_round"].tolist(), answers["accepted"].tolist()
+
     def depth(self, arm: str) -> int:
         """Depth of a draft's tree; of automatic rounds the deepest that was accepted."""
-        return self.arms[arm].depth or max((max(counts, default=0) for counts in self.of(arm)["accepted"]), default=0)
+        _, accepted = self.emitted_and_accepted(arm)
+        return self.arms[arm].depth or max((count for counts in accepted for count in counts), default=0)
 
     def references(self, arm: str) -> list[str]:
         """What a draft's arm is set against: EAGLE-3 mode with the same tree, of every draft; each pair once."""

@@ -26,7 +26,8 @@ from transformers.utils import logging
 
 from ..common.answer_text import answer_text, end_token_ids
 from ..common.demo_target import demo_target_path
-from ..common.loading import default_device, load_draft
+from ..common.files import read_json
+from ..common.loading import default_device, load_draft, refusals
 from ..common.texts import first_difference
 from ..inference.target import input_device
 from .arguments import EvaluationArguments
@@ -117,18 +118,19 @@ def own_generation_config(source: str) -> GenerationConfig:
     The `generation_config.json` of a draft's folder or Hub id, or the default one if the draft has none.
 
     Raises:
-        ValueError: there is no such folder.
-        OSError: the file is damaged, or the Hub does not answer: the draft's own knobs are then not known.
+        ValueError: there is no such draft, the file is damaged, or the Hub does not answer.
     """
-    if Path(source).is_dir():
-        has_one = (Path(source) / "generation_config.json").is_file()
-        return GenerationConfig.from_pretrained(source) if has_one else GenerationConfig()
-    if source.startswith((".", "/")):
-        raise ValueError(f"There is no draft in {source}; give a folder or a Hub id.")
-    try:
-        return GenerationConfig.from_pretrained(Path(hf_hub_download(source, "generation_config.json")).parent)
-    except RemoteEntryNotFoundError:
+    path = Path(source) / "generation_config.json"
+    if not Path(source).is_dir():
+        with refusals(source, "draft"):
+            try:
+                path = Path(hf_hub_download(source, "generation_config.json"))
+            except RemoteEntryNotFoundError:
+                return GenerationConfig()
+    if not path.is_file():
         return GenerationConfig()
+    read_json(path)
+    return GenerationConfig.from_pretrained(path.parent)
 
 
 def _settings(arguments: EvaluationArguments, questions: list[Question], drafts: list[Draft]) -> dict[str, Any]:
@@ -181,7 +183,13 @@ def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, arguments: Eval
     """Token ids of a conversation (user, assistant, user, ...) in the target's chat template, up to the answer."""
     messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
     options: Any = arguments.chat_template_kwargs or {}  # no text any more, since the arguments have read it
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **options)
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **options)
+    except Exception as error:  # a template is a program of its own
+        raise ValueError(
+            f"The target's chat template cannot write the question ({type(error).__name__}: {error}); give a target "
+            "that has one for a user's turns, or other `chat_template_kwargs`."
+        ) from error
 
 
 def answer_questions(
@@ -308,7 +316,6 @@ def answer_prompt(target: PreTrainedModel, prompt: list[int], kwargs: dict[str, 
         rounds["seconds"] = {part: getattr(counted, f"{part}_seconds") for part in parts}
     return {
         "prompt_tokens": len(prompt),
-        "prompt_hash": hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16],
         "token_ids": output[0, len(prompt) :].tolist(),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory(device),

@@ -103,8 +103,7 @@ def survival(comparison: Comparison) -> tuple[Any, str, str] | None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6))
     depth = max(comparison.depth(name) for name in arms)
     for name in arms:
-        answers = comparison.of(name)
-        result = acceptance(answers["by_round"], answers["accepted"])
+        result = acceptance(*comparison.emitted_and_accepted(name))
         shares = [1, *result["survival"], *[0.0] * (depth - len(result["survival"]))]
         left.plot(range(depth + 1), shares, label=name)
         right.plot(range(1, len(result["conditional"]) + 1), result["conditional"])

@@ -7,7 +7,7 @@ and under `command` by what. Every further line is of one of three kinds:
   (its place among the arms, which take turns), its `turns`, `skipped_turns` (too long for the target's context) and
   `departure`: where its text leaves plain generation's, or null. That names turn, position of the first other token,
   and `gap`, how far apart the target's logits of the two tokens lie in one forward over the common text (null if one
-  text ends there, or when sampling). A turn has `prompt_tokens` (earlier turns included), `prompt_hash`, `token_ids`
+  text ends there, or when sampling). A turn has `prompt_tokens` (earlier turns included), `token_ids`
   up to and including EOS, `seconds` of the whole call, `peak_memory_bytes`, and `rounds` (null for plain generation):
   tokens `emitted` by each round, and for drafts how many of them were drafted (`accepted`), rows, seconds by part and
   bytes of caches, as in `ConFuStatistics`.
