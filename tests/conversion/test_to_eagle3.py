@@ -251,7 +251,7 @@ def test_the_command_converts_in_and_out(target, tmp_path, capsys):
     weights = tmp_path / "draft" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert main(out) == 1
-    assert "draft holds no draft that can be read (" in capsys.readouterr().err
+    assert "its weights are damaged or incomplete (" in capsys.readouterr().err
 
 
 def test_the_command_says_what_is_wrong(tmp_path, capsys):

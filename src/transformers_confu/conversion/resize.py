@@ -25,9 +25,7 @@ def resize_vocabulary(draft: ConFuDraftModel, vocab_size: int) -> ConFuDraftMode
     """
     largest = int(draft.draft_token_ids.max())
     if largest >= vocab_size:
-        raise ValueError(
-            f"The draft proposes token {largest}, but a target of {vocab_size} tokens has none of that id."
-        )
+        raise ValueError(f"The draft proposes token {largest}, but a target of {vocab_size} tokens has none such.")
     values = draft.config.to_dict() | {"vocab_size": vocab_size, "draft_vocab_size": draft.config.draft_vocab_size}
     resized = ConFuDraftModel._from_config(ConFuConfig.from_dict(values), dtype=draft.dtype)
     weights = draft.state_dict()
