@@ -29,12 +29,24 @@ def test_generate(run_example):
     assert "custom_generate gives the same text: True" in printed
 
 
-def test_streaming(run_example):
-    assert "draft state new" in run_example("streaming")
+def plain_answer(question: str, max_new_tokens: int) -> str:
+    """What the tiny target of the examples answers without a draft."""
+    from _targets import chat_inputs, load_target
+
+    target, tokenizer = load_target(tiny=True)
+    inputs = chat_inputs(target, tokenizer, question)
+    ids = target.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_use_pipeline(run_example):
-    assert "draft state new" in run_example("use_pipeline")
+def test_streaming_prints_the_targets_own_text(run_example):
+    printed = run_example("streaming")
+    assert plain_answer("Write a short poem about the sea.", 96) in printed and "draft state new" in printed
+
+
+def test_a_pipeline_prints_the_targets_own_text(run_example):
+    printed = run_example("use_pipeline")
+    assert plain_answer("Give me three ideas for a rainy afternoon.", 64) in printed and "draft state new" in printed
 
 
 def test_chat_carries_the_cache_and_the_drafts_state_from_turn_to_turn(run_example):
@@ -52,5 +64,4 @@ def test_finetune_trains_and_saves_a_draft_that_decodes(run_example, tmp_path):
 
 def test_every_example_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py") if not path.stem.startswith("_")}
-    elsewhere = {"prepare_prompts"}  # in `data/test_prompts.py`
-    assert names == {"generate", "streaming", "use_pipeline", "chat", "finetune"} | elsewhere
+    assert names == {"generate", "streaming", "use_pipeline", "chat", "finetune"}
