@@ -6,7 +6,7 @@ import pytest
 from transformers import GenerationConfig, HfArgumentParser
 
 from transformers_confu.evaluation.arguments import EvaluationArguments
-from transformers_confu.evaluation.arms import comparisons, drafts_of
+from transformers_confu.evaluation.arms import Arm, comparisons, drafts_of, labels
 
 
 OWN = GenerationConfig(confu_tree_size=16, confu_depth=4, confu_contemplation=4)
@@ -17,13 +17,13 @@ def plan(**options):
     return comparisons(arguments, {draft.name: OWN for draft in drafts_of(arguments)})
 
 
-def labels(**options):
+def names(**options):
     (arms,) = plan(**options).values()
-    return [arm.label for arm in arms]
+    return list(labels(arms).values())
 
 
 def test_budgets_are_those_of_the_draft_and_no_arm_runs_twice():
-    assert labels(drafts=["d"]) == [
+    assert names(drafts=["d"]) == [
         "plain generate",
         "prompt lookup",
         "EAGLE-3 mode, N = 16",
@@ -31,14 +31,14 @@ def test_budgets_are_those_of_the_draft_and_no_arm_runs_twice():
         "ConFu, C = N, N = 16",
     ]
     # 4 is the default, and 4 and 99 are all rows of a tree of 4.
-    assert labels(drafts=["d"], tree_sizes=[4], contemplations=["default", 4, 99, "full"], baselines=["plain"]) == [
+    assert names(drafts=["d"], tree_sizes=[4], contemplations=["default", 4, 99, "full"], baselines=["plain"]) == [
         "plain generate",
         "ConFu, C = N, N = 4",
     ]
 
 
 def test_several_drafts_are_told_apart_by_name():
-    found = labels(drafts=["confu=runs/a", "runs/b"], eagle3_drafts=["c/eagle3"], contemplations=["0", "full"])
+    found = names(drafts=["confu=runs/a", "runs/b"], eagle3_drafts=["c/eagle3"], contemplations=["0", "full"])
     assert found[2:] == [
         "confu: EAGLE-3 mode, N = 16",
         "confu: ConFu, C = N, N = 16",
@@ -47,28 +47,58 @@ def test_several_drafts_are_told_apart_by_name():
         "eagle3: EAGLE-3 mode, N = 16",
     ]
     with pytest.raises(ValueError, match="More than one draft is called b; name them, as in `first=runs/b`"):
-        labels(drafts=["runs/b", "other/b"])
+        names(drafts=["runs/b", "other/b"])
 
 
 def test_all_combinations_or_one_factor_at_a_time():
     options = {"drafts": ["d"], "temperatures": [0.0, 1.0], "tree_sizes": [16, 8], "dtypes": ["bfloat16", "float32"]}
     grid = plan(**options)
-    assert {(s.dtype, s.temperature): {arm.tree_size for arm in arms} for s, arms in grid.items()} == {
-        (dtype, temperature): {0, 16, 8} for dtype in ("bfloat16", "float32") for temperature in (0.0, 1.0)
+    assert {(s.dtype, s.temperature): {arm.tree_size for arm in arms if arm.draft} for s, arms in grid.items()} == {
+        (dtype, temperature): {16, 8} for dtype in ("bfloat16", "float32") for temperature in (0.0, 1.0)
     }
     one = plan(one_factor=True, **options)
-    assert {(s.dtype, s.temperature): {arm.tree_size for arm in arms} for s, arms in one.items()} == {
-        ("bfloat16", 0.0): {0, 16, 8},
-        ("bfloat16", 1.0): {0, 16},
-        ("float32", 0.0): {0, 16},
+    assert {(s.dtype, s.temperature): {arm.tree_size for arm in arms if arm.draft} for s, arms in one.items()} == {
+        ("bfloat16", 0.0): {16, 8},
+        ("bfloat16", 1.0): {16},
+        ("float32", 0.0): {16},
     }
+
+
+def test_depth_and_branching_vary_as_the_size_does():
+    options = {
+        "drafts": ["d"],
+        "baselines": ["plain"],
+        "contemplations": ["0"],
+        "depths": [3, 5],
+        "branchings": [2, 4],
+    }
+    trees = [arm.knobs for arms in plan(**options).values() for arm in arms if arm.draft]
+    pairs = [(3, 2), (3, 4), (5, 2), (5, 4)]
+    assert trees == [
+        {"confu_tree_size": 16, "confu_depth": depth, "confu_branching": branching, "confu_contemplation": 0}
+        for depth, branching in pairs
+    ]
+    assert names(**options)[1:] == [f"EAGLE-3 mode, N = 16, depth {depth}, branching {b}" for depth, b in pairs]
+    assert len(names(one_factor=True, **options)) == 1 + 3
+
+
+def test_a_draft_without_knobs_of_its_own_runs_automatic_rounds():
+    arguments = EvaluationArguments(output="o.jsonl", drafts=["d"], baselines=["plain"], tree_sizes=["own", 8])
+    (arms,) = comparisons(arguments, {"d": GenerationConfig()}).values()
+    assert list(labels(arms).values())[1:] == [
+        "EAGLE-3 mode, automatic",
+        "ConFu, automatic",
+        "EAGLE-3 mode, N = 8",
+        "ConFu, C = N, N = 8",
+    ]
+    assert Arm("draft", "d").knobs == {} and arms[1].knobs == {"confu_contemplation": 0}
 
 
 def test_yaml_may_give_one_value_for_a_list():
     arguments = EvaluationArguments(
         output="o.jsonl", drafts="d", temperatures=0.7, tree_sizes=8, contemplations=[0, "full"], max_new_tokens=5
     )
-    assert (arguments.drafts, arguments.temperatures, arguments.tree_sizes) == (["d"], [0.7], [8])
+    assert (arguments.drafts, arguments.temperatures, arguments.tree_sizes) == (["d"], [0.7], ["8"])
     assert (arguments.contemplations, arguments.max_new_tokens) == (["0", "full"], [5])
 
 
@@ -85,6 +115,9 @@ def test_yaml_may_give_one_value_for_a_list():
         ({"contemplations": ["some"]}, "holds 'some'; expected a number of rows, 'default' or 'full'"),
         ({"contemplations": ["-1"]}, "holds '-1'"),
         ({"tree_sizes": [0]}, "`confu_tree_size` is 0"),
+        ({"tree_sizes": ["big"]}, "`tree_sizes` holds 'big'; expected a number of nodes, or 'own'"),
+        ({"depths": [0]}, "`confu_depth` is 0"),
+        ({"device": "cpu", "device_map": "auto"}, "give one of the two"),
     ],
 )
 def test_wrong_options_are_refused(options, message):

@@ -1,11 +1,14 @@
 """Files of questions: what is read, how questions are chosen, and what is refused."""
 
 import json
+import re
 from unittest import mock
 
 import pytest
 
-from transformers_confu.evaluation.questions import SPEC_BENCH, Question, fetch, load_questions, stratified
+from transformers_confu.common.spec_bench import SPEC_BENCH_URL
+from transformers_confu.data.prompts import EVALUATION_SETS
+from transformers_confu.evaluation.questions import Question, fetch, load_questions, stratified
 
 
 def write(tmp_path, rows, name="questions.jsonl"):
@@ -82,7 +85,10 @@ def test_urls_are_downloaded_and_a_failure_says_what_to_do(tmp_path):
     with mock.patch(way, return_value=str(path)) as download:
         assert fetch(None) == path
         assert fetch("hf://datasets/org/name/questions.jsonl") == path
-    assert [call.args[0] for call in download.call_args_list] == [SPEC_BENCH, "hf://datasets/org/name/questions.jsonl"]
+    assert [call.args[0] for call in download.call_args_list] == [
+        SPEC_BENCH_URL,
+        "hf://datasets/org/name/questions.jsonl",
+    ]
     copy = write(tmp_path, ["first", "second"], "0123abcd")  # is named by a hash
     with mock.patch(way, return_value=str(copy)):
         assert [question.turns for question in load_questions("https://host/prompts.txt")] == [("first",), ("second",)]
@@ -97,3 +103,13 @@ def test_prompts_in_another_encoding(tmp_path):
     (tmp_path / "prompts.txt").write_bytes("Grüße".encode("latin-1"))
     with pytest.raises(ValueError, match=r"prompts.txt is not UTF-8 \(.*\); save it as such."):
         load_questions(tmp_path / "prompts.txt")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_question(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbffirst\nsecond\n")
+    assert [question.turns for question in load_questions(tmp_path / "prompts.txt")] == [("first",), ("second",)]
+
+
+def test_spec_bench_is_what_training_prompts_are_kept_clear_of():
+    assert re.search("/Spec-Bench/[0-9a-f]{40}/", SPEC_BENCH_URL)  # one commit, whatever its authors change
+    assert SPEC_BENCH_URL in EVALUATION_SETS

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging
 
 from ..common.loading import default_device, default_draft, default_dtype
@@ -58,9 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     models = load_models(arguments, dtype)
     name = Path(options.draft).name if Path(options.draft).is_dir() else options.draft
-    print(
-        f"Target SmolLM2-135M-Instruct, draft {name}; {dtype}, {options.device}, up to {options.max_new_tokens} tokens"
-    )
+    print(f"Target SmolLM2-135M-Instruct, draft {name}")
+    print(f"{dtype}, {options.device}, {torch.get_num_threads()} threads, up to {options.max_new_tokens} tokens")
 
     setting = Setting(dtype, 0.0, options.max_new_tokens)
     calls = {arm: generate_kwargs(arm, setting, models.target, models.assistants, 0) for arm in (PLAIN, CONFU)}

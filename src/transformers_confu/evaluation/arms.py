@@ -69,7 +69,7 @@ def labels(arms: Iterable[Arm]) -> dict[Arm, str]:
     """Names that tell arms apart; draft, depth and branching are part of them only if they differ between arms."""
     arms = list(dict.fromkeys(arms))
     drafted = [arm for arm in arms if arm.kind == "draft"]
-    varies = {name for name in ("draft", *TREE_KNOBS) if len({getattr(arm, name) for arm in drafted}) > 1}
+    varies = {name for name in ("draft", *TREE_KNOBS) if len({getattr(arm, name) for arm in drafted} - {None}) > 1}
     names = {}
     for arm in arms:
         names[arm] = arm.mode
