@@ -60,7 +60,7 @@ COMMANDS = {
     ),
     "train": Command(
         "training.train",
-        "Train a draft: EAGLE-3 core, contemplation warm-up, or everything jointly.",
+        "Train a draft: EAGLE-3 core, contemplation, or everything jointly.",
         "confu train config.yaml",
     ),
     "evaluate": Command(

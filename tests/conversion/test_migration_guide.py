@@ -17,7 +17,7 @@ from transformers_confu.cli import main
 
 
 ROOT = Path(__file__).parents[2]
-TINY = "--use_cpu=True --report_to=none --disable_tqdm=True --max_steps=2 --tokens_per_batch=128 --eval_rows=2".split()
+TINY = "--use_cpu=True --report_to=none --disable_tqdm=True --max_steps=2 --tokens_per_batch=128 --eval_rows=0".split()
 
 
 @pytest.fixture
@@ -76,12 +76,12 @@ def test_the_guide_leads_to_a_trained_draft(guide, monkeypatch, capsys):
 
     converted, warmed, trained = (
         ConFuDraftModel.from_pretrained(f"runs/{name}", dtype=torch.float32)
-        for name in ("converted", "migrated/warm_up", "migrated/joint")
+        for name in ("converted", "migrated/contemplation", "migrated/joint")
     )
     assert converted.generation_config.confu_contemplation == 0
     assert not hasattr(warmed.generation_config, "confu_contemplation")  # the channel is used from now on
     assert not hasattr(trained.generation_config, "confu_contemplation")
-    # The warm-up starts the channel from the target and leaves the core alone; then all of it learns.
+    # Stage contemplation starts the channel from the target and leaves the core alone; then all of it learns.
     for name in ("fc.weight", "layers.0.self_attn.q_proj.weight"):
         before, middle, after = (model.get_parameter(name) for model in (converted, warmed, trained))
         assert torch.equal(before, middle) and not torch.equal(middle, after)
