@@ -11,8 +11,6 @@ from ..data.dataset import IGNORE_INDEX
 
 logger = logging.get_logger(__name__)
 
-_ROWS_PER_READ = 1000
-
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel) -> None:
     """
@@ -59,15 +57,16 @@ def check_dataset(dataset: Dataset, target: PreTrainedModel, name: str, num_step
             "`prepare_dataset`."
         )
     config = target.config.get_text_config(decoder=True)
-    useful = []
+    useful: list[bool] = []
     longest_answer = longest_row = greatest_id = 0
-    for batch in dataset.select_columns(["input_ids", "labels"]).iter(batch_size=_ROWS_PER_READ):
+    rows = dataset.select_columns(["input_ids", "labels"]).with_format("numpy")  # without a Python list for every row
+    for batch in rows.iter(batch_size=1000):
         for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            answer = _longest_answer(np.asarray(labels[1:]))  # nothing foretells a first token
+            answer = _longest_answer(labels[1:])  # nothing foretells a first token
             useful.append(answer >= 2)
             longest_answer = max(longest_answer, answer)
             longest_row = max(longest_row, len(ids))
-            greatest_id = max(greatest_id, max(ids, default=0))
+            greatest_id = max(greatest_id, int(ids.max(initial=0)))
     if greatest_id >= config.vocab_size:
         raise ValueError(
             f"`{name}` holds the token id {greatest_id}, but {type(target).__name__} has {config.vocab_size} tokens: "

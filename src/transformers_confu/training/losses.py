@@ -93,6 +93,3 @@ LOSSES: dict[str, Loss] = {
     "lk_alpha": lk_alpha,
     "lk_lambda": lk_lambda,
 }
-
-
-__all__ = ["LOSSES", "Loss", "acceptance", "kl", "lk_alpha", "lk_lambda", "soft_cross_entropy", "tv"]

@@ -137,6 +137,3 @@ def diagonal_attention(
     for index, value in enumerate(own_values):
         output = output + weights[..., length + index, None] * value
     return output.transpose(1, 2).flatten(2)
-
-
-__all__ = ["diagonal_attention", "unroll"]
