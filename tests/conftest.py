@@ -20,6 +20,8 @@ import torch
 
 from helpers import make_tiny_target
 from transformers_confu.common.demo_target import load_demo_target
+from transformers_confu.inference import decoding
+from transformers_confu.inference.round_costs import DRAFT_ROWS, TARGET_ROWS, RoundCosts
 
 
 # Most models here are tiny, and to them a second thread costs more than it gives, many times more on a busy machine.
@@ -42,6 +44,14 @@ def pytest_addoption(parser):
 def exactness_scope(request) -> str:
     """`"sample"` or `"full"`, as given by `--exactness`."""
     return request.config.getoption("--exactness")
+
+
+@pytest.fixture(autouse=True)
+def known_costs(monkeypatch):
+    """Automatic rounds by costs that are those of no machine: no clock decides what a test sees."""
+    target_steps = (1.0, 1.1, 1.2, 1.4, 1.8, 2.6, 4.2)
+    costs = RoundCosts(TARGET_ROWS, target_steps, DRAFT_ROWS, (0.1, 0.1, 0.12), step_seconds=0.02)
+    monkeypatch.setattr(decoding, "round_costs", lambda target, draft, measure: costs)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers_confu import ConFuCandidateGenerator, ConFuDraftModel, confu_generation_config
 from transformers_confu.inference.call_statistics import ConFuStatistics
 from transformers_confu.inference.draft_tree import DraftTree
+from transformers_confu.inference.rounds import FixedRounds
 from transformers_confu.inference.target import TargetRunner
 
 
@@ -70,11 +71,14 @@ class Oracle:
         rng = random.Random(self.seed)
         own_propose, own_compact = ConFuCandidateGenerator.propose, TargetRunner.compact
 
-        def propose(generator, root_tokens, tree_size, max_depth, future_states):
-            own = own_propose(generator, root_tokens, tree_size, max_depth, future_states)
+        def propose(generator, root_tokens, rounds, max_depth, future_states):
+            own = own_propose(generator, root_tokens, rounds, max_depth, future_states)
             written = self.max_length - max_depth - 1
             assert own.tokens[0, 0] == self.text[written - 1]
-            depth = min(generator.depth, max_depth)
+            if isinstance(rounds, FixedRounds):
+                tree_size, depth = rounds.knobs.tree_size, min(rounds.knobs.depth, max_depth)
+            else:
+                tree_size, depth = rng.randint(1, 24), min(rounds.MAX_DEPTH, max_depth)
             continuation = self.text[written : written + depth]
             vocab_size = generator.draft.config.vocab_size
             return oracle_tree(self.text[written - 1], continuation, tree_size, depth, vocab_size, rng)
@@ -385,6 +389,8 @@ KNOBS: dict[str, dict[str, int]] = {
     "root's f": {"tree_size": 16, "depth": 4, "branching": 4, "contemplation": 1},
     "EAGLE-3": {"tree_size": 30, "depth": 6, "branching": 10, "contemplation": 0},
     "paper": {"tree_size": 60, "depth": 6, "branching": 10, "contemplation": 60},
+    "automatic": {},
+    "automatic, EAGLE-3": {"contemplation": 0},
     "more rows than nodes": {"tree_size": 4, "depth": 2, "branching": 2, "contemplation": 99},
 }
 

@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuCandidateGenerator, ConFuGenerate, confu_generation_config
 from transformers_confu.inference.generation_confu import ASSISTED_DECODING_PARAMETERS, install_dispatch
+from transformers_confu.inference.rounds import FixedRounds
 
 
 PROMPT = torch.tensor([[3, 4, 5, 2, 7]])
@@ -83,12 +84,15 @@ def test_the_knobs_of_call_target_and_draft(target, draft, do_sample):
     sizes = []
     own = ConFuCandidateGenerator.propose
 
-    def spy(self, root_tokens, tree_size, *args, **kwargs):
-        sizes.append(tree_size)
-        return own(self, root_tokens, tree_size, *args, **kwargs)
+    def spy(self, root_tokens, rounds, *args, **kwargs):
+        sizes.append(rounds.knobs.tree_size if isinstance(rounds, FixedRounds) else 0)  # 0: automatic
+        return own(self, root_tokens, rounds, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConFuCandidateGenerator, "propose", spy)
+        assert largest_tree() == 0
+        sizes.clear()
+        draft.generation_config.confu_depth = 3
         assert largest_tree() == 30
         sizes.clear()
         draft.generation_config.confu_tree_size = 9

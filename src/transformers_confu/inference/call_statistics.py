@@ -13,7 +13,8 @@ class ConFuStatistics:
             emits is in no round.
         accepted (`list[int]`): How many of them were drafted.
         accepted_by_depth (`list[int]`): Entry d - 1 counts the rounds that accepted a node at depth d.
-        tree_nodes, contemplate_rows (`int`): Rows of both kinds that the target computed in rounds.
+        tree_sizes (`list[int]`): Nodes of each round's tree, the root included; 1 is a round of plain decoding.
+        contemplate_rows (`int`): Contemplate rows that the target computed in rounds.
         prefill_seconds, draft_seconds, target_seconds, walk_seconds, compaction_seconds (`float`): Where the time
             went. Read by the host's clock without waiting for the device: on a GPU, work that is queued in one part
             may be waited for in a later one.
@@ -32,7 +33,7 @@ class ConFuStatistics:
     emitted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
-    tree_nodes: int = 0
+    tree_sizes: list[int] = field(default_factory=list)
     contemplate_rows: int = 0
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
@@ -51,17 +52,22 @@ class ConFuStatistics:
         return len(self.emitted)
 
     @property
+    def tree_nodes(self) -> int:
+        """Tree rows that the target computed in rounds."""
+        return sum(self.tree_sizes)
+
+    @property
     def tau(self) -> float:
         """Tokens emitted in rounds / rounds; NaN without a round."""
         return sum(self.emitted) / self.rounds if self.rounds else float("nan")
 
-    def count_round(self, emitted: int, accepted: int, tree_nodes: int, contemplate_rows: int) -> None:
+    def count_round(self, emitted: int, accepted: int, tree_size: int, contemplate_rows: int) -> None:
         self.emitted.append(emitted)
         self.accepted.append(accepted)
         self.accepted_by_depth.extend([0] * (accepted - len(self.accepted_by_depth)))
         for depth in range(accepted):
             self.accepted_by_depth[depth] += 1
-        self.tree_nodes += tree_nodes
+        self.tree_sizes.append(tree_size)
         self.contemplate_rows += contemplate_rows
 
     def __str__(self) -> str:

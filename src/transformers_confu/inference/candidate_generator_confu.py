@@ -9,6 +9,8 @@ from transformers.generation import CandidateGenerator
 from transformers.utils import ModelOutput
 
 from .draft_tree import DraftTree, TreeGrower
+from .knobs import ConFuKnobs
+from .rounds import FixedRounds, Rounds
 from .target import additive_mask, input_device, position_table_size
 
 
@@ -83,16 +85,14 @@ class ConFuCandidateGenerator(CandidateGenerator):
     Args:
         draft ([`ConFuDraftModel`]): The draft.
         target ([`PreTrainedModel`]): The target; its input embeddings are called where the draft has none of its own.
-        depth (`int`): Longest path of drafted tokens.
-        branching (`int`): Nodes expanded per level, and children of each.
+        depth (`int`): Length of the chains that [`~ConFuCandidateGenerator.get_candidates`] proposes.
     """
 
     requires_model_outputs = True
 
-    def __init__(self, draft: PreTrainedModel, target: PreTrainedModel, depth: int = 4, branching: int = 1):
+    def __init__(self, draft: PreTrainedModel, target: PreTrainedModel, depth: int = 4):
         self.draft = draft
-        self.depth = depth
-        self.branching = branching
+        self.chain = FixedRounds(ConFuKnobs(tree_size=depth + 1, depth=depth, branching=1))
         self.model_kwargs_overrides = {"output_hidden_states": list(draft.config.target_hidden_state_indices)}
         if draft.embed_tokens is None:
             self._embed, self._embed_device = target.get_input_embeddings(), input_device(target)
@@ -123,22 +123,22 @@ class ConFuCandidateGenerator(CandidateGenerator):
         return self._pending[-1].taps[:, -1]
 
     def propose(
-        self, root_tokens: torch.LongTensor, tree_size: int, max_depth: int, future_states: torch.Tensor | None
+        self, root_tokens: torch.LongTensor, rounds: Rounds, max_depth: int, future_states: torch.Tensor | None
     ) -> DraftTree:
         r"""
-        A tree of at most `tree_size` nodes below `root_tokens`, whose draft rows must have been observed.
+        A tree below `root_tokens`, whose draft rows must have been observed.
 
         Args:
             root_tokens (`torch.LongTensor` of shape `(batch,)`): The newest emitted tokens.
-            tree_size (`int`): Nodes at most, the root included.
-            max_depth (`int`): Depth at most, below the generator's own.
+            rounds ([`Rounds`]): How deep, how wide and how large the tree is.
+            max_depth (`int`): Depth at most, whatever `rounds` says.
             future_states (`torch.FloatTensor` of shape `(batch, future_size)`, *optional*): The future prediction f;
                 without it the draft runs in EAGLE-3 mode.
         """
         root_tokens = root_tokens.to(self._token_ids.device)
-        # No deeper than a chain that fills the tree.
-        depth = min(self.depth, max_depth, tree_size - 1)
+        depth = min(rounds.depth(sum(row.taps.shape[1] for row in self._pending)), max_depth) if max_depth > 0 else 0
         if depth < 1:
+            rounds.tree_size(None)
             return DraftTree.root_only(root_tokens)
 
         last_taps, last_position = self.last_taps, self._pending[-1].position_ids[:, -1:]
@@ -146,9 +146,13 @@ class ConFuCandidateGenerator(CandidateGenerator):
         if future_states is not None:
             future = self.draft.future(future_states[:, None], self.draft.fuse_taps(last_taps)[:, None])
         output = self._extend(future)
-        grower = TreeGrower(log_softmax(output.logits[:, -1]), self.branching)
+        grower = TreeGrower(log_softmax(output.logits[:, -1]), rounds.branching)
         features, num_true_rows = output.features, self._cache.get_seq_length()
         for level in range(1, depth):
+            width = rounds.width(grower)
+            if width == 0:
+                break
+            grower.narrow(width)
             frontier_tokens = self._token_ids[grower.frontier_tokens]  # (B, k)
             parents = grower.frontier_parents[..., None].expand(-1, -1, features.shape[-1])
             output = self.draft(
@@ -162,7 +166,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
             features = output.features
             grower.expand(log_softmax(output.logits))
         self._cache.crop(num_true_rows - self._cache.get_seq_length())  # drafted features are no true ones
-        return grower.tree(root_tokens, self._token_ids, tree_size)
+        return grower.tree(root_tokens, self._token_ids, rounds.tree_size(grower))
 
     def _extend(self, future: Any):
         """Store the pending true rows; output of the newest, which starts the tree."""
@@ -212,7 +216,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
         n_last_matches: int,
         **kwargs: Any,
     ) -> tuple[torch.LongTensor, None]:
-        """A chain of up to `depth` tokens behind `input_ids` `(1, length)`; no logits, so they are only matched."""
+        """A chain of tokens behind `input_ids` `(1, length)`; no logits, so they are only matched."""
         if is_first_iteration:
             return input_ids, None  # the first forward is the prefill, which yields the first taps
         taps = torch.cat(
@@ -234,10 +238,10 @@ class ConFuCandidateGenerator(CandidateGenerator):
                 taps[:, real.to(taps.device)],
             )
         self.observe(self.embed(next_tokens), taps, position_ids)
-        max_depth = self.depth
+        max_depth = self.chain.knobs.depth
         if self._num_positions is not None:  # the root stands at the position behind the newest true row
             max_depth = min(max_depth, self._num_positions - 2 - int(self._pending[-1].position_ids[0, -1]))
-        chain = self.propose(input_ids[:, -1], tree_size=self.depth + 1, max_depth=max_depth, future_states=None)
+        chain = self.propose(input_ids[:, -1], self.chain, max_depth, future_states=None)
         return torch.cat([input_ids, chain.tokens[:, 1:].to(input_ids.device)], dim=-1), None
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:

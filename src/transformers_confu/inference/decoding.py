@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
@@ -17,7 +23,11 @@ from .call_statistics import ConFuStatistics
 from .candidate_generator_confu import CarriedState, ConFuCandidateGenerator
 from .checks import check_cache, check_call, check_evaluation_mode, check_future_channel, check_target
 from .draft_tree import DraftTree
+from .growing_cache import room_to_grow
 from .knobs import ConFuKnobs
+from .measured_costs import measure_round_costs
+from .round_costs import round_costs
+from .rounds import AutomaticRounds, FixedRounds, Rounds
 from .self_check import prove_target
 from .target import TargetRunner, Verification, cache_bytes, crop, position_table_size
 
@@ -53,9 +63,9 @@ def confu_decode(
     check_call(draft.config, generation_config, input_ids, synced_gpus, model_kwargs)
     check_cache(model_kwargs["cache"], draft.config)
     started = time.perf_counter()
-    if knobs.contemplation > 0:
+    if contemplates := knobs.contemplation != 0:
         check_future_channel(draft.future_channel, target.dtype)
-    self_checked = prove_target(target, draft, contemplates=knobs.contemplation > 0)
+    self_checked = prove_target(target, draft, contemplates)
     decoding = _Decoding(draft, target, input_ids, knobs, logits_processor, stopping_criteria, generation_config)
     decoding.statistics.self_checked = self_checked
     decoding.statistics.prefill_seconds = time.perf_counter() - started
@@ -77,13 +87,19 @@ class _Decoding:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
     ):
-        self.draft, self.target, self.knobs = draft, target, knobs
+        self.draft, self.target = draft, target
+        self.rounds: Rounds
+        if knobs.automatic:
+            costs = round_costs(target, draft, lambda: measure_round_costs(target, draft))
+            self.rounds = AutomaticRounds(costs, knobs.contemplation, knobs.future_gain)
+        else:
+            self.rounds = FixedRounds(knobs)
         self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
         self.generation_config = generation_config
-        self.generator = ConFuCandidateGenerator(draft, target, knobs.depth, knobs.branching)
+        self.generator = ConFuCandidateGenerator(draft, target)
         self.statistics = ConFuStatistics()
 
-        self.contemplates = knobs.contemplation > 0
+        self.contemplates = self.rounds.contemplates
         self.num_positions = position_table_size(target)
         self.input_ids = input_ids
         self.finished = False
@@ -97,6 +113,10 @@ class _Decoding:
             generation_config.output_hidden_states if wanted else None, draft.config.target_num_hidden_layers + 1
         )
         self.runner = TargetRunner(target, draft.config, draft.future_channel, also_recorded=self.returned_states)
+        records = (self.scores, self.logits, self.attentions, self.hidden_states)
+        is_greedy = not generation_config.do_sample and not logits_processor and records == (None,) * 4
+        # Tokens that end the text, where nothing else but its length does and the choices need no more than logits.
+        self.ends = end_tokens(stopping_criteria) if is_greedy else None
 
     def run(
         self, model_kwargs: dict[str, Any], streamer: BaseStreamer | None
@@ -107,8 +127,9 @@ class _Decoding:
         draft_length = 0 if carried is None else carried.cache.get_seq_length()
         try:
             future = self._prefill(cache, carried, model_kwargs)
-            while not self.finished:
-                future = self._round(cache, future)
+            with self.target._optimize_model_for_decode(), room_to_grow(cache):
+                while not self.finished:
+                    future = self._round(cache, future)
         except BaseException:
             # Some layers may hold rows that others lack, or refused ones: give the caller's cache back as it was.
             crop(cache, length)
@@ -233,14 +254,12 @@ class _Decoding:
         started = time.perf_counter()
         # A round emits at most one token more than its tree is deep.
         room = self._room()
-        tree = self.generator.propose(
-            self.input_ids[:, -1], self.knobs.tree_size, max_depth=room - 1, future_states=future
-        )
+        tree = self.generator.propose(self.input_ids[:, -1], self.rounds, max_depth=room - 1, future_states=future)
         nodes = None
-        if self.contemplates and room > 1:
+        if self.contemplates and room > 1 and (num_rows := self.rounds.contemplate_rows(tree)) > 0:
             # A node at depth `room` - 1 ends the text: no round is left that could use its future prediction, and its
             # contemplate row would lie one position beyond the longest text.
-            nodes = tree.contemplated_nodes(self.knobs.contemplation, max_depth=room - 2)
+            nodes = tree.contemplated_nodes(num_rows, max_depth=room - 2)
         drafted = time.perf_counter()
 
         verification = self._verify(tree, nodes, cache)
@@ -249,7 +268,12 @@ class _Decoding:
         self.transient_rows = max(self.transient_rows, cache.get_seq_length() - verification.prefix_length)
         verified = time.perf_counter()
 
-        path, num_accepted = self._walk(tree, verification.outputs, verification.prefix_length)
+        if self.ends is not None:
+            path, num_accepted = self._follow(tree, verification.outputs.logits[0, : tree.size])
+        else:
+            path, num_accepted = self._walk(tree, verification.outputs, verification.prefix_length)
+        if not self.finished:  # a text that ends says nothing of what would have been accepted
+            self.rounds.count(tree, path)
         walked = time.perf_counter()
 
         path_rows = torch.tensor(path, device=tree.tokens.device)
@@ -271,8 +295,8 @@ class _Decoding:
         self.statistics.target_seconds += verified - drafted
         self.statistics.walk_seconds += walked - verified
         self.statistics.compaction_seconds += compacted - walked
-        num_rows = 0 if nodes is None else nodes.shape[1]
-        self.statistics.count_round(len(path), num_accepted, tree.size, num_rows)
+        contemplated = 0 if nodes is None else nodes.shape[1]
+        self.statistics.count_round(len(path), num_accepted, tree.size, contemplated)
         return future
 
     def _room(self) -> int:
@@ -317,6 +341,31 @@ class _Decoding:
         if not self.finished:
             root_embeds = self.generator.embed(self.input_ids[:, -1:])
             self.generator.observe(root_embeds, self.last_taps, self.root_positions[:, None] - 1)
+
+    def _follow(self, tree: DraftTree, logits: torch.Tensor) -> tuple[list[int], int]:
+        """
+        [`_walk`] where the largest of a node's logits `(N, V)` is its choice and only length and EOS end the text: all
+        choices are known at once, and reach the host in one transfer.
+        """
+        choices = logits.argmax(dim=-1).to(tree.tokens.device)
+        parents, tokens, choices = torch.stack([tree.parents[0], tree.tokens[0], choices]).tolist()
+        children = {step: node for node, step in enumerate(zip(parents, tokens, strict=True)) if node > 0}
+        room = self.stopping_criteria.max_length - self.input_ids.shape[1]
+        path, num_accepted, emitted = [0], 0, []
+        while True:
+            emitted.append(choices[path[-1]])
+            child = children.get((path[-1], emitted[-1]))
+            num_accepted += child is not None
+            self.finished = emitted[-1] in self.ends or len(emitted) >= room
+            if child is None or self.finished:
+                break
+            path.append(child)
+        new = torch.tensor([emitted], device=self.input_ids.device)
+        self.input_ids = torch.cat([self.input_ids, new], dim=-1)
+        if self.streamer is not None:
+            for token in emitted:
+                self.streamer.put(torch.tensor([token]))
+        return path, num_accepted
 
     def _walk(self, tree: DraftTree, outputs: ModelOutput, prefix_length: int) -> tuple[list[int], int]:
         r"""
@@ -378,6 +427,15 @@ class _Decoding:
     def _returned(self, hidden_states: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
         """Only those that the caller asked for, out of all that were recorded."""
         return tuple(states if index in self.returned_states else None for index, states in enumerate(hidden_states))
+
+
+def end_tokens(stopping_criteria: StoppingCriteriaList) -> frozenset[int] | None:
+    """The tokens that end a text; `None` where something else than a token or the maximal length may end it."""
+    kinds = {type(criterion) for criterion in stopping_criteria}
+    if MaxLengthCriteria not in kinds or not kinds <= {MaxLengthCriteria, EosTokenCriteria}:
+        return None
+    eos = [criterion.eos_token_id for criterion in stopping_criteria if type(criterion) is EosTokenCriteria]
+    return frozenset(token for tokens in eos for token in tokens.tolist())
 
 
 def selected_hidden_states(output_hidden_states: bool | int | list[int] | None, count: int) -> set[int]:

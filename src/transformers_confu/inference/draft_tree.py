@@ -67,8 +67,8 @@ class DraftTree:
         r"""
         The nodes that get a contemplate row, `(B, C)`, rising: the root, then those most likely to be accepted last.
 
-        The root is always among them, so that every node has itself or an ancestor to take a future prediction from. Nodes deeper than `max_depth` get no row, even
-        if fewer than `num_rows` are left.
+        The root is always among them, so that every node has itself or an ancestor to take a future prediction from.
+        Nodes deeper than `max_depth` get no row, even if fewer than `num_rows` are left.
         """
         last = self.chance_to_be_last().masked_fill(self.depths == 0, float("inf"))
         if max_depth is not None:
@@ -145,7 +145,7 @@ class TreeGrower:
         self.frontier_ancestors = self.frontier_ancestors[:, :width, :rows]  # the last columns are its own rows
 
     def best_scores(self, count: int) -> torch.FloatTensor:
-        """The `count` best path log-probabilities of all candidates so far, falling; fewer if there are not as many."""
+        """The `count` best path log-probabilities of all candidates so far, or all that there are, falling."""
         scores = torch.cat(self._scores, dim=1)
         return scores.topk(min(count, scores.shape[1]), dim=1).values
 

@@ -75,7 +75,7 @@ class SlotCache(DynamicCache):
     r"""
     A view of `cache` for one forward whose contemplate rows also read the soft prompts.
 
-    Each layer concatenates once: cached rows, new rows, slots, in this order.
+    Each layer holds cached rows, new rows and slots, in this order.
 
     Args:
         cache (`DynamicCache`): Shared, not copied.
@@ -100,8 +100,10 @@ class SlotCache(DynamicCache):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         layer = self.layers[layer_idx]
         slot_keys, slot_values = self.channel.slots(layer_idx, key_states, self.rotated_keys)
-        keys = torch.cat([layer.keys, key_states, slot_keys], dim=-2)
-        values = torch.cat([layer.values, value_states, slot_values], dim=-2)
-        if self.keep:
-            layer.keys, layer.values = keys, values
+        before = layer.keys, layer.values
+        keys, values = layer.update(
+            torch.cat([key_states, slot_keys], dim=-2), torch.cat([value_states, slot_values], dim=-2)
+        )
+        if not self.keep:
+            layer.keys, layer.values = before
         return keys, values

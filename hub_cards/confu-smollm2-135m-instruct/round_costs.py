@@ -1,0 +1,1 @@
+../../src/transformers_confu/inference/round_costs.py

@@ -1,0 +1,210 @@
+"""What a round costs on this machine: measured once for a target and a draft, kept in a file, never trusted blindly.
+
+The clock is read here and nowhere else: automatic rounds decide by this table alone, so that a call has the same
+rounds, and in half precision the same text, whenever it is repeated.
+"""
+
+import hashlib
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+TARGET_ROWS = (1, 2, 4, 8, 16, 32, 64)
+DRAFT_ROWS = (1, 4, 8)
+SECONDS = 3.0
+"""Most time that a measurement takes, but for its first forwards."""
+MAX_REPEATS = 7
+
+
+@dataclass(frozen=True)
+class RoundCosts:
+    r"""
+    Costs in steps; a step is a forward of the target over one row, with what a round does around it.
+
+    Args:
+        target_rows, target_steps (`tuple`): A forward over so many rows costs so many steps; the first is (1, 1.0).
+        draft_rows, draft_steps (`tuple`): The same of a level of the draft, its head and the choice of children
+            included.
+        step_seconds (`float`): One step, for people; no decision depends on it.
+    """
+
+    target_rows: tuple[int, ...]
+    target_steps: tuple[float, ...]
+    draft_rows: tuple[int, ...]
+    draft_steps: tuple[float, ...]
+    step_seconds: float
+
+    def __post_init__(self):
+        for rows, steps in ((self.target_rows, self.target_steps), (self.draft_rows, self.draft_steps)):
+            is_valid = (
+                len(rows) == len(steps) > 0
+                and rows[0] == 1
+                and all(a < b for a, b in zip(rows, rows[1:], strict=False))
+                and all(math.isfinite(step) and step > 0 for step in steps)
+                and all(a <= b for a, b in zip(steps, steps[1:], strict=False))
+            )
+            if not is_valid:
+                raise ValueError(f"{rows} rows cannot cost {steps} steps.")
+
+    def target(self, rows: int) -> float:
+        """Steps of a forward of the target over so many rows."""
+        return _interpolated(self.target_rows, self.target_steps, rows)
+
+    def draft(self, rows: int) -> float:
+        """Steps of a draft level of so many rows."""
+        return _interpolated(self.draft_rows, self.draft_steps, rows)
+
+    @property
+    def row(self) -> float:
+        """Steps of one more row in the target's forward, on average up to 16 rows."""
+        return (self.target(16) - 1.0) / 15
+
+    def __str__(self) -> str:
+        target = ", ".join(f"{n}: {c:.2f}" for n, c in zip(self.target_rows, self.target_steps, strict=True))
+        draft = ", ".join(f"{n}: {c:.2f}" for n, c in zip(self.draft_rows, self.draft_steps, strict=True))
+        return (
+            f"one step takes {1000 * self.step_seconds:.1f} ms; steps of the target by rows {target}; "
+            f"of a draft level by rows {draft}"
+        )
+
+
+def _interpolated(rows: tuple[int, ...], steps: tuple[float, ...], count: int) -> float:
+    """Linear between two measured numbers of rows, and beyond the last one as between the last two."""
+    right = min(max(bisect_left(rows, count), 1), len(rows) - 1)
+    if right == 0:
+        return steps[0]
+    left = right - 1
+    slope = (steps[right] - steps[left]) / (rows[right] - rows[left])
+    return max(steps[left] + slope * (count - rows[left]), steps[0])
+
+
+def median_seconds(parts: dict[str, Callable[[], Any]], sync: Callable[[], None]) -> dict[str, float]:
+    """Median seconds of each part, taken in turn, within the time that a measurement may take."""
+    for part in parts.values():
+        part()  # the first of a shape may compile, allocate or fetch
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    begun = time.perf_counter()
+    for repeat in range(MAX_REPEATS):
+        for name, part in parts.items():
+            if repeat and time.perf_counter() - begun > SECONDS:
+                break
+            sync()
+            started = time.perf_counter()
+            part()
+            sync()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def in_steps(seconds: Iterable[float], step: float) -> tuple[float, ...]:
+    """Seconds in steps, never falling with the number of rows: what falls is noise."""
+    steps: list[float] = []
+    for value in seconds:
+        steps.append(max(value / step, *steps[-1:]) if steps else value / step)
+    return tuple(steps)
+
+
+# --- the file
+
+
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again: `TRANSFORMERS_CONFU_CACHE`, else in the user's cache."""
+    if named := os.environ.get("TRANSFORMERS_CONFU_CACHE"):
+        return Path(named).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "transformers-confu"
+
+
+def costs_key(target: PreTrainedModel, draft: PreTrainedModel) -> dict[str, Any]:
+    """Everything that the costs depend on, as JSON values."""
+    device = target.device
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        # Two processors of one name may differ in their instructions.
+        hardware = " ".join(sorted(f"{name}={value}" for name, value in capabilities.items()))
+    return {
+        "target": _fingerprint(target),
+        "draft": _fingerprint(draft),
+        "device": [device.type, hardware, str(getattr(target, "hf_device_map", None))],
+        "threads": torch.get_num_threads(),
+        "versions": [torch.__version__, transformers.__version__],
+    }
+
+
+def _fingerprint(model: PreTrainedModel) -> list[Any]:
+    config = hashlib.sha256(model.config.to_json_string(use_diff=False).encode()).hexdigest()[:16]
+    weight = next((p for p in model.parameters() if p.ndim == 2), None)
+    layout = None if weight is None else [str(weight.dtype), weight.is_contiguous()]
+    return [type(model).__name__, config, layout, model.config._attn_implementation]
+
+
+def costs_path(key: dict[str, Any]) -> Path:
+    """The file of the costs of this key."""
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_folder() / "round_costs" / f"{name}.json"
+
+
+def read_costs(key: dict[str, Any]) -> RoundCosts | None:
+    """Kept costs; `None` where there are none, or the file is damaged or of something else."""
+    try:
+        content = json.loads(costs_path(key).read_text(encoding="utf-8"))
+        if content["key"] != json.loads(json.dumps(key)):
+            return None
+        costs = content["costs"]
+        return RoundCosts(
+            target_rows=tuple(costs["target_rows"]),
+            target_steps=tuple(costs["target_steps"]),
+            draft_rows=tuple(costs["draft_rows"]),
+            draft_steps=tuple(costs["draft_steps"]),
+            step_seconds=float(costs["step_seconds"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def write_costs(key: dict[str, Any], costs: RoundCosts) -> None:
+    """Keep costs, whole or not at all; where the folder cannot be written they are measured again next time."""
+    path = costs_path(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
+            json.dump({"key": key, "costs": asdict(costs)}, file, indent=2)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.warning_once(
+            f"What rounds cost on this machine cannot be kept in {path.parent} ({error}), so it is measured again in "
+            "each process."
+        )
+
+
+_KNOWN: dict[str, RoundCosts] = {}
+
+
+def round_costs(target: PreTrainedModel, draft: PreTrainedModel, measure: Callable[[], RoundCosts]) -> RoundCosts:
+    """The costs of a target and a draft here: known, kept in the file, or measured now."""
+    key = costs_key(target, draft)
+    path = str(costs_path(key))
+    if path not in _KNOWN:
+        costs = read_costs(key)
+        if costs is None:
+            costs = measure()
+            write_costs(key, costs)
+        _KNOWN[path] = costs
+    return _KNOWN[path]

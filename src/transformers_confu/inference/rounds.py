@@ -1,0 +1,196 @@
+"""How large a round is: the tree's size, depth and width, and the rows that contemplate.
+
+Costs are counted in *steps*: a step is what one round of plain decoding takes, a forward of the target over one row.
+"""
+
+import math
+from bisect import bisect
+from typing import Protocol
+
+from .draft_tree import DraftTree, TreeGrower
+from .knobs import ConFuKnobs
+from .round_costs import RoundCosts
+
+
+class Rounds(Protocol):
+    """What the decoding loop asks, in this order, in every round."""
+
+    branching: int
+    """Children of an expanded node, and most nodes expanded per level."""
+    contemplates: bool
+    """Whether any round may have contemplate rows."""
+
+    def depth(self, pending_rows: int) -> int:
+        """Longest path of drafted tokens, 0 in a plain round; `pending_rows`: true rows the draft has yet to read."""
+
+    def width(self, grower: TreeGrower) -> int:
+        """How many of the grower's frontier nodes to expand; 0: the tree is grown."""
+
+    def tree_size(self, grower: TreeGrower | None) -> int:
+        """Nodes of the tree, the root included, chosen among all candidates; without a grower none were drafted."""
+
+    def contemplate_rows(self, tree: DraftTree) -> int:
+        """Contemplate rows of this round."""
+
+    def count(self, tree: DraftTree, path: list[int]) -> None:
+        """Learn from a round whose accepted nodes, root first, are `path`."""
+
+
+class FixedRounds:
+    """Every round as the knobs say."""
+
+    def __init__(self, knobs: ConFuKnobs):
+        self.knobs = knobs
+        self.branching = knobs.branching
+        self.contemplates = knobs.contemplation > 0
+
+    def depth(self, pending_rows: int) -> int:
+        # No deeper than a chain that fills the tree.
+        return min(self.knobs.depth, self.knobs.tree_size - 1)
+
+    def width(self, grower: TreeGrower) -> int:
+        if grower.frontier_scores.device.type != "cpu" or grower.frontier_scores.shape[0] > 1:
+            return self.branching  # to read scores would wait for the device
+        # A child scores no more than its parent, and what ties with a candidate found earlier ranks behind it. So a
+        # node that is not above the last of the best N - 1 has no child that could enter the tree.
+        best = grower.best_scores(self.knobs.tree_size - 1)
+        if best.shape[1] < self.knobs.tree_size - 1:
+            return self.branching
+        return int((grower.frontier_scores > best[:, -1:]).sum())
+
+    def tree_size(self, grower: TreeGrower | None) -> int:
+        return self.knobs.tree_size
+
+    def contemplate_rows(self, tree: DraftTree) -> int:
+        return self.knobs.contemplation
+
+    def count(self, tree: DraftTree, path: list[int]) -> None:
+        pass
+
+
+class AutomaticRounds:
+    r"""
+    The rounds that promise the most tokens per second, plain ones included.
+
+    A round that emits an expected number of tokens for a cost in steps is worth its tokens less what the cost would
+    bring elsewhere: rate x cost, where the rate is the tokens per step of this call so far. A node of the tree is kept
+    while its probability to be accepted exceeds the rate times the cost of its row; a level is drafted while the nodes
+    that it can add are worth more than it costs. Where drafting has not paid of late, plain rounds follow, more of
+    them each time, before it is tried again.
+
+    The draft's path probabilities estimate acceptance. They are corrected by what was accepted in this call among
+    nodes of about the same probability. Nothing is read from a clock: the same call has the same rounds.
+
+    Args:
+        costs ([`RoundCosts`]): Of this target and draft on this machine.
+        contemplation (`int`, *optional*): At most so many contemplate rows; `None`: as many as pay.
+        future_gain (`float`): Tokens that a node's own future prediction adds to the next round.
+    """
+
+    branching = 8
+    MAX_DEPTH = 8
+    MAX_NODES = 64
+
+    # Upper ends of the classes of nodes, in -log p.
+    CLASSES = (0.05, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    # What is believed before anything was seen, and the number of tokens that it weighs.
+    PRIOR_WEIGHT = 3.0
+    # Plain rounds after drafting has not paid; doubled each time, up to the second.
+    FIRST_PAUSE, LONGEST_PAUSE = 4, 64
+    MEMORY = 0.75  # of the running mean of what drafting gained, per round
+
+    def __init__(self, costs: RoundCosts, contemplation: int | None, future_gain: float):
+        self.costs = costs
+        self.max_contemplation = contemplation
+        self.future_gain = future_gain
+        self.contemplates = contemplation != 0 and (contemplation is not None or future_gain > 0)
+        self.tokens = self.spent = self.PRIOR_WEIGHT
+        self.expected = [self.PRIOR_WEIGHT] * (len(self.CLASSES) + 1)
+        self.accepted = [self.PRIOR_WEIGHT] * (len(self.CLASSES) + 1)
+        # Accepted nodes that had been expanded, and those of them one of whose children was accepted too.
+        self.expanded, self.continued = self.PRIOR_WEIGHT, 0.6 * self.PRIOR_WEIGHT
+        self.gain = 0.0
+        self.pause, self.next_pause = 0, self.FIRST_PAUSE
+        self._start()
+
+    def _start(self) -> None:
+        self.levels = 0
+        self.cost = 0.0
+        self.probabilities: list[float] = []
+
+    @property
+    def rate(self) -> float:
+        """Tokens per step of this call so far; never below that of plain decoding."""
+        return max(self.tokens / self.spent, 1.0)
+
+    def probability(self, log_prob: float) -> float:
+        """Of being accepted, of a node whose path has this log-probability under the draft."""
+        kind = bisect(self.CLASSES, -log_prob)
+        return min(math.exp(log_prob) * self.accepted[kind] / self.expected[kind], 1.0)
+
+    def depth(self, pending_rows: int) -> int:
+        self._start()
+        if self.pause > 0:
+            self.pause -= 1
+            return 0
+        self.cost = self.costs.draft(pending_rows)
+        self.levels = 1
+        return self.MAX_DEPTH
+
+    def width(self, grower: TreeGrower) -> int:
+        row = self.rate * self.costs.row
+        likely = self.continued / self.expanded
+        best, best_gain, gain = 0, 0.0, 0.0
+        for width, log_prob in enumerate(grower.frontier_scores[0].tolist(), start=1):
+            gain += max(self.probability(log_prob) * likely - row, 0.0)
+            if gain - self.rate * self.costs.draft(width) > best_gain:
+                best, best_gain = width, gain - self.rate * self.costs.draft(width)
+        if best:
+            self.cost += self.costs.draft(best)
+            self.levels += 1
+        return best
+
+    def tree_size(self, grower: TreeGrower | None) -> int:
+        if grower is None:
+            return 1
+        ceiling, tokens = 1.0, 1.0
+        best, best_value = 1, 1.0 - self.rate
+        for nodes, log_prob in enumerate(grower.best_scores(self.MAX_NODES - 1)[0].tolist(), start=2):
+            ceiling = min(ceiling, self.probability(log_prob))  # a larger tree never holds a likelier node
+            tokens += ceiling
+            self.probabilities.append(ceiling)
+            if (value := tokens - self.rate * self.costs.target(nodes)) > best_value:
+                best, best_value = nodes, value
+        del self.probabilities[best - 1 :]
+        return best
+
+    def contemplate_rows(self, tree: DraftTree) -> int:
+        if not self.contemplates:
+            return 0
+        price = self.rate * self.costs.row
+        rows = sum(last * self.future_gain > price for last in tree.chance_to_be_last()[0].tolist())
+        return rows if self.max_contemplation is None else min(self.max_contemplation, tree.size)
+
+    def count(self, tree: DraftTree, path: list[int]) -> None:
+        self.cost += self.costs.target(tree.size)
+        if self.levels:
+            self._learn(tree, path)
+        self.tokens += len(path)
+        self.spent += self.cost
+
+    def _learn(self, tree: DraftTree, path: list[int]) -> None:
+        gained = sum(self.probabilities) - self.rate * (self.cost - 1.0)  # over a plain round
+        self.gain = self.MEMORY * self.gain + (1 - self.MEMORY) * gained
+        if gained > 0:
+            self.next_pause = self.FIRST_PAUSE
+            self.gain = max(self.gain, 0.0)
+        elif self.gain < 0:
+            self.pause, self.next_pause = self.next_pause, min(2 * self.next_pause, self.LONGEST_PAUSE)
+        for node, log_prob in enumerate(tree.log_probs[0].tolist()):
+            if node > 0:
+                kind = bisect(self.CLASSES, -log_prob)
+                self.expected[kind] += math.exp(log_prob)
+                self.accepted[kind] += node in path
+        accepted = len(path) - 1
+        self.expanded += min(accepted, max(self.levels - 1, 0))
+        self.continued += max(accepted - 1, 0)
