@@ -13,7 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..publishing.model_card import add_evaluation
 from .arms import TREE_KNOBS
+from .card import card_evaluation
 from .figures import Comparison, comparisons_of
 from .plots import Plot, draw, forward_curve, round_costs, speedup_by_group, survival, sweep
 from .records import RecordFile
@@ -84,12 +86,19 @@ def main(argv: list[str] | None = None) -> None:
         help="a folder for report.html, report.md, tables as CSV and pictures; or a .md file, for that page alone, "
         "whose text above its mark is kept, with its pictures in a folder of its name",
     )
+    parser.add_argument(
+        "--card", type=Path, help="folder of a draft, whose card.yaml takes over its figures; they appear in its card"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
     arguments = parser.parse_args(argv)
     for path in arguments.records:
         if not path.is_file():
             raise ValueError(f"There is no file {path}; give the `output` of a `confu evaluate`.")
-    print(write_report([RecordFile(path) for path in arguments.records], arguments.output, arguments.seed))
+    files = [RecordFile(path) for path in arguments.records]
+    print(write_report(files, arguments.output, arguments.seed))
+    if arguments.card is not None:
+        for comparison in comparisons_of(files, arguments.seed):
+            add_evaluation(arguments.card, card_evaluation(comparison, arguments.card))
 
 
 def write_report(files: Sequence[RecordFile], output: Path, seed: int = 0) -> Path:

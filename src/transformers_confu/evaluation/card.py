@@ -1,0 +1,51 @@
+"""Figures of a measurement for the model card of a draft: `confu report RECORDS --output OUT --card FOLDER`."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ..publishing.model_card import Evaluation
+from .figures import Comparison
+
+
+def card_evaluation(c: Comparison, folder: Path) -> Evaluation:
+    """
+    One setting of a measurement as the card shows it. Arms of other drafts and methods count as others.
+
+    Args:
+        c ([`Comparison`]): The setting, with all its arms.
+        folder (`Path`): Of the draft. Its name is the draft's name in the measurement, unless that has one draft only.
+
+    Raises:
+        ValueError: none of several drafts has the folder's name.
+    """
+    drafts = {c.arms[name].draft for name in c.drafted}
+    draft = folder.absolute().name if len(drafts) != 1 else next(iter(drafts))
+    if draft not in drafts:
+        raise ValueError(
+            f"{c.file.path} measured the drafts {', '.join(sorted(drafts)) or '(none)'}, not {draft}; give the folder "
+            "of one of these."
+        )
+    tau, total, mean = (samples.iloc[0] for samples in (c.tau(), c.speedup_total(), c.speedup_mean()))
+    rows = []
+    for name, arm in c.arms.items():
+        if name == c.plain:
+            continue
+        figures = {"tau": tau[name], "speed_up": total[name], "speed_up_mean": mean[name]}
+        row = {"arm": name} | {
+            figure: round(float(value), 3) for figure, value in figures.items() if np.isfinite(value)
+        }
+        if arm.contemplation is not None:
+            row["contemplation"] = arm.contemplation
+        if arm.draft != draft:
+            row["others"] = True
+        rows.append(row)
+    machine = c.file.settings["machine"]
+    on = f"{machine['device']} ({machine['processor']}, {machine['threads']} threads)"
+    return Evaluation(
+        dataset=c.file.name,
+        dataset_id=c.file.name,
+        setting=f"{len(c.questions)} questions, {c.setting}; on {on}",
+        rows=rows,
+        note=f"{len(c.runs)} runs, all together. Records: SHA-256 {c.file.sha256()[:12]}.",
+    )
