@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from transformers_confu.evaluation import tables
+from transformers_confu.evaluation import plots, tables
 from transformers_confu.evaluation.arms import Arm, Setting
 from transformers_confu.evaluation.figures import Comparison, Interval
 from transformers_confu.evaluation.records import RecordFile
@@ -114,6 +114,15 @@ def test_steps_count_rounds_up_to_the_depth_of_the_tree(small):
     assert line("given l - 1") == [5 / 8, 1 / 5, None, None]
     assert line("of 24 rounds") == [15, 3, 0, 0]
     assert set(levels) == {name for row in table.rows for name in row if name.startswith("l = ")}
+
+
+def test_the_survival_plot_ends_with_the_tree(small):
+    figure, *_ = plots.survival(small)
+    left, right = figure.axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in left.lines}
+    assert lines[CONFU_NAME] == [[0, 1], [1, 5 / 8], [2, 1 / 8], [3, 0], [4, 0]]
+    assert right.get_xlim()[1] > 4
+    plots.pyplot.close(figure)
 
 
 def test_differences_are_against_eagle3_mode_of_the_same_tree(small, compare):

@@ -1,5 +1,7 @@
-"""Figures as pictures: light panels, readable in print and on dark pages alike, in Okabe and Ito's palette, whose
-colours colour-blind eyes tell apart."""
+"""
+Figures as pictures: light panels, readable in print and on dark pages alike, in Okabe and Ito's palette, whose colours
+colour-blind eyes tell apart.
+"""
 
 import io
 from collections.abc import Callable
@@ -38,7 +40,6 @@ STYLE = {
     "figure.dpi": 140,
     "figure.constrained_layout.use": True,
 }
-MOST_BARS = 8  # arms side by side in one bar chart
 
 
 class Plot(NamedTuple):
@@ -65,34 +66,31 @@ def draw(drawing: Callable[..., tuple[Any, str, str] | None], *data: Any, name: 
 
 def main_tree(comparison: Comparison) -> list[str]:
     """The drafts' arms with the tree that comes first: few enough for one picture."""
-    arms = comparison.arms
-    trees = {name: (arms[name].tree_size, arms[name].depth, arms[name].branching) for name in comparison.drafted}
+    trees = {name: [getattr(comparison.arms[name], knob) for knob in TREE_KNOBS] for name in comparison.drafted}
     return [name for name, tree in trees.items() if tree == next(iter(trees.values()))]
 
 
-def speedup_by_group(comparison: Comparison) -> tuple[Any, str, str]:
-    baselines = [name for name, arm in comparison.arms.items() if arm.kind in ("prompt_lookup", "assistant")]
-    candidates = [*main_tree(comparison), *baselines]
-    arms = candidates[:MOST_BARS]
+def speedup_by_group(comparison: Comparison) -> tuple[Any, str, str] | None:
+    arms = main_tree(comparison)
+    arms += [name for name, arm in comparison.arms.items() if arm.kind in ("prompt_lookup", "assistant")]
+    if not arms:
+        return None
     groups: list[str | None] = [*comparison.groups, None]
     intervals = np.array(
         [[comparison.interval(comparison.speedup_total(group)[arm], group)[:3] for group in groups] for arm in arms]
     )  # (arms, groups, 3)
+    value, low, high = np.moveaxis(intervals, -1, 0)
+    frame = pd.DataFrame(value.T, [(group or "all").replace("_", "\n") for group in groups], arms)
+    whiskers = np.nan_to_num(np.stack([value - low, high - value], axis=1))
     figure, axes = pyplot.subplots(figsize=(9, 3.8))
-    if arms:
-        values = pd.DataFrame(intervals[..., 0].T, [(group or "all").replace("_", "\n") for group in groups], arms)
-        errors = np.stack([intervals[..., 0] - intervals[..., 1], intervals[..., 2] - intervals[..., 0]], axis=1)
-        values.plot.bar(
-            ax=axes, yerr=np.nan_to_num(errors), width=0.84, rot=0, edgecolor=INK, linewidth=0.5, legend=False
-        )
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    frame.plot.bar(ax=axes, yerr=whiskers, width=0.84, rot=0, edgecolor=INK, linewidth=0.5, legend=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     axes.axhline(1, color=INK, linewidth=1)
     axes.set(ylabel="speed-up over plain generate")
-    dropped = f" The first {len(arms)} of {len(candidates)} arms." if len(arms) < len(candidates) else ""
     return (
         figure,
         "Speed-up by group of questions",
-        f"Total tokens over total time, against plain generate (the line at 1). Whiskers: 95 % intervals.{dropped}",
+        "Total tokens over total time, against plain generate (the line at 1). Whiskers: 95 % intervals.",
     )
 
 
@@ -138,26 +136,22 @@ def round_costs(comparison: Comparison) -> tuple[Any, str, str] | None:
 
 def sweep(comparison: Comparison, knob: str) -> tuple[Any, str, str] | None:
     """Tau and speed against one knob, a line for each combination of the others with several values of it."""
-    others = [name for name in ("draft", *TREE_KNOBS, "contemplation") if name != knob]
-    lines: dict[tuple[Any, ...], list[str]] = {}
+    lines: dict[tuple[str, ...], list[str]] = {}
     for name in comparison.drafted:
         arm = comparison.arms[name]
-        if arm.tree_size is None:  # automatic rounds
-            continue
-        if knob != "contemplation" and arm.contemplation == arm.tree_size:  # C = N is the same for every N
-            key = tuple("N" if other == "contemplation" else getattr(arm, other) for other in others)
-        else:
-            key = tuple(getattr(arm, other) for other in others)
-        lines.setdefault(key, []).append(name)
+        if arm.tree_size is not None:  # else rounds are automatic
+            others = [f"{other} {getattr(arm, other)}" for other in TREE_KNOBS if other != knob]
+            mode = [] if knob == "contemplation" else [arm.mode]
+            lines.setdefault((arm.draft, *mode, *others), []).append(name)
     lines = {key: names for key, names in lines.items() if len(names) > (2 if knob == "contemplation" else 1)}
     if not lines:
         return None
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6))
-    shown = {other for place, other in enumerate(others) if len({key[place] for key in lines}) > 1} or {others[0]}
+    shared = set.intersection(*map(set, lines)) if len(lines) > 1 else set()
     for key, names in lines.items():
         names = sorted(names, key=lambda name: getattr(comparison.arms[name], knob))
         places = [getattr(comparison.arms[name], knob) for name in names]
-        label = ", ".join(f"{other} {value}" for other, value in zip(others, key, strict=True) if other in shown)
+        label = ", ".join(part for part in key if part not in shared)
         for axes, samples in ((left, comparison.tau()), (right, comparison.speedup_total())):
             intervals = np.array([comparison.interval(samples[name])[:3] for name in names])
             (line,) = axes.plot(places, intervals[:, 0], label=label if axes is left else None)

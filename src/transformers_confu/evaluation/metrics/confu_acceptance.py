@@ -1,4 +1,4 @@
-"""Accepted length of speculative decoding from the counts of its rounds. A module for `evaluate`."""
+"""Accepted length of speculative decoding from the counts of its rounds: the formula, and a metric for `evaluate`."""
 
 from collections.abc import Sequence
 from typing import Any
