@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from helpers import make_tiny_target
 from transformers_confu import ConFuCandidateGenerator, ConFuDraftModel
+from transformers_confu.common import loading
 from transformers_confu.evaluation import measure as measuring
 from transformers_confu.evaluation.arguments import EvaluationArguments
 from transformers_confu.evaluation.arms import Arm, Setting, labels
@@ -115,6 +116,19 @@ def test_rounds_of_other_arms_are_what_the_cache_gains(options, kind, tmp_path):
     assert any(count > 1 for counts in expected for count in counts)
     for turn in turns:
         assert len(turn["token_ids"]) - sum(turn["rounds"]["emitted"]) >= 1  # what prefill emitted
+
+
+def test_a_target_may_be_split_and_bring_code(options, tmp_path):
+    options |= {"runs": 1, "max_turns": 1, "contemplations": ["3"], "baselines": ["plain"]}
+    measure(EvaluationArguments(**options))
+    whole = {row["question_id"]: row["turns"][0]["token_ids"] for row in answers_of(options)}
+    split = {"device": None, "device_map": '{"": "cpu"}', "trust_remote_code": True}
+    options |= split | {"output": str(tmp_path / "split.jsonl")}
+    with mock.patch("transformers_confu.common.loading.load_target", wraps=loading.load_target) as load_target:
+        file = measure(EvaluationArguments(**options))
+    assert load_target.call_args.args[2:] == (None, '{"": "cpu"}', True)
+    assert all(row["turns"][0]["token_ids"] == whole[row["question_id"]] for row in answers_of(options))
+    assert file.settings["device_map"] == '{"": "cpu"}'  # another placement is another measurement
 
 
 def test_an_assistant_model_is_one_more_arm(options, tmp_path):
