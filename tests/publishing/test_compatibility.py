@@ -16,7 +16,7 @@ from transformers_confu.conversion.resize import resize_vocabulary
 from transformers_confu.publishing.compatibility import Finding, check_compatibility, main
 
 
-def make_tokenizer(words: int = 97, template: str = "{{ messages }}") -> PreTrainedTokenizerFast:
+def make_tokenizer(words: int = 97, template: str = "{{ messages[0]['content'] }}") -> PreTrainedTokenizerFast:
     vocabulary = {f"word{i}": i for i in range(words)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="word0")))
     tokenizer.chat_template = template
@@ -235,7 +235,7 @@ def test_drafts_of_other_libraries_are_told_how_to_come_in(target, tmp_path):
 def test_tokenizers(target, folder):
     swapped = {f"word{i}": i for i in range(97)} | {"word3": 4, "word4": 3}
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(swapped, unk_token="word0")))
-    other.chat_template = "{{ messages }}"
+    other.chat_template = "{{ messages[0]['content'] }}"
     assert "gives 2 tokens other ids than the target's (word3, word4)" in sentences(
         check_compatibility(target, other, folder)
     )
@@ -243,6 +243,26 @@ def test_tokenizers(target, folder):
     assert "The chat template in" in template
     larger = sentences(check_compatibility(target, make_tokenizer(99), make_tiny_draft(target)))
     assert "token ids up to 98, but draft and target know 0..96" in larger
+
+
+def test_a_tokenizer_that_cannot_read_what_it_renders(target, monkeypatch):
+    """As mistral-common's: its conversations begin with a mark that has no text."""
+    draft, tokenizer = make_tiny_draft(target), make_tokenizer(template="{{ messages[0]['content'] }}")
+    assert check_compatibility(target, tokenizer, draft) == []
+    own = tokenizer.apply_chat_template
+
+    def with_a_mark(messages, tokenize=True, **options):
+        rendered = own(messages, tokenize=tokenize, **options)
+        return {"input_ids": [1, *rendered["input_ids"]]} if tokenize else rendered
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", with_a_mark)
+    assert "take ids from `apply_chat_template(tokenize=True)`" in sentences(
+        check_compatibility(target, tokenizer, draft), is_error=False
+    )
+    broken = make_tokenizer(template="{{ messages[0].nothing.nothing }}")
+    assert "The chat template cannot write a conversation" in sentences(
+        check_compatibility(target, broken, draft), is_error=False
+    )
 
 
 # The command

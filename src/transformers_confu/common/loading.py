@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,12 @@ def load_target_config(
 
 def checkpoint(name: str | Path) -> str:
     """What `from_pretrained` calls a target that a command line calls `name`."""
-    return str(demo_target_path()) if name == "demo" else str(name)
+    return _demo_target() if name == "demo" else str(name)
+
+
+@cache  # it looks for the model and prints where it is: once is enough
+def _demo_target() -> str:
+    return str(demo_target_path())
 
 
 def default_draft() -> str:

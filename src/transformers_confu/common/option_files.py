@@ -52,7 +52,7 @@ def read_option_file(argv: list[str], types: Mapping[str, Any]) -> list[list[str
         return [argv]
     path, overrides = argv[0], argv[1:]
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no YAML file: {error}") from error
     if not isinstance(settings, dict):

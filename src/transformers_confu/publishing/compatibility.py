@@ -72,6 +72,8 @@ def check_compatibility(
         model, findings = _load_draft(draft)
         if tokenizer is not None:
             findings += _check_tokenizers(draft, tokenizer)
+    if tokenizer is not None:
+        findings += _check_template(tokenizer)
     if model is not None:
         findings += _check_draft(model)
         findings += _check_target(target, model.config, trust_remote_code)
@@ -195,6 +197,25 @@ def _check_special_tokens(
                 f"The tokenizer has token ids up to {largest}, but draft and target know 0.."
                 f"{draft.config.vocab_size - 1}; use the target's own tokenizer, before tokens were added.",
             )
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    """Whether the text of a rendered conversation has the ids of the conversation."""
+    if tokenizer.chat_template is None:
+        return
+    messages = [{"role": "user", "content": "Hello"}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    except Exception as error:  # a template can raise anything
+        yield Finding(False, f"The chat template cannot write a conversation of one turn ({error}).")
+        return
+    if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
+        yield Finding(
+            False,
+            "The tokenizer gives other ids to the text of a rendered conversation than to the conversation; take ids "
+            "from `apply_chat_template(tokenize=True)`, never from its text.",
+        )
 
 
 def _check_tokenizers(draft: str | Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
