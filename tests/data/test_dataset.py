@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from transformers_confu.data import dataset as dataset_module
 from transformers_confu.data.chat_template import TEMPLATE_DATE, encode_prompt
 from transformers_confu.data.dataset import (
     DatasetReport,
     prepare_dataset,
-    prompt_hash,
     sequence_lengths,
     split_by_prompt,
 )
+from transformers_confu.data.encoding import RowEncoder, prompt_hash
 
 
 PLAIN_TEMPLATE = (
@@ -386,7 +385,7 @@ def test_splits_that_leave_one_side_empty_are_refused():
 
 def test_rows_are_tokenised_once_for_all_stages_and_again_when_anything_changes(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(dataset_module._Encoder, "__call__", counting(dataset_module._Encoder.__call__, calls))
+    monkeypatch.setattr(RowEncoder, "__call__", counting(RowEncoder.__call__, calls))
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows_of_prompts(["first", "second"])))
     tokenizer = copy.deepcopy(byte_tokenizer())
@@ -546,6 +545,13 @@ def test_fields_of_a_wrong_kind_are_named(row, message):
     )
     with pytest.raises(ValueError, match=f"Row 0: .*{message}"):
         prepare_dataset([{"messages": [USER], **row}], byte_tokenizer(template), 100)
+
+
+def test_a_row_that_another_process_refuses_is_told_like_any_other():
+    rows = Dataset.from_list(rows_of_prompts(["a", "b"]) + [{"prompt": "c", "answer_ids": [999_999]}])
+    with pytest.raises(ValueError, match="Row 2: answer_ids span 999999") as caught:
+        prepare_dataset(rows, byte_tokenizer(), 100, num_proc=2)
+    assert caught.traceback[-1].path.name == "dataset.py"  # the command line tells what this package raises
 
 
 def test_options_of_a_template_may_be_json():

@@ -7,7 +7,8 @@ import yaml
 from datasets import load_dataset
 from test_dataset import answered, byte_tokenizer, labelled_texts
 
-from transformers_confu.data.dataset import is_held_out, prepare_dataset, prompt_hash, split_by_prompt
+from transformers_confu.data.dataset import is_held_out, prepare_dataset, split_by_prompt
+from transformers_confu.data.encoding import prompt_hash
 from transformers_confu.data.prompts import EvaluationOverlap
 from transformers_confu.data.publication import main, publish_answers, write_card
 

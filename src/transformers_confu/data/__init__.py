@@ -9,7 +9,7 @@ _MODULE_OF_NAME = {
     "DatasetReport": "dataset",
     "load_rows": "rows",
     "prepare_dataset": "dataset",
-    "prompt_hash": "dataset",
+    "prompt_hash": "encoding",
     "sequence_lengths": "dataset",
     "split_by_prompt": "dataset",
     "encode_prompt": "chat_template",

@@ -3,8 +3,9 @@
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -153,15 +154,17 @@ class ChatTemplate:
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if 0 in answers:
             raise ValueError("its first message is the assistant's, expected a user's or system's message before it.")
-        text = self._render(messages)
-        stages = [self._render(messages[: index + 1]) for index in answers]
-        if all(text.startswith(stage) for stage in stages):
-            return [self._encode_spans(messages, self._spans(messages, text, answers))]
-        labelled = []
-        for index, stage in zip(answers, stages, strict=True):
-            part = messages[: index + 1]
-            labelled.append(self._encode_spans(part, self._spans(part, stage, [index])[-1:]))
-        return labelled
+
+        @cache
+        def render(number: int, add_generation_prompt: bool = False) -> str:
+            """The text of the first messages."""
+            return self._apply(messages[:number], tokenize=False, add_generation_prompt=add_generation_prompt)
+
+        whole = len(messages)
+        if all(render(whole).startswith(render(index + 1)) for index in answers):
+            return [self._encode_spans(messages, self._spans(messages, render, answers))]
+        parts = [(messages[: index + 1], index) for index in answers]
+        return [self._encode_spans(part, self._spans(part, render, [index])[-1:]) for part, index in parts]
 
     def _apply(self, messages: Messages, **settings: Any) -> Any:
         try:
@@ -172,17 +175,15 @@ class ChatTemplate:
                 f"the tokenizer's chat template refuses the messages: {error or type(error).__name__}"
             ) from error
 
-    def _render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        return self._apply(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-
     def _encode_spans(self, messages: Messages, spans: Sequence[Span]) -> tuple[list[int], list[Span]]:
         encoded = self._apply(
             messages, tokenize=True, return_dict=True, tokenizer_kwargs={"return_offsets_mapping": True}
         )
         return encoded["input_ids"], list(_token_spans(spans, encoded["offset_mapping"]))
 
-    def _spans(self, messages: Messages, text: str, answers: list[int]) -> list[Span]:
-        """Spans of characters of the rendered `text` that hold the messages numbered `answers`."""
+    def _spans(self, messages: Messages, render: Callable[..., str], answers: list[int]) -> list[Span]:
+        """Spans of characters of the rendered `messages` that hold those numbered `answers`."""
+        text = render(len(messages))
         if _GENERATION_MARKER.search(self.template):
             # `apply_chat_template(return_assistant_tokens_mask=True)` reads the same spans, but labels everything up
             # to the end of the text when the last character of a span belongs to no token, which tokenizers that trim
@@ -199,8 +200,7 @@ class ChatTemplate:
             return spans
         spans = []
         for index in answers:
-            before = self._render(messages[:index], add_generation_prompt=True)
-            after = self._render(messages[: index + 1])
+            before, after = render(index, add_generation_prompt=True), render(index + 1)
             if not (after.startswith(before) and text.startswith(after)):
                 raise ValueError(
                     f"the chat template's generation prompt behind messages 0 to {index - 1} is not what it renders "

@@ -5,9 +5,7 @@ assistant wrote that token and is -100 elsewhere (TRL's convention: labels are n
 """
 
 import hashlib
-import json
 import os
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,19 +14,15 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow.compute as pc
-import transformers
-from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from . import chat_template
-from .chat_template import TEMPLATE_FIELDS, ChatTemplate, Messages, Span, check_messages, encode_prompt
+from .encoding import FEATURES, IGNORE_INDEX, MalformedRow, RowEncoder
 from .rows import load_rows
 
 
 logger = logging.get_logger(__name__)
-
-IGNORE_INDEX = -100
 
 # Of all prompts, those that training never sees. One share and one seed everywhere, so that the answers of one prompt
 # are on the same side in every file, every stage and every published dataset.
@@ -37,18 +31,7 @@ HELD_OUT_SHARE = 0.02
 # More rows than these are worth the start of several processes.
 _ROWS_FOR_ONE_PROCESS = 20_000
 
-_FEATURES = Features(
-    {
-        "input_ids": List(Value("int32")),
-        "labels": List(Value("int32")),
-        "prompt_hash": Value("string"),
-        "is_first": Value("bool"),  # of the rows made of one given row
-        "is_cut": Value("bool"),
-    }
-)
 _ONLY_FOR_THE_REPORT = ["is_first", "is_cut"]
-
-Encoded = tuple[list[int], list[int]]  # input_ids and labels
 
 
 @dataclass
@@ -137,7 +120,7 @@ def prepare_dataset(
         raise ValueError(f"max_length is {max_length}, expected at least 2 tokens: one to read, one to predict.")
     if eos_token_ids is None:
         eos_token_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoder = _Encoder(
+    encoder = RowEncoder(
         tokenizer, max_length, sorted(eos_token_ids), len(tokenizer) if vocab_size is None else vocab_size, made_by
     )
     sources = _sources(rows)
@@ -161,12 +144,6 @@ def sequence_lengths(dataset: Dataset) -> list[int]:
     for batch in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
         lengths.extend(pc.list_value_length(batch["input_ids"]).to_pylist())
     return lengths
-
-
-def prompt_hash(text: str) -> str:
-    """Hash of a conversation's first user turn; case, kinds of white space and of equal characters do not matter."""
-    normalised = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return hashlib.blake2b(normalised.encode(), digest_size=8).hexdigest()
 
 
 def is_held_out(hashed_prompt: str, share: float = HELD_OUT_SHARE, seed: int = 0) -> bool:
@@ -235,7 +212,7 @@ def _sources(rows: Any) -> list[tuple[str, Dataset]]:
     return [("", Dataset.from_dict(columns, on_mixed_types="use_json"))]
 
 
-def _tokenise(rows: Dataset, name: str, encoder: "_Encoder", num_proc: int | None) -> Dataset:
+def _tokenise(rows: Dataset, name: str, encoder: RowEncoder, num_proc: int | None) -> Dataset:
     """The prepared rows with the columns of the report, from the cache if they are there."""
     if num_proc is None and len(rows) > _ROWS_FOR_ONE_PROCESS:
         num_proc = min(8, os.cpu_count() or 1)
@@ -245,18 +222,21 @@ def _tokenise(rows: Dataset, name: str, encoder: "_Encoder", num_proc: int | Non
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "transformers_confu"
         folder.mkdir(parents=True, exist_ok=True)
         cache = str(folder / f"prepared-{fingerprint}.arrow")
-    return rows.map(
-        encoder,
-        batched=True,
-        with_indices=True,
-        fn_kwargs={"name": name},
-        remove_columns=rows.column_names,
-        features=_FEATURES,
-        num_proc=num_proc,
-        cache_file_name=cache,
-        new_fingerprint=fingerprint,
-        desc=f"Tokenising {Path(name).name}".rstrip(),
-    )
+    try:
+        return rows.map(
+            encoder,
+            batched=True,
+            with_indices=True,
+            fn_kwargs={"name": name},
+            remove_columns=rows.column_names,
+            features=FEATURES,
+            num_proc=num_proc,
+            cache_file_name=cache,
+            new_fingerprint=fingerprint,
+            desc=f"Tokenising {Path(name).name}".rstrip(),
+        )
+    except MalformedRow as error:  # raised again here, as it may come from another process
+        raise ValueError(str(error)) from error
 
 
 def _report(prepared: Sequence[Dataset], rows_in: int) -> DatasetReport:
@@ -272,174 +252,3 @@ def _report(prepared: Sequence[Dataset], rows_in: int) -> DatasetReport:
             report.tokens += len(labels)
             report.assistant_tokens += int(np.count_nonzero(labels != IGNORE_INDEX))
     return report
-
-
-@dataclass
-class _Encoder:
-    """Turns a batch of given rows into prepared ones; several processes work on copies of it."""
-
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int
-    eos_token_ids: list[int]
-    vocab_size: int
-    made_by: str | None
-
-    def fingerprint(self) -> str:
-        """Hash of all that the outcome depends on besides the rows, this code included."""
-        tokenizer = self.tokenizer
-        if getattr(tokenizer, "is_fast", False):
-            state = json.loads(tokenizer.backend_tokenizer.to_str())
-            state |= {"padding": None, "truncation": None}  # of earlier calls of it
-        else:
-            state = tokenizer.get_vocab()
-        parts = (
-            *(type(tokenizer).__name__, state, tokenizer.chat_template, tokenizer.special_tokens_map),
-            *(self.max_length, self.eos_token_ids, self.vocab_size, self.made_by, transformers.__version__),
-            *(Path(file).read_text(encoding="utf-8") for file in (__file__, chat_template.__file__)),
-        )
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-    def __call__(self, batch: Mapping[str, list[Any]], indices: list[int], name: str) -> dict[str, list[Any]]:
-        columns: dict[str, list[Any]] = {column: [] for column in _FEATURES}
-        for place, index in enumerate(indices):
-            # Arrow fills the entries that a row lacks with None.
-            row = {column: values[place] for column, values in batch.items() if values[place] is not None}
-            try:
-                encoded, hashed_prompt = self._encode(row), self._prompt_hash(row)
-            except ValueError as error:
-                raise ValueError(f"Row {index}{f' of {name}' if name else ''}: {error}") from error
-            is_first = True
-            for input_ids, labels in encoded:
-                kept = _count_assistant(labels[: self.max_length])
-                if kept:
-                    columns["input_ids"].append(input_ids[: self.max_length])
-                    columns["labels"].append(labels[: self.max_length])
-                    columns["prompt_hash"].append(hashed_prompt)
-                    columns["is_first"].append(is_first)
-                    columns["is_cut"].append(kept < _count_assistant(labels))
-                    is_first = False
-        return columns
-
-    def _encode(self, row: dict[str, Any]) -> list[Encoded]:
-        template_options = [row.get(name) for name in TEMPLATE_FIELDS]
-        if {"input_ids", "labels"} <= row.keys():
-            return [self._tokenised(row["input_ids"], row["labels"])]
-        if "answer_ids" in row and row.keys() & {"prompt", "messages"}:
-            return self._answered(row, template_options)
-        if "messages" in row:
-            return self._conversation(row["messages"], template_options)
-        if row.keys() & {"prompt", "turns"}:
-            raise ValueError(
-                "it holds a prompt without 'answer_ids': a draft learns from the target's own answers, so let the "
-                "target answer the prompts first (`regenerate`, or `regenerate_served` through a server)."
-            )
-        if "conversations" in row:
-            raise ValueError(
-                "it holds 'conversations' (ShareGPT's form): make prompts of them with `build_prompts` and let the "
-                "target answer these, or pass 'messages' with role and content."
-            )
-        raise ValueError(
-            f"it has the fields {sorted(row)}, expected 'messages', or 'prompt' and 'answer_ids', or 'input_ids' "
-            f"and 'labels'."
-        )
-
-    def _tokenised(self, input_ids: Any, labels: Any) -> Encoded:
-        input_ids, labels = self._check_ids(input_ids, "input_ids"), _int_list(labels, "labels")
-        if len(input_ids) != len(labels):
-            raise ValueError(f"it has {len(input_ids)} input_ids and {len(labels)} labels, expected as many of both.")
-        for position, (token, label) in enumerate(zip(input_ids, labels, strict=True)):
-            if label not in (IGNORE_INDEX, token):
-                raise ValueError(
-                    f"label {label} at position {position} is neither {IGNORE_INDEX} nor the id {token} of that "
-                    f"position: labels are not shifted here."
-                )
-        return input_ids, labels
-
-    def _answered(self, row: Mapping[str, Any], template_options: list[Any]) -> list[Encoded]:
-        """Answers by their ids; one row as long as the prompt of a turn begins with the tokens of the turn before."""
-        made_with = row.get("made_with") or {}
-        made_with = json.loads(made_with) if isinstance(made_with, str) else made_with
-        target = made_with.get("target")
-        if self.made_by is not None and target is not None and target != self.made_by:
-            raise ValueError(
-                f"its answer was made by another target ({target}) than the one to train for ({self.made_by}), as "
-                "after the target was trained again: let the target answer the prompts anew, or allow answers of "
-                "other targets if they are meant."
-            )
-        prompts, answers = row.get("prompt_ids"), row["answer_ids"]
-        if "prompt" in row:
-            prompts, answers = [encode_prompt(row["prompt"], self.tokenizer, *template_options)], [answers]
-        elif prompts is None:
-            messages = check_messages(row["messages"])
-            places = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-            places = places[len(places) - len(answers) :]
-            prompts = [encode_prompt(messages[:place], self.tokenizer, *template_options) for place in places]
-        if len(prompts) != len(answers):
-            raise ValueError(
-                f"it has {len(answers)} 'answer_ids' to {len(prompts)} prompts, expected as many of both."
-            )
-        rows: list[Encoded] = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            prompt, answer = self._check_ids(prompt, "prompt_ids"), self._check_ids(answer, "answer_ids")
-            labels = [IGNORE_INDEX] * len(prompt)
-            if rows and prompt[: len(rows[-1][0])] == rows[-1][0]:
-                before = rows.pop()[1]
-                labels[: len(before)] = before
-            rows.append((prompt + answer, labels + answer))
-        return rows
-
-    def _conversation(self, messages: Messages, template_options: list[Any]) -> list[Encoded]:
-        rows = []
-        for input_ids, spans in ChatTemplate(self.tokenizer, *template_options).label(check_messages(messages)):
-            labels = [IGNORE_INDEX] * len(input_ids)
-            for span in spans:
-                first, last = self._with_end_of_turn(input_ids, span)
-                labels[first:last] = input_ids[first:last]
-            rows.append((input_ids, labels))
-        return rows
-
-    def _with_end_of_turn(self, input_ids: list[int], span: Span) -> Span:
-        """The span up to behind its end-of-turn token, without the template's line break."""
-        first, last = span
-        stripped = last
-        while stripped > first and not self.tokenizer.decode([input_ids[stripped - 1]]).strip():
-            stripped -= 1
-        if stripped > first and input_ids[stripped - 1] in self.eos_token_ids:
-            return first, stripped
-        if last < len(input_ids) and input_ids[last] in self.eos_token_ids:
-            return first, last + 1  # white space before it is the assistant's own
-        return first, stripped
-
-    def _prompt_hash(self, row: Mapping[str, Any]) -> str:
-        """Of the first user turn; of a row that is ids alone, the hash it comes with or that of its first prompt."""
-        prompt = row.get("messages", row.get("prompt"))
-        if "prompt_hash" in row:
-            return row["prompt_hash"]
-        if "input_ids" in row:
-            labels = row["labels"]
-            answer = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
-            return prompt_hash(self.tokenizer.decode(row["input_ids"][:answer]))
-        if isinstance(prompt, str):
-            return prompt_hash(prompt)
-        said = [message.get("content", "") for message in check_messages(prompt) if message["role"] == "user"]
-        return prompt_hash(said[0] if said else "")
-
-    def _check_ids(self, ids: Any, name: str) -> list[int]:
-        ids = _int_list(ids, name)
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ValueError(
-                f"{name} span {min(ids)} to {max(ids)}, expected ids from 0 to {self.vocab_size - 1}: they belong to "
-                f"another tokenizer than the one given."
-            )
-        return ids
-
-
-def _int_list(values: Any, name: str) -> list[int]:
-    values = list(values) if isinstance(values, Sequence) else values
-    if not isinstance(values, list) or not all(type(value) is int for value in values):
-        raise ValueError(f"{name} is {values!r:.80}, which are not integers; expected a flat list of token ids.")
-    return values
-
-
-def _count_assistant(labels: list[int]) -> int:
-    return len(labels) - labels.count(IGNORE_INDEX)

@@ -24,7 +24,8 @@ from transformers import HfArgumentParser
 from ..common.files import differences, write_atomically
 from ..common.jsonl import JsonLines
 from .chat_template import TEMPLATE_FIELDS, check_messages
-from .dataset import HELD_OUT_SHARE, is_held_out, prompt_hash
+from .dataset import HELD_OUT_SHARE, is_held_out
+from .encoding import prompt_hash
 from .prompts import SOURCES, EvaluationOverlap, questions_of
 from .rows import load_rows
 

@@ -1,19 +1,14 @@
 """The draft vocabulary: the target tokens a draft can propose, chosen by how often the target's answers hold them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
-from .dataset import IGNORE_INDEX
-
-
-_ROWS_PER_COUNT = 1000
+from .encoding import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -33,11 +28,12 @@ class DraftVocabulary:
     coverage: float
 
 
-def count_assistant_tokens(dataset: Iterable[Mapping[str, Any]], vocab_size: int) -> torch.LongTensor:
-    """How often each target token occurs among the labels of a dataset; labels of -100 are not counted.
+def count_assistant_tokens(dataset: Dataset, vocab_size: int) -> torch.LongTensor:
+    """
+    How often each target token occurs among the labels of a dataset; labels of -100 are not counted.
 
     Args:
-        dataset: rows with `labels`, as `prepare_dataset` makes them.
+        dataset: From `prepare_dataset`.
         vocab_size: V, the target's vocabulary size.
 
     Returns:
@@ -47,7 +43,8 @@ def count_assistant_tokens(dataset: Iterable[Mapping[str, Any]], vocab_size: int
         ValueError: a label is neither -100 nor an id of the target.
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for labels in _label_chunks(dataset):
+    for batch in dataset.select_columns("labels").with_format("arrow").iter(batch_size=1000):
+        labels = pc.list_flatten(batch["labels"]).to_numpy()
         labels = labels[labels != IGNORE_INDEX]
         if labels.size and not 0 <= labels.min() <= labels.max() < vocab_size:
             raise ValueError(
@@ -56,17 +53,6 @@ def count_assistant_tokens(dataset: Iterable[Mapping[str, Any]], vocab_size: int
             )
         counts += np.bincount(labels, minlength=vocab_size)
     return torch.from_numpy(counts)
-
-
-def _label_chunks(dataset: Iterable[Mapping[str, Any]]) -> Iterator[np.ndarray]:
-    if isinstance(dataset, Dataset):  # without a Python list for every row
-        columns = dataset.select_columns("labels").with_format("arrow")
-        for chunk in columns.iter(batch_size=_ROWS_PER_COUNT):
-            yield pc.list_flatten(chunk["labels"]).to_numpy()
-        return
-    rows = iter(dataset)
-    while some := list(islice(rows, _ROWS_PER_COUNT)):
-        yield np.concatenate([np.asarray(row["labels"], dtype=np.int64) for row in some])
 
 
 def build_draft_vocabulary(
