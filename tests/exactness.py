@@ -84,7 +84,7 @@ class Oracle:
             return oracle_tree(self.text[written - 1], continuation, tree_size, depth, vocab_size, rng)
 
         def compact(runner, cache, prefix_length, path):
-            self.paths.append(path.tolist())
+            self.paths.append(path)
             own_compact(runner, cache, prefix_length, path)
 
         with (

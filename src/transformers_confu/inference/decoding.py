@@ -277,7 +277,7 @@ class _Decoding:
         walked = time.perf_counter()
 
         path_rows = torch.tensor(path, device=tree.tokens.device)
-        self.runner.compact(cache, verification.prefix_length, path_rows)
+        self.runner.compact(cache, verification.prefix_length, path)
         self.visible = torch.nn.functional.pad(self.visible, (0, len(path)), value=True)
         taps = verification.taps[:, path_rows]
         positions = self.root_positions[:, None] + tree.depths[:, path_rows]

@@ -63,7 +63,6 @@ def _target_rounds(target: PreTrainedModel, draft: PreTrainedModel) -> dict[str,
     visible = torch.ones(1, length, dtype=torch.bool, device=draft.device)
     root_positions = torch.tensor([length], device=draft.device)
     routed_by = torch.zeros(1, draft.config.taps_size, device=draft.device, dtype=draft.dtype)
-    path = torch.zeros(1, dtype=torch.long, device=draft.device)
 
     def round_of(rows: int) -> Callable[[], None]:
         tokens = torch.zeros(1, rows, dtype=torch.long, device=draft.device)
@@ -71,7 +70,7 @@ def _target_rounds(target: PreTrainedModel, draft: PreTrainedModel) -> dict[str,
 
         def run() -> None:
             runner.verify(tree, None, routed_by, cache, root_positions, visible)
-            runner.compact(cache, length, path)
+            runner.compact(cache, length, [0])
             crop(cache, length)
 
         return run

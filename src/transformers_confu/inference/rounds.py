@@ -83,7 +83,7 @@ class AutomaticRounds:
 
     Args:
         costs ([`RoundCosts`]): Of this target and draft on this machine.
-        contemplation (`int`, *optional*): At most so many contemplate rows; `None`: as many as pay.
+        contemplation (`int`, *optional*): Contemplate rows of a round; `None`: as many as pay.
         future_gain (`float`): Tokens that a node's own future prediction adds to the next round.
     """
 
@@ -101,7 +101,7 @@ class AutomaticRounds:
 
     def __init__(self, costs: RoundCosts, contemplation: int | None, future_gain: float):
         self.costs = costs
-        self.max_contemplation = contemplation
+        self.contemplation = contemplation
         self.future_gain = future_gain
         self.contemplates = contemplation != 0 and (contemplation is not None or future_gain > 0)
         self.tokens = self.spent = self.PRIOR_WEIGHT
@@ -114,7 +114,7 @@ class AutomaticRounds:
         self._start()
 
     def _start(self) -> None:
-        self.levels = 0
+        self.levels = self.rows = 0
         self.cost = 0.0
         self.probabilities: list[float] = []
 
@@ -166,13 +166,17 @@ class AutomaticRounds:
 
     def contemplate_rows(self, tree: DraftTree) -> int:
         if not self.contemplates:
-            return 0
-        price = self.rate * self.costs.row
-        rows = sum(last * self.future_gain > price for last in tree.chance_to_be_last()[0].tolist())
-        return rows if self.max_contemplation is None else min(self.max_contemplation, tree.size)
+            rows = 0
+        elif self.contemplation is not None:
+            rows = min(self.contemplation, tree.size)
+        else:
+            price = self.rate * self.costs.row
+            rows = sum(last * self.future_gain > price for last in tree.chance_to_be_last()[0].tolist())
+        self.rows = rows
+        return rows
 
     def count(self, tree: DraftTree, path: list[int]) -> None:
-        self.cost += self.costs.target(tree.size)
+        self.cost += self.costs.target(tree.size + self.rows)
         if self.levels:
             self._learn(tree, path)
         self.tokens += len(path)

@@ -227,13 +227,13 @@ class TargetRunner:
         contemplate = torch.cat([above, itself, slots], dim=-1)
         return torch.cat([nn.functional.pad(ancestors, (0, num_rows + num_slots)), contemplate], dim=1)
 
-    def compact(self, cache: DynamicCache, prefix_length: int, path: torch.LongTensor) -> None:
-        """Keep the first P rows and, after them, the tree rows `path` `(length,)`, rising; drop all others."""
-        length = path.shape[0]
-        moves = bool((path != torch.arange(length, device=path.device)).any())
-        for layer in cache.layers:
-            if moves:
-                rows = (prefix_length + path).to(layer.keys.device)
+    def compact(self, cache: DynamicCache, prefix_length: int, path: list[int]) -> None:
+        """Keep the first P rows and, after them, the tree rows `path`, rising; drop all others."""
+        length = len(path)
+        if path != list(range(length)):
+            kept = torch.tensor(path) + prefix_length
+            for layer in cache.layers:
+                rows = kept.to(layer.keys.device)
                 layer.keys[..., prefix_length : prefix_length + length, :] = layer.keys[..., rows, :]
                 layer.values[..., prefix_length : prefix_length + length, :] = layer.values[..., rows, :]
         crop(cache, prefix_length + length)

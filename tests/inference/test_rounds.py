@@ -1,0 +1,414 @@
+"""How large rounds are: fixed ones as the knobs say, automatic ones as costs and acceptance say, never a clock."""
+
+import json
+import math
+import random
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from helpers import make_tiny_draft, make_tiny_target
+from transformers_confu import confu_generation_config
+from transformers_confu.inference import decoding, round_costs
+from transformers_confu.inference.draft_tree import DraftTree, TreeGrower
+from transformers_confu.inference.growing_cache import GrowingLayer, room_to_grow
+from transformers_confu.inference.knobs import ConFuKnobs
+from transformers_confu.inference.measured_costs import measure_round_costs
+from transformers_confu.inference.round_costs import DRAFT_ROWS, TARGET_ROWS, RoundCosts, costs_path, in_steps
+from transformers_confu.inference.rounds import AutomaticRounds, FixedRounds
+
+
+PROMPT = torch.tensor([[3, 4, 5, 2, 7]])
+
+
+def costs(row: float, level: float) -> RoundCosts:
+    """Each further row costs `row` steps, a draft level `level`."""
+    steps = tuple(1 + row * (rows - 1) for rows in TARGET_ROWS)
+    return RoundCosts(TARGET_ROWS, steps, DRAFT_ROWS, (level,) * len(DRAFT_ROWS), step_seconds=0.1)
+
+
+# --- costs
+
+
+def test_costs_between_and_beyond_the_measured_rows():
+    table = RoundCosts((1, 2, 4), (1.0, 1.5, 1.7), (1, 4), (0.2, 0.5), step_seconds=0.1)
+    assert [table.target(rows) for rows in (1, 2, 3, 4, 6)] == pytest.approx([1.0, 1.5, 1.6, 1.7, 1.9])
+    assert [table.draft(rows) for rows in (1, 2, 4, 7)] == pytest.approx([0.2, 0.3, 0.5, 0.8])
+
+
+def test_measured_costs_never_fall_with_the_rows():
+    assert in_steps([2.0, 3.0, 2.5, 8.0], 2.0) == (1.0, 1.5, 1.5, 4.0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"target_steps": (1.0, float("nan"), 2.0)},
+        {"target_steps": (1.0, 0.5, 2.0)},
+        {"target_steps": (1.0, 1.5)},
+        {"target_rows": (2, 4, 8)},
+        {"draft_steps": (0.0, 1.0)},
+    ],
+)
+def test_impossible_costs_are_no_table(values):
+    possible = {
+        "target_rows": (1, 2, 4),
+        "target_steps": (1.0, 1.5, 2.0),
+        "draft_rows": (1, 4),
+        "draft_steps": (0.1, 0.2),
+    }
+    RoundCosts(**possible, step_seconds=0.1)
+    with pytest.raises(ValueError, match="cannot cost"):
+        RoundCosts(**(possible | values), step_seconds=0.1)
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """An empty cache folder, and a target and a draft nobody has measured."""
+    monkeypatch.setenv("TRANSFORMERS_CONFU_CACHE", str(tmp_path))
+    monkeypatch.setattr(round_costs, "_KNOWN", {})
+    target = make_tiny_target()
+    return tmp_path, target, make_tiny_draft(target)
+
+
+def measured(target, draft, level: float) -> tuple[RoundCosts, bool]:
+    """The costs as a call sees them, and whether they were measured for it."""
+    calls = []
+    found = round_costs.round_costs(target, draft, lambda: calls.append(1) or costs(0.1, level))
+    return found, bool(calls)
+
+
+def test_costs_are_measured_once_and_kept(kept, monkeypatch):
+    _, target, draft = kept
+    assert measured(target, draft, 0.1) == (costs(0.1, 0.1), True)
+    assert measured(target, draft, 0.2) == (costs(0.1, 0.1), False)
+    monkeypatch.setattr(round_costs, "_KNOWN", {})  # as in another process
+    assert measured(target, draft, 0.2) == (costs(0.1, 0.1), False)
+
+
+@pytest.mark.parametrize("other", ["threads", "dtype", "target", "draft"])
+def test_costs_of_something_else_are_measured_anew(kept, other):
+    _, target, draft = kept
+    measured(target, draft, 0.1)
+    threads = torch.get_num_threads()
+    if other == "dtype":
+        target, draft = target.float(), draft.float()
+    elif other == "target":
+        target = make_tiny_target("qwen3")
+    elif other == "draft":
+        draft = make_tiny_draft(target, num_soft_prompts=2)
+    else:
+        torch.set_num_threads(threads + 1)
+    try:
+        assert measured(target, draft, 0.2) == (costs(0.1, 0.2), True)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"key": 1', "foreign", "impossible"])
+def test_a_damaged_or_foreign_table_is_not_trusted(kept, monkeypatch, damage):
+    _, target, draft = kept
+    measured(target, draft, 0.1)
+    path = costs_path(round_costs.costs_key(target, draft))
+    content = json.loads(path.read_text())
+    if damage == "foreign":
+        content["key"]["threads"] = 99
+        damage = json.dumps(content)
+    elif damage == "impossible":
+        content["costs"]["target_steps"][2] = -1
+        damage = json.dumps(content)
+    path.write_text(damage)
+    monkeypatch.setattr(round_costs, "_KNOWN", {})
+    assert measured(target, draft, 0.2) == (costs(0.1, 0.2), True)
+    monkeypatch.setattr(round_costs, "_KNOWN", {})
+    assert measured(target, draft, 0.3) == (costs(0.1, 0.2), False)  # and it was replaced
+
+
+def test_a_folder_that_cannot_be_written_is_done_without(kept, monkeypatch):
+    folder, target, draft = kept
+    (folder / "round_costs").write_text("a file where the folder should be")
+    assert measured(target, draft, 0.1) == (costs(0.1, 0.1), True)
+    assert measured(target, draft, 0.2) == (costs(0.1, 0.1), False)  # known to this process
+
+
+def test_writers_at_once_leave_a_whole_table(kept):
+    _, target, draft = kept
+    key = round_costs.costs_key(target, draft)
+    tables = [costs(0.1, 0.1 + 0.01 * number) for number in range(8)]
+    threads = [threading.Thread(target=round_costs.write_costs, args=(key, table)) for table in tables]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert round_costs.read_costs(key) in tables
+    assert [file.suffix for file in costs_path(key).parent.iterdir()] == [".json"]
+
+
+def test_a_measurement_leaves_models_and_random_state_alone():
+    target = make_tiny_target(max_position_embeddings=20)
+    draft = make_tiny_draft(target)
+    before, state = target.generate(PROMPT, max_new_tokens=5, do_sample=False), torch.random.get_rng_state()
+    table = measure_round_costs(target, draft)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert table.target_rows == TARGET_ROWS and table.target_steps[0] == 1.0
+    assert torch.equal(target.generate(PROMPT, max_new_tokens=5, do_sample=False), before)
+
+
+# --- fixed rounds
+
+
+class RandomDraft:
+    """Log-probabilities that depend on the path alone."""
+
+    def __init__(self, seed: int, vocab_size: int):
+        self.seed, self.vocab_size = seed, vocab_size
+
+    def __call__(self, path: tuple[int, ...]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(hash((self.seed, path)) % 2**31)
+        return torch.log_softmax(3 * torch.randn(self.vocab_size, generator=generator), dim=-1)
+
+
+def grown(draft: RandomDraft, rounds, max_depth: int) -> tuple[DraftTree, int]:
+    """The tree that `rounds` let grow, and the rows that the draft computed for it."""
+    depth, rows = min(rounds.depth(1), max_depth), 0
+    grower = TreeGrower(draft(())[None], rounds.branching)
+    paths: list[tuple[int, ...]] = [()]
+    for _ in range(1, depth):
+        if (width := rounds.width(grower)) == 0:
+            break
+        grower.narrow(width)
+        tokens, parents = grower.frontier_tokens[0].tolist(), grower.frontier_parents[0].tolist()
+        paths = [paths[parent] + (token,) for parent, token in zip(parents, tokens, strict=True)]
+        rows += len(paths)
+        grower.expand(torch.stack([draft(path) for path in paths])[None])
+    return grower.tree(torch.tensor([0]), torch.arange(draft.vocab_size), rounds.tree_size(grower)), rows
+
+
+@given(st.integers(0, 10**6), st.integers(2, 12), st.integers(1, 24), st.integers(1, 6), st.integers(1, 6))
+@settings(deadline=None, max_examples=80)
+def test_nodes_that_cannot_enter_the_tree_are_not_expanded(seed, vocab_size, tree_size, depth, branching):
+    class AllExpanded(FixedRounds):
+        def width(self, grower: TreeGrower) -> int:
+            return self.branching
+
+    knobs = ConFuKnobs(tree_size=tree_size, depth=depth, branching=branching)
+    draft = RandomDraft(seed, vocab_size)
+    tree, rows = grown(draft, FixedRounds(knobs), max_depth=10)
+    whole, all_rows = grown(draft, AllExpanded(knobs), max_depth=10)
+    for name in ("tokens", "parents", "log_probs"):
+        assert torch.equal(getattr(tree, name), getattr(whole, name)), name
+    assert rows <= all_rows
+
+
+# --- automatic rounds
+
+
+def test_the_tree_has_the_size_of_most_value():
+    grower = TreeGrower(torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log(), branching=5)
+    for row in (0.01, 0.08, 0.12, 0.18, 0.3, 0.6):
+        rounds = AutomaticRounds(costs(row, 1e-6), contemplation=0, future_gain=0.0)
+        # By hand: at the rate of plain decoding a node is kept while its probability exceeds its row's cost.
+        assert rounds.tree_size(grower) == 1 + sum(p > row for p in (0.5, 0.2, 0.15, 0.1, 0.05))
+
+
+def test_a_level_is_drafted_while_it_pays():
+    grower = TreeGrower(torch.tensor([[0.9, 0.05, 0.05]]).log(), branching=3)
+    # What an accepted node's children add is believed to be 0.6 tokens; a row of the target costs 0.01 steps.
+    assert AutomaticRounds(costs(0.01, 0.1), 0, 0.0).width(grower) == 3  # further nodes cost the draft nothing
+    dear = RoundCosts((1, 16), (1.0, 1.15), (1, 4), (0.1, 0.4), step_seconds=0.1)
+    assert AutomaticRounds(dear, 0, 0.0).width(grower) == 1  # 0.05 * 0.6 - 0.01 < 0.1
+    assert AutomaticRounds(costs(0.01, 0.6), 0, 0.0).width(grower) == 0
+    assert AutomaticRounds(costs(0.6, 1e-6), 0, 0.0).width(grower) == 0
+
+
+def expected_rate(draft_acceptance: float, table: RoundCosts, probability: float, rounds_count: int = 300) -> float:
+    """Tokens per step of automatic rounds whose draft says `probability` and is right with `draft_acceptance`."""
+    rng = random.Random(0)
+    rounds = AutomaticRounds(table, contemplation=0, future_gain=0.0)
+    vocab_size = 50
+    logits = torch.full((vocab_size,), math.log((1 - probability) / (vocab_size - 1)))
+    logits[0] = math.log(probability)
+    tokens = spent = 0.0
+    for _ in range(rounds_count):
+        depth = rounds.depth(1)
+        steps, tree = 0.0, DraftTree.root_only(torch.tensor([0]))
+        if depth:
+            steps += table.draft(1)
+            grower = TreeGrower(logits[None], rounds.branching)
+            for _ in range(1, depth):
+                if (width := rounds.width(grower)) == 0:
+                    break
+                steps += table.draft(width)
+                grower.narrow(width)
+                grower.expand(logits.expand(1, grower.frontier_tokens.shape[1], -1))
+            tree = grower.tree(torch.tensor([0]), torch.arange(vocab_size), rounds.tree_size(grower))
+        else:
+            rounds.tree_size(None)
+        rounds.contemplate_rows(tree)
+        path, children = [0], tree.children()[0]
+        while (child := children.get((path[-1], 0))) is not None and rng.random() < draft_acceptance:
+            path.append(child)
+        rounds.count(tree, path)
+        tokens += len(path)
+        spent += steps + table.target(tree.size)
+    return tokens / spent
+
+
+@pytest.mark.parametrize("probability", [0.02, 0.5, 0.95])
+def test_a_draft_that_is_never_right_costs_little(probability):
+    # However sure it is of itself.
+    assert expected_rate(0.0, costs(0.5, 0.2), probability) > 0.93
+
+
+def test_a_draft_that_is_mostly_right_pays():
+    chain_of_7 = (1 - 0.9**8) / 0.1 / (1 + 7 * 0.02 + 7 * 0.05)  # tokens of a round over its steps, at a fixed size
+    assert expected_rate(0.9, costs(0.02, 0.05), 0.9) > 0.95 * chain_of_7
+
+
+def test_where_rows_are_dear_decoding_is_plain():
+    assert expected_rate(0.5, costs(1.0, 0.5), 0.5) > 0.93
+
+
+@pytest.fixture(scope="module")
+def pair():
+    target = make_tiny_target()
+    return target, make_tiny_draft(target)
+
+
+def sizes_of(pair, **knobs) -> list[int]:
+    target, draft = pair
+    config = confu_generation_config(target, max_new_tokens=60, do_sample=False, **knobs)
+    target.generate(PROMPT, assistant_model=draft, generation_config=config)
+    return draft.last_statistics.tree_sizes
+
+
+def test_no_clock_decides_a_round(pair, monkeypatch):
+    expected = sizes_of(pair)
+    rng = random.Random(0)
+    monkeypatch.setattr(time, "perf_counter", rng.random)
+    assert sizes_of(pair) == expected
+
+
+def test_an_untrained_draft_soon_gives_way_to_plain_rounds(pair):
+    sizes = sizes_of(pair)
+    assert sum(size == 1 for size in sizes) > 0.8 * len(sizes)
+
+
+def test_a_fixed_knob_fixes_all(pair):
+    assert set(sizes_of(pair, confu_depth=3)[:-4]) == {30}
+
+
+def test_contemplation_rests_unless_it_pays(pair, monkeypatch):
+    target, draft = pair
+
+    def rows(**knobs) -> int:
+        sizes_of(pair, **knobs)
+        return draft.last_statistics.contemplate_rows
+
+    monkeypatch.setattr(decoding, "round_costs", lambda *_: costs(0.001, 0.001))
+    assert rows(confu_future_gain=0.0) == rows(confu_future_gain=-0.1) == rows(confu_contemplation=0) == 0
+    assert rows(confu_future_gain=0.4) > 0 and rows(confu_contemplation=2, confu_future_gain=0.0) > 0
+    monkeypatch.setattr(decoding, "round_costs", lambda *_: costs(5.0, 0.001))
+    assert rows(confu_future_gain=0.4) == 0
+
+
+@pytest.mark.parametrize("gain", ["much", True])
+def test_a_gain_that_is_no_number_is_refused(pair, gain):
+    with pytest.raises(ValueError, match="must be a number of tokens"):
+        sizes_of(pair, confu_future_gain=gain)
+
+
+# --- what a round costs the host
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, and those that wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = self.host_reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.total += 1
+        self.host_reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def count_round(pair, monkeypatch, **options) -> tuple[float, float]:
+    """Operations and host reads (values and lists of values) of a round of a fixed tree, on average."""
+    target, draft = pair
+    lists = []
+    own = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(1) or own(tensor))
+    knobs = {"confu_tree_size": 8, "confu_depth": 3, "confu_branching": 3, "confu_contemplation": 0}
+
+    def count(num_tokens: int) -> tuple[int, int, int]:
+        lists.clear()
+        config = confu_generation_config(target, max_new_tokens=num_tokens, **options, **knobs)
+        with Operations() as operations:
+            target.generate(PROMPT, assistant_model=draft, generation_config=config)
+        return operations.total, operations.host_reads + len(lists), draft.last_statistics.rounds
+
+    few, many = count(10), count(60)
+    return tuple((b - a) / (many[2] - few[2]) for a, b in zip(few[:2], many[:2], strict=True))
+
+
+def test_a_greedy_round_reads_the_device_once(pair, monkeypatch):
+    operations, host_reads = count_round(pair, monkeypatch, do_sample=False)
+    # One transfer for the walk, and on the CPU, where reading is free, one for the width of each of two levels.
+    assert host_reads <= 3.2
+    assert operations <= 1150  # 1083 when this was written: three levels of the draft, five layers of the target
+
+
+# --- the cache
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "cut", "move"]), st.integers(0, 300)), max_size=30))
+@settings(deadline=None, max_examples=60)
+def test_a_growing_layer_is_a_dynamic_layer(operations):
+    generator = torch.Generator().manual_seed(0)
+
+    def states(rows: int) -> torch.Tensor:
+        return torch.randn(1, 2, rows, 3, generator=generator)
+
+    plain = DynamicLayer()
+    plain.update(states(5), states(5))
+    cache = DynamicCache()
+    cache.layers = [DynamicLayer()]
+    cache.layers[0].update(plain.keys, plain.values)
+    with room_to_grow(cache):
+        grown = cache.layers[0]
+        assert type(grown) is GrowingLayer
+        for operation, number in operations:
+            length = plain.keys.shape[-2]
+            if operation == "add":
+                new = states(number + 1), states(number + 1)
+                expected, found = plain.update(*new), grown.update(*new)
+                assert all(map(torch.equal, expected, found))
+            for layer in (plain, grown):
+                if operation == "cut":
+                    kept = max(length - number, 1)
+                    layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
+                elif operation == "move":
+                    for tensor in (layer.keys, layer.values):
+                        tensor[..., 0, :] = tensor[..., number % length, :].clone()
+            assert torch.equal(plain.keys, grown.keys) and torch.equal(plain.values, grown.values)
+    assert type(cache.layers[0]) is DynamicLayer and cache.layers[0].keys.is_contiguous()
+    assert torch.equal(cache.layers[0].keys, plain.keys) and torch.equal(cache.layers[0].values, plain.values)
+
+
+def test_a_text_is_not_copied_when_it_grows():
+    layer = DynamicLayer()
+    layer.update(torch.zeros(1, 2, 1000, 4), torch.zeros(1, 2, 1000, 4))
+    grown = GrowingLayer(layer)
+    place = grown.keys.data_ptr()
+    for _ in range(20):
+        grown.update(torch.ones(1, 2, 10, 4), torch.ones(1, 2, 10, 4))
+    assert grown.keys.data_ptr() == place and grown.keys.shape[-2] == 1200
