@@ -37,7 +37,7 @@ def test_decoding_needs_no_extra():
     assert result.stdout == "True\n", result.stderr
 
 
-@pytest.mark.parametrize("command", ["chat", "check", "publish", "convert in", "convert out"])
+@pytest.mark.parametrize("command", ["demo", "chat", "check", "publish", "convert in", "convert out"])
 def test_commands_that_neither_train_nor_measure_need_no_extra(command):
     result = run(f"from transformers_confu.cli import main; main({[*command.split(), '--help']!r})")
     assert result.stdout.startswith(f"usage: confu {command}"), result.stderr
