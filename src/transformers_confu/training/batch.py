@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from ..data.dataset import IGNORE_INDEX
 
@@ -104,6 +105,23 @@ class TokenBatchSampler(Sampler[list[int]]):
                 batch for index, batch in enumerate(batches) if index not in set(first)
             ]
         return batches
+
+
+class NumberedRows(Dataset):
+    """Rows of a dataset with their number in `row_ids`, from `first` on. (As a column, `datasets` would copy all.)"""
+
+    def __init__(self, rows: datasets.Dataset, first: int):
+        self.rows, self.first = rows, first
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index] | {"row_ids": self.first + index}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        rows = self.rows.__getitems__(indices)
+        return [row | {"row_ids": self.first + index} for index, row in zip(indices, rows, strict=True)]
 
 
 @dataclass

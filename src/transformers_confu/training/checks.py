@@ -1,15 +1,64 @@
-"""What can be wrong with the data of a training run, said before any work is lost."""
+"""What can be wrong with a training run, said before any work is lost."""
+
+from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..common.answer_text import end_token_ids
+from ..common.loading import load_draft
 from ..data.dataset import IGNORE_INDEX
+from ..inference.modeling_confu import ConFuDraftModel
+from .arguments import ConFuTrainingArguments
 
 
 logger = logging.get_logger(__name__)
+
+
+def check_call(args: Any, eval_dataset: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse arguments of `ConFuTrainer` that it cannot follow; `kwargs` are those that would go on to `Trainer`."""
+    if not isinstance(args, ConFuTrainingArguments):
+        raise ValueError(
+            f"`args` is a {type(args).__name__}; give `ConFuTrainingArguments(output_dir=...)`, which hold what a "
+            "draft's training needs besides."
+        )
+    if kwargs.get("model_init") is not None:
+        raise ValueError("`model_init` is not supported: a draft is made for its target; give it as `model`.")
+    for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"`{name}` has no effect here: losses are named by `loss`, and there are no logits to measure; "
+                "leave it out, and measure in a callback's `on_evaluate`."
+            )
+    metric = args.metric_for_best_model
+    if isinstance(eval_dataset, dict) and metric in ("tau_greedy", "tau_probabilistic", "loss"):
+        raise ValueError(
+            f"`metric_for_best_model` is {metric!r}, and there are several evaluation sets: name one of them too, "
+            f"such as '{next(iter(eval_dataset), '')}_{metric}'."
+        )
+    if args.shard_target and args.world_size == 1:
+        raise ValueError("`shard_target` needs several processes; start them with `torchrun` or `accelerate`.")
+
+
+def draft_to_train(model: Any) -> ConFuDraftModel:
+    """The draft itself, of one that is compiled or named; ValueError where that is no draft, or not in float32."""
+    if isinstance(model, str):
+        model = load_draft(model, torch.float32)
+    model = getattr(model, "_orig_mod", model)  # of `torch.compile`
+    if not isinstance(model, ConFuDraftModel):
+        raise ValueError(
+            f"`model` is a {type(model).__name__}, expected a ConFuDraftModel; load one with "
+            "`ConFuDraftModel.from_pretrained`. All of a draft is trained, or the groups that are not `frozen`; "
+            "adapters of peft are not."
+        )
+    if model.dtype != torch.float32:
+        raise ValueError(
+            f"The draft is in {model.dtype}; train it in float32 (`model.float()`) and set `bf16=True` for speed."
+        )
+    return model
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel) -> None:

@@ -186,7 +186,7 @@ def run(folder: RunFolder, arguments: DraftArguments, training: ConFuTrainingArg
     # Only now: a new draft is the same, whether the target was loaded just before or is that of an earlier stage.
     set_seed(training.seed)
     trainer = ConFuTrainer(
-        model=draft_to_train(arguments, training, target, tokenizer, train_dataset),
+        model=draft_of_run(arguments, training, target, tokenizer, train_dataset),
         target_model=target,
         processing_class=tokenizer,
         args=training,
@@ -274,7 +274,7 @@ def prepare(
     return split_by_prompt(dataset, arguments.held_out_share if arguments.eval_rows else 0, arguments.eval_rows)
 
 
-def draft_to_train(
+def draft_of_run(
     arguments: DraftArguments,
     training: ConFuTrainingArguments,
     target: PreTrainedModel,

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..common.loading import default_dtype, load_draft, load_target
+from ..common.loading import default_dtype, load_target
 from ..data.dataset import sequence_lengths
 from ..inference.checks import check_target
 from ..inference.configuration_confu import SPECIAL_TOKENS
@@ -25,8 +25,8 @@ from ..inference.modeling_confu import ConFuDraftModel
 from ..inference.target import TargetRunner
 from .anchors import AnchorSampling
 from .arguments import NOT_SHARDED_BY, ConFuTrainingArguments, parameter_group
-from .batch import ConFuDataCollator, TokenBatch, TokenBatchSampler, draft_rows
-from .checks import check_dataset, check_tokenizer
+from .batch import ConFuDataCollator, NumberedRows, TokenBatch, TokenBatchSampler, draft_rows
+from .checks import check_call, check_dataset, check_tokenizer, draft_to_train
 from .contemplation import compute_foresight
 from .features import KeptFeatures
 from .initialisation import is_channel_untrained
@@ -77,23 +77,6 @@ class ObjectiveModule(nn.Module):
         if self.features is not None:
             return self.features.compute(texts, batch["row_ids"].tolist(), anchors, recipe)
         return compute_live(self.draft, runner, texts, anchors, recipe)
-
-
-class NumberedRows(torch.utils.data.Dataset):
-    """Rows of a dataset with their number in `row_ids`, from `first` on. (As a column, `datasets` would copy all.)"""
-
-    def __init__(self, rows: Dataset, first: int):
-        self.rows, self.first = rows, first
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index] | {"row_ids": self.first + index}
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        rows = self.rows.__getitems__(indices)
-        return [row | {"row_ids": self.first + index} for index, row in zip(indices, rows, strict=True)]
 
 
 class KeepSpecialTokens(TrainerCallback):
@@ -158,34 +141,19 @@ class ConFuTrainer(ReleasingTrainer):
         eval_dataset: Any = None,
         **kwargs: Any,
     ):
-        if not isinstance(args, ConFuTrainingArguments):
-            raise ValueError(
-                f"`args` is a {type(args).__name__}; give `ConFuTrainingArguments(output_dir=...)`, which hold what a "
-                "draft's training needs besides."
-            )
+        check_call(args, eval_dataset, kwargs)
         if list(inspect.signature(Trainer._wrap_model).parameters) != _WRAP_MODEL_PARAMETERS:
             raise RuntimeError(
                 "This version of Transformers wraps models in another way than the one known here, and would train "
                 "without the target: install the version that this package asks for."
             )
-        model = self._checked_draft(model, kwargs)
+        model = draft_to_train(model)
         if isinstance(target_model, str):
             target_model, _ = load_target(target_model, default_dtype(args.device), args.device)
         self.target_model = freeze(target_model)
         check_target(self.target_model, model.config)
         if processing_class is not None:
             check_tokenizer(processing_class, self.target_model)
-        if args.shard_target and args.world_size == 1:
-            raise ValueError("`shard_target` needs several processes; start them with `torchrun` or `accelerate`.")
-        if isinstance(eval_dataset, dict) and args.metric_for_best_model in (
-            "tau_greedy",
-            "tau_probabilistic",
-            "loss",
-        ):
-            raise ValueError(
-                f"`metric_for_best_model` is {args.metric_for_best_model!r}, and there are several evaluation sets: "
-                f"name one of them too, such as '{next(iter(eval_dataset), '')}_{args.metric_for_best_model}'."
-            )
         self._first_rows: list[tuple[Dataset, int]] = []
         """The datasets of this trainer, and the number of the first row of each through all of them."""
         if train_dataset is not None:
@@ -224,31 +192,6 @@ class ConFuTrainer(ReleasingTrainer):
             features = self._kept_features()
         self._objective = ObjectiveModule(model, self.target_model, args, features)
         self._counts = {"train": self._no_counts(), "eval": self._no_counts()}
-
-    @staticmethod
-    def _checked_draft(model: Any, kwargs: dict[str, Any]) -> ConFuDraftModel:
-        if model is None or kwargs.get("model_init") is not None:
-            raise ValueError("`model_init` is not supported: a draft is made for its target; give it as `model`.")
-        for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"`{name}` has no effect here: losses are named by `loss`, and there are no logits to measure; "
-                    "leave it out, and measure in a callback's `on_evaluate`."
-                )
-        if isinstance(model, str):
-            model = load_draft(model, torch.float32)
-        model = getattr(model, "_orig_mod", model)  # of `torch.compile`
-        if not isinstance(model, ConFuDraftModel):
-            raise ValueError(
-                f"`model` is a {type(model).__name__}, expected a ConFuDraftModel; load one with "
-                "`ConFuDraftModel.from_pretrained`. All of a draft is trained, or the groups that are not `frozen`; "
-                "adapters of peft are not."
-            )
-        if model.dtype != torch.float32:
-            raise ValueError(
-                f"The draft is in {model.dtype}; train it in float32 (`model.float()`) and set `bf16=True` for speed."
-            )
-        return model
 
     # Data
 
