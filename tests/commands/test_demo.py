@@ -8,7 +8,7 @@ import pytest
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import cli
 from transformers_confu.commands import demo
-from transformers_confu.evaluation.measure import Models
+from transformers_confu.evaluation.answering import Models
 
 
 class Tokenizer:
@@ -25,11 +25,11 @@ class Tokenizer:
 def tiny_demo(monkeypatch):
     """The demo on a tiny target and draft, which writes what plain `generate` does in float64 only by name."""
 
-    def load_models(arguments, dtype):
+    def load(arguments, dtype):
         target = make_tiny_target()
-        return Models(target, Tokenizer(), {"draft": make_tiny_draft(target)})
+        return Models(arguments, target, Tokenizer(), {"draft": make_tiny_draft(target)})
 
-    monkeypatch.setattr(demo, "load_models", load_models)
+    monkeypatch.setattr(Models, "load", load)
 
 
 ARGUMENTS = ["--max-new-tokens", "12", "--runs", "2", "--prompt", "Hello", "--prompt", "Bonjour"]
@@ -55,7 +55,7 @@ def test_texts_are_shown_once_and_summed_up(tiny_demo, capsys):
 def test_a_different_text_is_marked_and_an_error_only_where_rounding_does_not_explain_it(
     tiny_demo, monkeypatch, capsys, dtype, gap, status
 ):
-    own = demo.answer_question
+    own = Models.answer
 
     def with_another_fourth_token(*arguments):
         unit = own(*arguments)
@@ -65,7 +65,7 @@ def test_a_different_text_is_marked_and_an_error_only_where_rounding_does_not_ex
         confu["departure"] = {"turn": 0, "position": 3, "gap": gap}
         return unit
 
-    monkeypatch.setattr(demo, "answer_question", with_another_fourth_token)
+    monkeypatch.setattr(Models, "answer", with_another_fourth_token)
     assert demo.main([*ARGUMENTS, "--dtype", dtype]) == status
     printed = capsys.readouterr()
     assert "parts from it at token 4" in printed.out and "==>" in printed.out and "0 of 2 texts" in printed.out

@@ -14,7 +14,9 @@ from transformers import GenerationConfig
 from helpers import make_tiny_target
 from transformers_confu import ConFuCandidateGenerator, ConFuDraftModel
 from transformers_confu.common import loading
+from transformers_confu.evaluation import answering
 from transformers_confu.evaluation import measure as measuring
+from transformers_confu.evaluation.answering import Models
 from transformers_confu.evaluation.arguments import EvaluationArguments
 from transformers_confu.evaluation.arms import Arm, Setting, labels
 from transformers_confu.evaluation.figures import comparisons_of
@@ -243,7 +245,7 @@ def test_a_draft_of_known_acceptance_is_measured_as_the_closed_form_says(options
     options |= {"contemplations": ["0"], "baselines": ["plain"]}
     corrupted = Corrupted(probability, depth, new_tokens)
     decode, propose = corrupted.patches()
-    with decode, propose, mock.patch.object(measuring, "warm_up"):
+    with decode, propose, mock.patch.object(Models, "warm_up"):
         file = measure(EvaluationArguments(**options))
 
     tokenizer = tiny_tokenizer()
@@ -292,7 +294,7 @@ def test_an_interrupted_measurement_goes_on_as_if_it_had_not_been(options, tmp_p
     whole = tmp_path / "whole.jsonl"
     measure(EvaluationArguments(**options | {"output": str(whole)}))
 
-    answered, own = 0, measuring.answer_question
+    answered, own = 0, Models.answer
 
     def stop_after(*args):
         nonlocal answered
@@ -301,7 +303,7 @@ def test_an_interrupted_measurement_goes_on_as_if_it_had_not_been(options, tmp_p
         answered += 1
         return own(*args)
 
-    with mock.patch.object(measuring, "answer_question", stop_after), pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(Models, "answer", stop_after), pytest.raises(KeyboardInterrupt):
         measure(EvaluationArguments(**options))
     path = tmp_path / "records.jsonl"
     assert len(path.read_bytes().splitlines()) == 1 + units
@@ -309,7 +311,7 @@ def test_an_interrupted_measurement_goes_on_as_if_it_had_not_been(options, tmp_p
     measure(EvaluationArguments(**options))
     assert without_timings(path) == without_timings(whole)
     before = path.read_bytes()
-    with mock.patch.object(measuring, "load_models", side_effect=AssertionError("nothing is left to measure")):
+    with mock.patch.object(Models, "load", side_effect=AssertionError("nothing is left to measure")):
         measure(EvaluationArguments(**options))
     assert path.read_bytes() == before
 
@@ -419,7 +421,7 @@ def test_a_departure_tells_where_and_how_near_it_was(options):
     other[6] = (text[6] + 3) % 97
 
     def departure(ids, greedy=True):
-        return measuring.departure([(prompt, {"token_ids": text})], [(prompt, {"token_ids": ids})], target, greedy)
+        return answering.departure([(prompt, {"token_ids": text})], [(prompt, {"token_ids": ids})], target, greedy)
 
     found = departure(other)
     logits = output.logits[6][0]
@@ -446,7 +448,7 @@ def test_a_prompt_that_is_too_long_is_named_and_the_others_are_measured(options,
     )
     assert RecordFile(options["output"]).left_out == {"7": 602}
     before = (tmp_path / "records.jsonl").read_bytes()
-    with mock.patch.object(measuring, "load_models", side_effect=AssertionError("nothing is left to measure")):
+    with mock.patch.object(Models, "load", side_effect=AssertionError("nothing is left to measure")):
         file = measure(EvaluationArguments(**options | {"questions": str(questions), "runs": 1}))
     assert (tmp_path / "records.jsonl").read_bytes() == before
     assert "Questions: 5 (SHA-256 of their content" in about(file)[0]
@@ -456,7 +458,7 @@ def test_a_prompt_that_is_too_long_is_named_and_the_others_are_measured(options,
 def test_a_later_turn_that_is_too_long_is_counted_as_skipped(options, tmp_path):
     questions = tmp_path / "long.jsonl"
     questions.write_text(json.dumps({"question_id": 7, "category": "rag", "turns": ["abc", "abc" * 200, "a"]}))
-    with mock.patch.object(measuring.logger, "warning") as warning:
+    with mock.patch.object(answering.logger, "warning") as warning:
         measure(EvaluationArguments(**options | {"questions": str(questions), "runs": 1}))
     assert warning.called
     assert {(len(row["turns"]), row["skipped_turns"]) for row in answers_of(options)} == {(1, 2)}

@@ -13,9 +13,9 @@ from transformers.utils import logging
 
 from ..common.loading import default_device, default_draft, default_dtype
 from ..common.texts import TIE
+from ..evaluation.answering import Models
 from ..evaluation.arguments import EvaluationArguments
-from ..evaluation.arms import Arm, Setting, generate_kwargs
-from ..evaluation.measure import answer_question, encode, load_models, warm_up
+from ..evaluation.arms import Arm, Setting
 from ..evaluation.questions import Question
 
 
@@ -57,20 +57,19 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding cannot show
     logging.disable_progress_bar()
-    models = load_models(arguments, dtype)
+    models = Models.load(arguments, dtype)
     name = Path(options.draft).name if Path(options.draft).is_dir() else options.draft
     print(f"Target SmolLM2-135M-Instruct, draft {name}")
     print(f"{dtype}, {options.device}, {torch.get_num_threads()} threads, up to {options.max_new_tokens} tokens")
 
     setting = Setting(dtype, 0.0, options.max_new_tokens)
-    calls = {arm: generate_kwargs(arm, setting, models.target, models.assistants, 0) for arm in (PLAIN, CONFU)}
-    prompts = options.prompt or PROMPTS
-    warm_up(models, encode([prompts[0]], models.tokenizer, arguments), calls)
+    calls = models.calls(setting, [PLAIN, CONFU])
+    questions = [Question(str(i), "demo", (prompt,)) for i, prompt in enumerate(options.prompt or PROMPTS)]
+    models.warm_up(questions[0], calls)
     units = []
-    for number, prompt in enumerate(prompts):
-        question = Question(str(number), "demo", (prompt,))
-        runs = [answer_question(models, question, run, setting, calls, arguments) for run in range(options.runs)]
-        show(prompt, runs, models.tokenizer)
+    for question in questions:
+        runs = [models.answer(question, run, setting, calls) for run in range(options.runs)]
+        show(question.turns[0], runs, models.tokenizer)
         units += runs
     return summarise(units, dtype)
 

@@ -1,0 +1,202 @@
+"""How the models of a measurement answer a question, and what is recorded of it."""
+
+import copy
+import random
+import time
+import zlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+from ..common.answer_text import answer_text, end_token_ids
+from ..common.loading import load_draft
+from ..common.texts import first_difference
+from ..inference.target import input_device
+from .arguments import EvaluationArguments
+from .arms import Arm, Setting, drafts_of, generate_kwargs
+from .machine import peak_memory, reset_peak_memory, synchronise
+from .questions import Question
+
+
+logger = logging.get_logger(__name__)
+
+WARM_UP_TOKENS = 16
+# Keyword arguments of `generate` for each arm.
+Calls = dict[Arm, dict[str, Any]]
+# Prompt ids and record of every turn.
+Conversation = list[tuple[list[int], dict[str, Any]]]
+
+
+@dataclass
+class Models:
+    """Target, tokenizer, and drafts by name (the assistant model under ""), to be asked under some options."""
+
+    arguments: EvaluationArguments
+    target: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    assistants: dict[str, Any]
+
+    @classmethod
+    def load(cls, arguments: EvaluationArguments, dtype: str) -> "Models":
+        """
+        Load all of a measurement's models in one dtype.
+
+        Raises:
+            ValueError: one cannot be loaded, or the assistant's vocabulary is not the target's.
+        """
+        target, tokenizer = arguments.load(arguments.target, dtype)
+        device = input_device(target)
+        assistants: dict[str, Any] = {
+            draft.name: load_draft(draft.source, target.dtype).to(device) for draft in drafts_of(arguments)
+        }
+        if arguments.assistant is not None:
+            assistant = AutoModelForCausalLM.from_pretrained(arguments.assistant, dtype=target.dtype).to(device).eval()
+            sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (assistant, target)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"The assistant model has a vocabulary of {sizes[0]} tokens and the target one of {sizes[1]}; "
+                    "give an assistant of the same family."
+                )
+            assistants[""] = assistant
+        return cls(arguments, target, tokenizer, assistants)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the target can read and write."""
+        config = self.target.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", None) or 10**9
+
+    def encode(self, *texts: str) -> list[int]:
+        """Token ids of a conversation (user, assistant, user, ...) in the target's chat template, up to the answer."""
+        messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
+        options: Any = self.arguments.chat_template_kwargs or {}  # no text any more, since the arguments have read it
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False, **options
+            )
+        except Exception as error:  # a template is a program of its own
+            raise ValueError(
+                f"The target's chat template cannot write the question ({type(error).__name__}: {error}); give a "
+                "target that has one for a user's turns, or other `chat_template_kwargs`."
+            ) from error
+
+    def calls(self, setting: Setting, arms: list[Arm]) -> Calls:
+        """How `generate` is called for each arm."""
+        tokens = self.arguments.prompt_lookup_tokens
+        return {arm: generate_kwargs(arm, setting, self.target, self.assistants, tokens) for arm in arms}
+
+    def warm_up(self, question: Question, calls: Calls) -> None:
+        """What is allocated or compiled on first use is not timed."""
+        ids = torch.tensor([self.encode(question.turns[0])], device=input_device(self.target))
+        for kwargs in calls.values():
+            config = copy.deepcopy(kwargs["generation_config"])
+            config.max_new_tokens = min(WARM_UP_TOKENS, config.max_new_tokens)
+            self.target.generate(ids, **kwargs | {"generation_config": config})
+
+    def answer(self, question: Question, run: int, setting: Setting, calls: Calls) -> dict[str, Any]:
+        """
+        Let every arm answer one question, in an order drawn from the seed: a "unit" of the record file, whose answers
+        are in the order of `calls`.
+        """
+        seed = f"{self.arguments.seed}/{setting}/{run}/{question.id}"
+        order = random.Random(seed).sample(list(calls), len(calls))
+        conversations = {arm: self._converse(question, calls[arm], arm.kind, seed) for arm in order}
+        plain = next(conversation for arm, conversation in conversations.items() if arm.kind == "plain")
+        answers = []
+        for arm in calls:
+            turns = [turn for _, turn in conversations[arm]]
+            skipped = len(question.turns[: self.arguments.max_turns]) - len(turns)
+            if skipped:
+                logger.warning("Question %s, %s: %d later turns exceed the context.", question.id, arm.mode, skipped)
+            departs = departure(plain, conversations[arm], self.target, setting.temperature == 0)
+            answer = {"arm": asdict(arm), "order": order.index(arm), "turns": turns}
+            answers.append(answer | {"skipped_turns": skipped, "departure": departs})
+        of_question = {"question_id": question.id, "category": question.category, "group": question.group}
+        return {"kind": "unit", "run": run, "setting": asdict(setting), **of_question, "answers": answers}
+
+    def _converse(self, question: Question, kwargs: dict[str, Any], kind: str, seed: str) -> Conversation:
+        """Answer the turns of a question, with the arm's own answers in between."""
+        texts: list[str] = []
+        conversation: Conversation = []
+        for text in question.turns[: self.arguments.max_turns]:
+            texts.append(text)
+            prompt = self.encode(*texts)
+            if len(prompt) + kwargs["generation_config"].max_new_tokens > self.context_length:
+                break
+            # All arms draw alike; each turn and run draws anew.
+            torch.manual_seed(zlib.crc32(f"{seed}/{len(conversation)}".encode()))
+            turn = answer_prompt(self.target, prompt, kwargs, kind)
+            conversation.append((prompt, turn))
+            texts.append(answer_text(self.tokenizer, turn["token_ids"], end_token_ids(self.target)))
+        return conversation
+
+
+def answer_prompt(target: PreTrainedModel, prompt: list[int], kwargs: dict[str, Any], kind: str) -> dict[str, Any]:
+    """One timed call of `generate`, as a record."""
+    device = input_device(target)
+    ids = torch.tensor([prompt], device=device)
+    counter = EmissionCounter() if kind in ("prompt_lookup", "assistant") else None
+    synchronise(device)
+    reset_peak_memory(device)
+    started = time.perf_counter()
+    output = target.generate(ids, attention_mask=torch.ones_like(ids), streamer=counter, **kwargs)
+    synchronise(device)
+    seconds = time.perf_counter() - started
+    rounds: dict[str, Any] | None = None
+    if counter is not None:
+        rounds = {"emitted": counter.emitted}
+    elif kind == "draft":
+        counted = kwargs["assistant_model"].last_statistics
+        parts = ("prefill", "draft", "target", "walk", "compaction")
+        names = ("emitted", "accepted", "tree_nodes", "contemplate_rows")
+        caches = ("target_cache_bytes", "draft_cache_bytes", "transient_cache_bytes")
+        rounds = {name: getattr(counted, name) for name in (*names, *caches)}
+        rounds["seconds"] = {part: getattr(counted, f"{part}_seconds") for part in parts}
+    return {
+        "prompt_tokens": len(prompt),
+        "token_ids": output[0, len(prompt) :].tolist(),
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory(device),
+        "rounds": rounds,
+    }
+
+
+class EmissionCounter(BaseStreamer):
+    """Counts the tokens of each forward of Transformers' own assisted loop, which keeps no record of its rounds."""
+
+    def __init__(self):
+        self.sizes: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.sizes.append(value.numel())
+
+    def end(self) -> None:
+        """The text is over."""
+
+    @property
+    def emitted(self) -> list[int]:
+        """Tokens of each round: neither the prompt nor what the first forward, prefill, yields."""
+        return self.sizes[2:]
+
+
+def departure(
+    plain: Conversation, other: Conversation, target: PreTrainedModel, greedy: bool
+) -> dict[str, Any] | None:
+    """Where a conversation leaves the plain one, as a record; `None` if it does not."""
+    for number, ((prompt, expected), (_, turn)) in enumerate(zip(plain, other, strict=False)):
+        mine, theirs = expected["token_ids"], turn["token_ids"]
+        position = first_difference(mine, theirs)
+        if position is None:
+            continue
+        gap = None
+        if greedy and position < min(len(mine), len(theirs)):
+            common = torch.tensor([prompt + mine[:position]], device=input_device(target))
+            with torch.no_grad():
+                logits = target(common, attention_mask=torch.ones_like(common)).logits[0, -1].float()
+            gap = float((logits[mine[position]] - logits[theirs[position]]).abs())
+        return {"turn": number, "position": position, "gap": gap}
+    return None
