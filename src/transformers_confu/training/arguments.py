@@ -1,7 +1,7 @@
 """Arguments of ConFu training, beside those of `TrainingArguments`."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
@@ -10,6 +10,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 
 from ..common.loading import default_dtype
+from ..common.option_files import option
 from .losses import LOSSES
 
 
@@ -61,84 +62,52 @@ class ConFuTrainingArguments(TrainingArguments):
     and the projections of f. A stage teaches some of them, `frozen` excepts some of those.
     """
 
-    tokens_per_batch: int = field(
-        default=2048,
-        metadata={"help": "Tokens per batch and process, padding included. Many small steps beat few large."},
+    tokens_per_batch: int = option(
+        "Tokens per batch and process, padding included. Many small steps beat few large.", 2048
     )
-    stage: str = field(
-        default="joint",
-        metadata={
-            "help": "core: the EAGLE-3 draft alone. contemplation: soft prompts and [con] alone learn to foresee, "
-            "through the target's own head. joint: everything, as in the paper.",
-            "choices": STAGES,
-        },
+    stage: str = option(
+        "core: the EAGLE-3 draft alone. contemplation: soft prompts and [con] alone learn to foresee, through the "
+        "target's own head. joint: everything, as in the paper.",
+        "joint",
+        choices=STAGES,
     )
-    loss: str = field(
-        default="kl",
-        metadata={"help": "Between target and draft: kl is the paper's; see `losses.py`.", "choices": list(LOSSES)},
+    loss: str = option("Between target and draft: kl is the paper's; see `losses.py`.", "kl", choices=list(LOSSES))
+    ttt_steps: int = option(
+        "Steps that the draft is run on its own output. `confu train` makes them its `confu_depth`, the depth in "
+        "decoding, except in stage contemplation. The router of [con] lags up to one more.",
+        6,
     )
-    ttt_steps: int = field(
-        default=6,
-        metadata={
-            "help": "Steps that the draft is run on its own output. `confu train` makes them its `confu_depth`, the "
-            "depth in decoding, except in stage contemplation. The router of [con] lags up to one more."
-        },
+    ttt_decay: float = option("Weight of TTT step s in the loss is this to the power s.", 0.8)
+    replication: int = option("Rows behind an anchor that use its future prediction too (l of the paper).", 4)
+    channel_learning_rate: float | None = option(
+        "Initial learning rate of the future channel (contemplate and future); `learning_rate`."
     )
-    ttt_decay: float = field(
-        default=0.8, metadata={"help": "Weight of TTT step s in the loss is this to the power s."}
+    frozen: list[str] = option("Groups that the stage would teach and shall not: core, contemplate, future.", list)
+    feature_cache: str | None = option(
+        "Folder that keeps what the target says about the data, so that it reads every row once and not once an "
+        "epoch. For stage core, and for joint with `frozen: [contemplate]`."
     )
-    replication: int = field(
-        default=4, metadata={"help": "Rows behind an anchor that use its future prediction too (l of the paper)."}
+    shard_target: bool = option(
+        "Shard the target's layers over the processes (FSDP2), where one device cannot hold it.", False
     )
-    channel_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Initial learning rate of the future channel (contemplate and future); `learning_rate`."},
+    hub_base_model: str | None = option(
+        "The target's id on the Hub, for the model card, if it is loaded from elsewhere."
     )
-    frozen: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Groups that the stage would teach and shall not: core, contemplate, future."},
+    learning_rate: float = option("Initial learning rate of AdamW.", 3e-4)
+    lr_scheduler_type: str = option("Learning-rate schedule.", "cosine")
+    warmup_steps: float = option("Steps in which the learning rate rises: a share of all steps if below 1.", 0.02)
+    adam_beta2: float = option("AdamW's beta2; EAGLE-3's choice.", 0.95)
+    max_grad_norm: float = option("Gradient clipping; EAGLE-3's choice.", 0.5)
+    logging_steps: float = option("Steps between logs.", 20)
+    include_num_input_tokens_seen: str = option(
+        "Which tokens the logs count, and tell the speed of: non_padding, all or no. With `no` the logs hold no "
+        "times either.",
+        "non_padding",
     )
-    feature_cache: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder that keeps what the target says about the data, so that it reads every row once and not "
-            "once an epoch. For stage core, and for joint with `frozen: [contemplate]`."
-        },
-    )
-    shard_target: bool = field(
-        default=False,
-        metadata={"help": "Shard the target's layers over the processes (FSDP2), where one device cannot hold it."},
-    )
-    hub_base_model: str | None = field(
-        default=None,
-        metadata={"help": "The target's id on the Hub, for the model card, if it is loaded from elsewhere."},
-    )
-
-    learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate of AdamW."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    warmup_steps: float = field(
-        default=0.02, metadata={"help": "Steps in which the learning rate rises: a share of all steps if below 1."}
-    )
-    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2; EAGLE-3's choice."})
-    max_grad_norm: float = field(default=0.5, metadata={"help": "Gradient clipping; EAGLE-3's choice."})
-    logging_steps: float = field(default=20, metadata={"help": "Steps between logs."})
-    include_num_input_tokens_seen: str = field(
-        default="non_padding",
-        metadata={
-            "help": "Which tokens the logs count, and tell the speed of: non_padding, all or no. With `no` the logs "
-            "hold no times either."
-        },
-    )
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay False."})
-    metric_for_best_model: str | None = field(
-        default=None, metadata={"help": "tau_greedy, where a best checkpoint is asked for."}
-    )
-    ddp_broadcast_buffers: bool | None = field(
-        default=False, metadata={"help": "The draft's buffers, its vocabulary, never change."}
-    )
-    hub_strategy: str = field(
-        default="end", metadata={"help": "Must stay end: `push_to_hub` uploads the draft once, with card and code."}
-    )
+    remove_unused_columns: bool | None = option("Must stay False.", False)
+    metric_for_best_model: str | None = option("tau_greedy, where a best checkpoint is asked for.")
+    ddp_broadcast_buffers: bool | None = option("The draft's buffers, its vocabulary, never change.", False)
+    hub_strategy: str = option("Must stay end: `push_to_hub` uploads the draft once, with card and code.", "end")
 
     def __post_init__(self):
         if self.metric_for_best_model is None and (

@@ -15,10 +15,7 @@ from ..publishing.publish import write_custom_generate
 
 
 # Pickles, the state of optimiser and Trainer, and what only this machine can use.
-_NOT_RELEASED = [
-    *("*.bin", "*.pt", "*.pth", "trainer_state.json"),
-    *("_*", f"{PREFIX_CHECKPOINT_DIR}-*", CARD_FILE),
-]
+_NOT_RELEASED = [*("*.bin", "*.pt", "*.pth", "trainer_state.json"), *("_*", f"{PREFIX_CHECKPOINT_DIR}-*", CARD_FILE)]
 
 
 class ReleasingTrainer(Trainer):

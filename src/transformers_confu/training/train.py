@@ -12,7 +12,7 @@ import difflib
 import gc
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerB
 from ..common.answer_text import end_token_ids
 from ..common.demo_target import HUB_ID
 from ..common.loading import default_dtype, load_draft, load_target
-from ..common.option_files import json_option, read_option_file
+from ..common.option_files import json_option, option, read_option_file
 from ..data.dataset import HELD_OUT_SHARE, IGNORE_INDEX, DatasetReport, prepare_dataset, split_by_prompt
 from ..data.fingerprints import fingerprint_of_dataset, fingerprint_of_target
 from ..data.vocabulary import build_draft_vocabulary, count_assistant_tokens
@@ -43,69 +43,41 @@ from .trainer import ConFuTrainer
 class DraftArguments:
     """Target, data and draft of a training run."""
 
-    target: str = field(metadata={"help": "Target: a Hub id, a folder, or 'demo' for SmolLM2-135M-Instruct."})
-    data: list[str] = field(
-        metadata={"help": "Rows that `prepare_dataset` reads: JSONL files, folders, Hub datasets (`id:split`)."}
+    target: str = option("Target: a Hub id, a folder, or 'demo' for SmolLM2-135M-Instruct.", ...)
+    data: list[str] = option(
+        "Rows that `prepare_dataset` reads: JSONL files, folders, Hub datasets (`id:split`).", ...
     )
-    target_dtype: str = field(
-        default_factory=default_dtype,
-        metadata={"help": "Dtype of the frozen target; bfloat16 where the hardware computes in it."},
+    target_dtype: str = option(
+        "Dtype of the frozen target; bfloat16 where the hardware computes in it.", default_dtype
     )
-    device_map: str | None = field(
-        default=None,
-        metadata={
-            "help": "Spread a large target over devices, memory and disk: auto, balanced, or JSON of module to "
-            "device; else it lies on this process's device."
-        },
+    device_map: str | None = option(
+        "Spread a large target over devices, memory and disk: auto, balanced, or JSON of module to device; else it "
+        "lies on this process's device."
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the code that comes with the target's checkpoint; read it first."}
+    trust_remote_code: bool = option("Run the code that comes with the target's checkpoint; read it first.", False)
+    draft: str | None = option(
+        "Draft to continue from, for the first of several stages; a new one, started from the target, if not given."
     )
-    draft: str | None = field(
-        default=None,
-        metadata={
-            "help": "Draft to continue from, for the first of several stages; a new one, started from the target, if "
-            "not given."
-        },
+    draft_vocab_size: int | None = option("Target tokens that a new draft can predict; 8192.")
+    draft_config: dict | str | None = option(
+        "Other entries of a new draft's `ConFuConfig`, as JSON, such as num_soft_prompts, rotate_soft_prompts, "
+        "num_contemplate_experts, fc_norm and norm_output."
     )
-    draft_vocab_size: int | None = field(
-        default=None, metadata={"help": "Target tokens that a new draft can predict; 8192."}
+    instruction: str = option(
+        "Text whose keys and values a new draft's soft prompts start from, cut or repeated to fit; random ones if "
+        "empty.",
+        "Think ahead: what will the assistant say after the coming word? The next words of the answer are",
     )
-    draft_config: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "Other entries of a new draft's `ConFuConfig`, as JSON, such as num_soft_prompts, "
-            "rotate_soft_prompts, num_contemplate_experts, fc_norm and norm_output."
-        },
+    max_length: int = option("Longest row, in tokens; longer ones are cut.", 512)
+    allow_other_target: bool = option(
+        "Train also on answers that say they were made by another target, or by this one in another dtype.", False
     )
-    instruction: str = field(
-        default="Think ahead: what will the assistant say after the coming word? The next words of the answer are",
-        metadata={
-            "help": "Text whose keys and values a new draft's soft prompts start from, cut or repeated to fit; random "
-            "ones if empty."
-        },
+    held_out_share: float = option(
+        "Share of the prompts that are held out for evaluation, chosen by their hash: the same in every stage.",
+        HELD_OUT_SHARE,
     )
-    max_length: int = field(default=512, metadata={"help": "Longest row, in tokens; longer ones are cut."})
-    allow_other_target: bool = field(
-        default=False,
-        metadata={
-            "help": "Train also on answers that say they were made by another target, or by this one in another dtype."
-        },
-    )
-    held_out_share: float = field(
-        default=HELD_OUT_SHARE,
-        metadata={
-            "help": "Share of the prompts that are held out for evaluation, chosen by their hash: the same in every "
-            "stage."
-        },
-    )
-    eval_rows: int = field(
-        default=64, metadata={"help": "Held-out rows to evaluate on, at most; 0 holds out nothing."}
-    )
-    decoding_prompts: int = field(
-        default=0,
-        metadata={"help": "Held-out prompts that every evaluation also decodes, for `eval_decoding_tau`."},
-    )
+    eval_rows: int = option("Held-out rows to evaluate on, at most; 0 holds out nothing.", 64)
+    decoding_prompts: int = option("Held-out prompts that every evaluation also decodes, for `eval_decoding_tau`.", 0)
 
     def __post_init__(self):
         if isinstance(self.draft_config, str):
