@@ -8,6 +8,7 @@ BENCH_ARGS ?=
 
 # Absolute, so that it also leads PATH for whatever the commands start.
 VENV := $(CURDIR)/.venv
+CARD := hub_cards/confu-smollm2-135m-instruct
 RUN := PATH="$(VENV)/bin:$$PATH" VIRTUAL_ENV="$(VENV)"
 STAMP := $(VENV)/.installed
 
@@ -38,8 +39,10 @@ exactness: $(STAMP)  ## the full comparison with plain generate; every tie is re
 bench: $(STAMP)  ## confu evaluate: speed, accepted length, costs, a report (BENCH_ARGS="--help")
 	$(RUN) confu evaluate $(BENCH_ARGS)
 
-cards: $(STAMP)  ## write the card of the draft in hub_cards/ again, from its card.yaml
-	$(RUN) confu publish hub_cards/confu-smollm2-135m-instruct demo transformers-confu/confu-smollm2-135m-instruct --card_only
+cards: $(STAMP)  ## the folder in hub_cards/ again: links to the code, the card from its card.yaml
+	cd $(CARD) && find . -type l ! -exec test -e {} \; -delete
+	cd $(CARD) && ln -sf ../../src/transformers_confu/inference/[!_]*.py .
+	$(RUN) confu publish $(CARD) demo transformers-confu/$(notdir $(CARD)) --card_only
 
 # torch goes first: asked for by the package alone, pip would take the build with gigabytes of CUDA libraries.
 # An index that cannot be reached is skipped at once and torch then comes from the default one.

@@ -29,7 +29,7 @@ INFERENCE = Path(transformers_confu.__file__).parent / "inference"
 def test_the_code_of_a_folder_is_links_to_the_one_source():
     links = {file.relative_to(SMOLLM2): file for file in SMOLLM2.rglob("*.py")}
     sources = {file.relative_to(INFERENCE): file for file in INFERENCE.rglob("*.py") if file.name != "__init__.py"}
-    assert links.keys() == sources.keys()
+    assert links.keys() == sources.keys(), "run `make cards`"
     for name, link in links.items():
         assert link.is_symlink() and not os.path.isabs(os.readlink(link)), name
         assert link.resolve() == sources[name], name
