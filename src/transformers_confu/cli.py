@@ -70,8 +70,8 @@ COMMANDS = {
     ),
     "report": Command(
         "evaluation.report",
-        "Put several measurements of confu evaluate on one Markdown page.",
-        "confu report results/base.jsonl results/tree_size.jsonl --output docs/results.md",
+        "Write the report on one or several measurements of confu evaluate: what to set, tables, plots.",
+        "confu report results/base.jsonl results/tree_size.jsonl --output report",
     ),
     "convert in": Command(
         "conversion.from_eagle3",
