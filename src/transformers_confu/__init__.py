@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .common.weight_layout import use_column_major_weights as use_column_major_weights
     from .inference.call_statistics import ConFuStatistics as ConFuStatistics
     from .inference.candidate_generator_confu import ConFuCandidateGenerator as ConFuCandidateGenerator
     from .inference.configuration_confu import ConFuConfig as ConFuConfig
@@ -27,6 +28,7 @@ _MODULES = {
     "ConFuGenerate": "inference.generation_confu",
     "ConFuStatistics": "inference.call_statistics",
     "confu_generation_config": "inference.knobs",
+    "use_column_major_weights": "common.weight_layout",
 }
 
 __all__ = list(_MODULES)

@@ -1,5 +1,6 @@
 """Targets and drafts by the names that a command line gives them, and the options that say how a target is loaded."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from transformers import (
 from ..inference.modeling_confu import ConFuDraftModel
 from .demo_target import demo_target_path
 from .option_files import json_option, option
+from .weight_layout import column_major_pays, use_column_major_weights
 
 
 DEMO_DRAFT = "transformers-confu/confu-smollm2-135m-instruct"
@@ -117,7 +119,16 @@ def load_target(
         target = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **model_kwargs
         )
+    if few_rows_are_slow(target):
+        use_column_major_weights(target)
+        print(f"{name}: weights laid out column by column, which this CPU multiplies faster.", file=sys.stderr)
     return target.eval(), load_tokenizer(path, trust_remote_code)
+
+
+def few_rows_are_slow(model: PreTrainedModel) -> bool:
+    """Whether another layout of its weights makes a model faster on this machine: fp32 on some CPUs."""
+    on_cpu = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()} == {("cpu", torch.float32)}
+    return on_cpu and column_major_pays()
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -179,7 +190,10 @@ def load_draft(name: str | Path, dtype: torch.dtype | None = None) -> ConFuDraft
     """
     try:
         with refusals(name, "draft"):
-            return ConFuDraftModel.from_pretrained(name, dtype=dtype)
+            draft = ConFuDraftModel.from_pretrained(name, dtype=dtype)
+        if few_rows_are_slow(draft):
+            use_column_major_weights(draft)
+        return draft
     except ValueError as error:
         if str(name) != DEMO_DRAFT:
             raise

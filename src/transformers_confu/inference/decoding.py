@@ -347,7 +347,7 @@ class _Decoding:
         [`_walk`] where the largest of a node's logits `(N, V)` is its choice and only length and EOS end the text: all
         choices are known at once, and reach the host in one transfer.
         """
-        choices = logits.argmax(dim=-1).to(tree.tokens.device)
+        choices = logits.float().argmax(dim=-1).to(tree.tokens.device)  # of half precision it takes five times as long
         parents, tokens, choices = torch.stack([tree.parents[0], tree.tokens[0], choices]).tolist()
         children = {step: node for node, step in enumerate(zip(parents, tokens, strict=True)) if node > 0}
         room = self.stopping_criteria.max_length - self.input_ids.shape[1]
