@@ -22,6 +22,7 @@ from transformers_confu.evaluation.arms import Arm, Setting, labels
 from transformers_confu.evaluation.figures import comparisons_of
 from transformers_confu.evaluation.measure import measure
 from transformers_confu.evaluation.metrics.confu_acceptance import acceptance
+from transformers_confu.evaluation.questions import Question
 from transformers_confu.evaluation.records import RecordFile
 from transformers_confu.evaluation.report import about
 from transformers_confu.inference.draft_tree import DraftTree
@@ -405,6 +406,24 @@ def test_a_foreign_file_is_refused_and_kept(options, content, tmp_path):
     with pytest.raises(ValueError, match="records.jsonl"):
         measure(EvaluationArguments(**options))
     assert path.read_text() == content
+
+
+def test_special_tokens_of_an_answer_stay_in_the_conversation_and_its_end_does_not(options):
+    target, tokenizer = make_tiny_target(), tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["a"]})  # as `<think>` is in some vocabularies
+    target.generation_config.eos_token_id = tokenizer.eos_token_id
+    models = Models(EvaluationArguments(**options), target, tokenizer, {})
+    answer = {"token_ids": [*tokenizer("ab")["input_ids"], tokenizer.eos_token_id]}
+    calls = {Arm("plain"): {"generation_config": GenerationConfig(max_new_tokens=3)}}
+    prompts = []
+
+    def answer_prompt(target, prompt, kwargs, kind):
+        prompts.append(prompt)
+        return answer
+
+    with mock.patch.object(answering, "answer_prompt", answer_prompt):
+        models.answer(Question("1", "qa", ("b", "c")), 0, Setting("float64", 0.0, 3), calls)
+    assert prompts == [tokenizer(text)["input_ids"] for text in ("abb", "ab" + "aab" + "acb")]
 
 
 # --- texts that depart
