@@ -7,6 +7,8 @@ is untouched.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .auto_classes import register_when_loaded
+
 
 if TYPE_CHECKING:
     from .common.weight_layout import use_column_major_weights as use_column_major_weights
@@ -38,3 +40,6 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+register_when_loaded()

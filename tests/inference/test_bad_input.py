@@ -11,7 +11,6 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     LlamaForCausalLM,
-    pipeline,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -501,10 +500,3 @@ def test_a_draft_does_not_generate(llama):
 def test_stop_strings_need_a_tokenizer(llama):
     with pytest.raises(ValueError, match="`stop_strings` without `tokenizer`: pass the target's tokenizer too."):
         ConFuGenerate(make_tiny_draft(llama), stop_strings=["."])
-
-
-def test_a_pipeline_cannot_load_a_draft_from_its_name(llama, tmp_path):
-    """Transformers loads an assistant that is given as a string without trusting its code, and says so."""
-    make_tiny_draft(llama).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        pipeline("text-generation", model=llama, tokenizer=object(), assistant_model=str(tmp_path))

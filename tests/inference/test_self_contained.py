@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, GenerationMixin
+from transformers import AutoModel, GenerationMixin
 
 from helpers import make_tiny_draft, make_tiny_target
 from hub_stand_in import fill_hub_cache
@@ -140,14 +140,21 @@ def test_changed_code_of_a_folder_is_what_runs_next(checkpoints, target, tmp_pat
         assert draft.engine == engine
 
 
-@pytest.mark.parametrize("auto_class", [AutoConfig, AutoModel])
-@pytest.mark.parametrize("trust", [None, False])
-def test_without_trust_the_error_is_that_of_transformers(checkpoints, tmp_path, monkeypatch, auto_class, trust):
-    monkeypatch.setattr("transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE", 0)  # ask nobody
-    # A folder that no other test has trusted: Transformers remembers the class that it loaded once.
-    folder = shutil.copytree(checkpoints / "one" / "draft", tmp_path / "untrusted")
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
-        auto_class.from_pretrained(folder, trust_remote_code=trust)
+def test_without_trust_and_package_the_error_is_that_of_transformers(checkpoints):
+    """With the package imported nothing is asked: `test_auto_classes.py`."""
+    printed = run(f"""
+        import transformers.dynamic_module_utils
+        from transformers import AutoConfig, AutoModel
+
+        transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # ask nobody
+        for auto_class in (AutoConfig, AutoModel):
+            for trust in (None, False):
+                try:
+                    auto_class.from_pretrained({str(checkpoints / "one" / "draft")!r}, trust_remote_code=trust)
+                except ValueError as error:
+                    print("trust_remote_code=True" in str(error))
+    """)
+    assert printed == ["True"] * 4
 
 
 @pytest.mark.usefixtures("offline_hub")

@@ -5,6 +5,8 @@ also contemplates, walk the tree along the target's own choices, keep the rows o
 """
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from .measured_costs import measure_round_costs
 from .round_costs import round_costs
 from .rounds import AutomaticRounds, FixedRounds, Rounds
 from .self_check import prove_target
-from .target import TargetRunner, Verification, cache_bytes, crop, position_table_size
+from .target import TargetRunner, Verification, autocast_around, cache_bytes, crop, input_device, position_table_size
 
 
 @torch.no_grad()
@@ -60,16 +62,25 @@ def confu_decode(
     knobs = ConFuKnobs.resolve(generation_config, draft.generation_config)
     check_target(target, draft.config)
     check_evaluation_mode(target)
+    if model_kwargs.get("position_ids") is None:
+        # `generate` makes none for a `forward` that names none; the target then counts rows, and so does this.
+        given = [input_ids, model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")]
+        length = max(tensor.shape[1] for tensor in given if tensor is not None)
+        model_kwargs["position_ids"] = torch.arange(length, device=input_ids.device)[None]
     check_call(draft.config, generation_config, input_ids, synced_gpus, model_kwargs)
     check_cache(model_kwargs["cache"], draft.config)
-    started = time.perf_counter()
-    if contemplates := knobs.contemplation != 0:
-        check_future_channel(draft.future_channel, target.dtype)
-    self_checked = prove_target(target, draft, contemplates)
-    decoding = _Decoding(draft, target, input_ids, knobs, logits_processor, stopping_criteria, generation_config)
-    decoding.statistics.self_checked = self_checked
-    decoding.statistics.prefill_seconds = time.perf_counter() - started
-    output = decoding.run(model_kwargs, streamer)
+    autocast = autocast_around(target)
+    with torch.autocast(input_device(target).type, enabled=False):
+        started = time.perf_counter()
+        if contemplates := knobs.contemplation != 0:
+            check_future_channel(draft.future_channel, target.dtype)
+        self_checked = prove_target(target, draft, contemplates, autocast)
+        decoding = _Decoding(
+            draft, target, input_ids, knobs, logits_processor, stopping_criteria, generation_config, autocast
+        )
+        decoding.statistics.self_checked = self_checked
+        decoding.statistics.prefill_seconds = time.perf_counter() - started
+        output = decoding.run(model_kwargs, streamer)
     draft.last_statistics = decoding.statistics
     return output
 
@@ -86,6 +97,7 @@ class _Decoding:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
+        autocast: Callable[[], AbstractContextManager],
     ):
         self.draft, self.target = draft, target
         self.rounds: Rounds
@@ -112,7 +124,7 @@ class _Decoding:
         self.returned_states = selected_hidden_states(
             generation_config.output_hidden_states if wanted else None, draft.config.target_num_hidden_layers + 1
         )
-        self.runner = TargetRunner(target, draft.config, draft.future_channel, also_recorded=self.returned_states)
+        self.runner = TargetRunner(target, draft.config, draft.future_channel, self.returned_states, autocast)
         records = (self.scores, self.logits, self.attentions, self.hidden_states)
         is_greedy = not generation_config.do_sample and not logits_processor and records == (None,) * 4
         # Tokens that end the text, where nothing else but its length does and the choices need no more than logits.
@@ -245,7 +257,7 @@ class _Decoding:
                 attention_mask=None if mask is None else mask[:, :seen],
                 **(kwargs | chunk),
             )
-            outputs = self.target(**inputs, return_dict=True)
+            outputs = self.runner.forward(**inputs, return_dict=True)
             taps.append(self.runner.taps(outputs.hidden_states))
         return outputs, torch.cat(taps, dim=1)
 

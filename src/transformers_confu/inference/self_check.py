@@ -7,6 +7,8 @@ tree of five nodes with contemplate rows is compared with what the same target s
 import copy
 import warnings
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +30,12 @@ _PROVED: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary
 
 
 @torch.no_grad()
-def prove_target(target: PreTrainedModel, draft: PreTrainedModel, contemplates: bool) -> bool:
+def prove_target(
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    contemplates: bool,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> bool:
     r"""
     Compare a small tree with plain decoding of its paths, unless this target and draft have passed before.
 
@@ -39,6 +46,7 @@ def prove_target(target: PreTrainedModel, draft: PreTrainedModel, contemplates: 
         target ([`PreTrainedModel`]): The target.
         draft ([`ConFuDraftModel`]): The draft.
         contemplates (`bool`): Whether the call has contemplate rows.
+        autocast: Makes a context for the target's forwards.
 
     Returns:
         Whether anything was computed.
@@ -47,26 +55,26 @@ def prove_target(target: PreTrainedModel, draft: PreTrainedModel, contemplates: 
         ValueError: what differs, or that the target cannot compute a tree at all.
     """
     proved = _PROVED.setdefault(target, weakref.WeakKeyDictionary()).setdefault(draft, set())
-    if _circumstances(target, contemplates) in proved:
+    if _circumstances(target, contemplates, autocast) in proved:
         return False
     devices = sorted({p.device.index for p in target.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
-        _prove(target, draft, contemplates)
+        _prove(target, draft, contemplates, autocast)
     # Asked anew, as the first forward that records hidden states leaves hooks of Transformers on the target.
-    proved.add(_circumstances(target, contemplates))
+    proved.add(_circumstances(target, contemplates, autocast))
     return True
 
 
-def _circumstances(target: PreTrainedModel, contemplates: bool) -> tuple:
+def _circumstances(target: PreTrainedModel, contemplates: bool, autocast: Any) -> tuple:
     """What may change between two calls and make a proof void: hooks, another `forward`, another attention."""
     hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in target.modules())
     implementation = target.config.get_text_config(decoder=True)._attn_implementation
-    return contemplates, hooks, id(vars(target).get("forward")), implementation, torch.is_autocast_enabled("cpu")
+    return contemplates, hooks, id(vars(target).get("forward")), implementation, str(autocast)
 
 
-def _prove(target: PreTrainedModel, draft: PreTrainedModel, contemplates: bool) -> None:
+def _prove(target: PreTrainedModel, draft: PreTrainedModel, contemplates: bool, autocast: Any) -> None:
     name = type(target).__name__
-    runner = TargetRunner(target, draft.config, draft.future_channel)
+    runner = TargetRunner(target, draft.config, draft.future_channel, autocast=autocast)
     # Prefix, root and two branches of two tokens, which end in the same one and so differ by their ancestors alone.
     *prefix, root, left, right, leaf = _ordinary_tokens(target.config, count=8)
     texts = torch.tensor([[*prefix, root, left, leaf], [*prefix, root, right, leaf]], device=input_device(target))
@@ -127,7 +135,7 @@ def _decode_plainly(
             use_cache=True,
             output_hidden_states=runner.recorded,
         )
-        return target(**inputs, return_dict=True)
+        return runner.forward(**inputs, return_dict=True)
 
     outputs = forward(prompt_length, prompt_length)
     logits, taps = [outputs.logits[:1, -1]], runner.taps(outputs.hidden_states)[:1, -2]

@@ -4,9 +4,12 @@ Shapes: B batch, P cached rows, N tree nodes, C contemplate rows, S soft prompts
 modules are called and no weight is read, so quantised, offloaded, split and LoRA-wrapped targets work.
 """
 
+import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,6 +48,7 @@ class TargetRunner:
         config ([`ConFuConfig`]): The draft's configuration.
         channel: The draft's future channel; soft prompts and `[con]`.
         also_recorded: Indices of further hidden states that the caller of a forward wants.
+        autocast: Makes a context for the target's forwards, see [`autocast_around`]; none by default.
     """
 
     def __init__(
@@ -53,8 +57,10 @@ class TargetRunner:
         config: ConFuConfig,
         channel: nn.Module,
         also_recorded: Iterable[int] = (),
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.target = target
+        self.autocast = autocast
         self.config = config
         self.channel = channel
         self.embed = target.get_input_embeddings()
@@ -65,6 +71,11 @@ class TargetRunner:
         """Indices of the hidden states to record, for `output_hidden_states`."""
         self.asked_of_all = {"return_dict": True} | without_router_loss(target)
         """Options of every forward over rows that a mask of ours describes."""
+
+    def forward(self, **inputs: Any) -> ModelOutput:
+        """A forward of the target."""
+        with self.autocast():
+            return self.target(**inputs)
 
     def taps(self, hidden_states: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
         """Concatenated taps of recorded hidden states, `(B, rows, taps_size)`, on the draft's device and dtype."""
@@ -135,7 +146,7 @@ class TargetRunner:
             slots = itself.new_ones(*itself.shape[:2], num_slots)
         else:
             slots = itself.repeat_interleave(num_slots, dim=-1)  # each row has its round's: (B, rows, rows * S)
-        return self.target(
+        return self.forward(
             inputs_embeds=embeddings,
             attention_mask=additive_mask(torch.cat([visible, itself, slots], dim=-1), like=embeddings),
             position_ids=position_ids.to(embeddings.device),
@@ -186,7 +197,7 @@ class TargetRunner:
             sees = self._rows_see(sees, nodes)
             written = self._with_slots(cache, root_positions[:, None], keep=True)
         prefix = visible[:, None, :].expand(-1, depths.shape[1], -1)
-        outputs = self.target(
+        outputs = self.forward(
             inputs_embeds=inputs_embeds,
             attention_mask=additive_mask(torch.cat([prefix, sees], dim=-1), like=inputs_embeds),
             position_ids=(root_positions[:, None] + depths).to(inputs_embeds.device),
@@ -254,6 +265,16 @@ def cache_bytes(cache: DynamicCache) -> int:
 def input_device(target: PreTrainedModel) -> torch.device:
     """Where to put inputs. An offloaded target has its weights on `meta`, and moves inputs from wherever they are."""
     return torch.device("cpu") if target.device.type == "meta" else target.device
+
+
+def autocast_around(target: PreTrainedModel) -> Callable[[], AbstractContextManager]:
+    """
+    Makes contexts with the caller's autocast, for the target's forwards alone: all else is to run without it. A draft
+    has a precision of its own, and under autocast `torch.cat` takes no half precision but one.
+    """
+    kind = input_device(target).type
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    return functools.partial(torch.autocast, kind, dtype=dtype, enabled=enabled)
 
 
 def position_table_size(target: PreTrainedModel) -> int | None:

@@ -6,7 +6,9 @@ Decode with the ConFu draft of a repository, by its name alone:
 ```
 
 Transformers runs this file of that repository (or local folder) in place of its own `generate`. It loads the draft at
-the first call, keeps it, and calls the target's `generate` with it: same text, same arguments, same return value.
+the first call, keeps it, and calls the target's `generate` with it: same text, same arguments, same return value. A
+folder in which a file has changed is loaded again; what a branch on the Hub has got since is not, before the process
+ends.
 
 Arguments besides those of `generate`: `confu_*` knobs as plain keywords, and `revision`, `token`, `cache_dir` and
 `local_files_only`, which go to the loading of the draft. An `assistant_model` is used in place of the repository's
@@ -59,7 +61,7 @@ def repository_of(model: PreTrainedModel, caller: FrameType) -> str:
 
 
 def load_draft(repository: str, model: PreTrainedModel, **hub_arguments: Any) -> PreTrainedModel:
-    """The draft of a repository or folder, for a target; loaded again only if something about it has changed."""
+    """The draft of a repository or folder, for a target. Kept; a folder's is loaded again if a file of it changes."""
     folder = Path(repository)
     files: tuple[tuple[str, int], ...] = ()
     if folder.is_dir():
