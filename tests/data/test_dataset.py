@@ -494,16 +494,17 @@ def test_nulls_that_arrow_adds_to_tools_are_not_rendered(tmp_path):
         {"type": "function", "function": {"name": "g", "parameters": {"b": {"type": "array"}}}},
     ]
     calls = [[{"name": "f", "arguments": {"a": "x"}}], [{"name": "g", "arguments": {"b": "y"}}]]
-    rows = [
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": call}]}
-        for call in calls
-    ]
-    rows = [row | {"tools": [tool], "answer_ids": [[1]]} for row, tool in zip(rows, tools, strict=True)]
+    said = [("user", "q"), ("assistant", "c"), ("user", "r"), ("assistant", "a")]
+    rows = []
+    for tool, call in zip(tools, calls, strict=True):
+        messages = [{"role": role, "content": content, "tool_calls": None} for role, content in said]
+        messages[1]["tool_calls"] = call
+        rows.append({"messages": messages, "tools": [tool], "answer_ids": [[1]]})
     schema = pa.Table.from_pylist(rows).schema  # of structs, each with the entries of both rows
     Dataset(pa.Table.from_pylist(rows, schema=schema)).to_parquet(tmp_path / "rows.parquet")
-    for row, tool in zip(prepare_dataset(tmp_path / "rows.parquet", tokenizer, 9999), tools, strict=True):
-        assert tokenizer.decode(row["input_ids"][:-1]).startswith(f"{[tool]}q")
-        assert "None" not in tokenizer.decode(row["input_ids"])
+    prepared = prepare_dataset(tmp_path / "rows.parquet", tokenizer, 9999)
+    for row, tool, call in zip(prepared, tools, calls, strict=True):
+        assert tokenizer.decode(row["input_ids"][:-1]) == f"{[tool]}qc{call}r"
 
 
 def test_a_date_in_a_template_does_not_follow_the_clock(monkeypatch):

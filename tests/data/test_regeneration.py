@@ -42,6 +42,7 @@ def target() -> LlamaForCausalLM:
         eos_token_id=1,
     )
     model = LlamaForCausalLM(config).double().eval()
+    model.config.name_or_path = "tiny"
     # A random target hardly ever ends an answer: two ends make both finished and unfinished answers occur.
     model.generation_config.eos_token_id = [1, 7]
     return model
@@ -102,7 +103,7 @@ def test_greedy_rows_equal_single_row_generate(target, tokenizer, tmp_path):
             "temperature": 0.0,
             "finished": finished,
             "made_with": {
-                "target_name": "",
+                "target_name": "tiny",
                 "target": fingerprint_of_target(target, torch.bfloat16),
                 "generation": {"bos_token_id": 0, "eos_token_id": [1, 7]},
                 "max_new_tokens": 12,
@@ -359,6 +360,6 @@ def test_command_line(target, tokenizer, tmp_path, capsys, dash):
     regeneration.main(argv)
     assert "answers written: 20" in capsys.readouterr().out
     target = copy.deepcopy(target)
-    target.config.name_or_path = str(tmp_path / "target")
+    target.config.name_or_path = "target"  # the folder, without the way to it
     regenerate(target, tokenizer, prompts, tmp_path / "direct.jsonl", **SETTINGS)
     assert (tmp_path / "out" / "answers.jsonl").read_bytes() == (tmp_path / "direct.jsonl").read_bytes()

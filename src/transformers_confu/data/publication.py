@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
         "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
         "prompt_ids": _IDS,  # null where the answers came without: the chat template gives them
         "answer_ids": _IDS,
+        "answer_tokens": pa.int32(),  # of all answers together
         "temperature": pa.float64(),
         "seed": pa.int64(),
         "finished": pa.bool_(),
@@ -54,6 +55,50 @@ SCHEMA = pa.schema(
 _ROWS_AT_ONCE = 1000
 # Licences that the Hub knows, by their SPDX name in lower case. Any other is "other" there; the table names it.
 _HUB_LICENSES = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-3.0", "bsd-3-clause"}
+
+
+_CARD = """# {title}
+
+Prompts, and answers to them by {target}: {conversations:,} conversations with {tokens:,} answer tokens. They are data
+to train a draft for speculative decoding, which learns from its target's own answers.
+
+{text}
+
+## Splits
+
+`held_out` has {share:.0%} of the prompts, chosen by a hash of the first user turn, so that all answers to a prompt and
+all turns of its conversation are on one side. Shards are added and never rewritten.
+
+| split | conversations |
+|---|---|
+{splits}
+
+## How the answers were made
+
+By `confu data regenerate` or `serve-regenerate`: `made_with` of a row holds a hash of the target ({hash}), its
+generation settings and the seed. Temperature 0 is greedy.
+
+| temperature | conversations | answer tokens | ended by the target |
+|---|---|---|---|
+{temperatures}
+
+## Columns
+
+- `messages`: the conversation
+- `answer_ids`: token ids of each answer, its end token included; `answer_tokens`: their number
+- `prompt_ids`: token ids before each answer; null where the target's chat template gives them
+- `temperature`, `seed`; `finished`: whether the target ended the last answer itself
+- `id`, `source`, `license`, `category` of the prompt; `prompt_hash` decides its split
+- `tools`, `chat_template_kwargs`, `made_with`: JSON
+
+## Sources of the prompts
+
+| source | licence | credit | conversations | answer tokens |
+|---|---|---|---|---|
+{sources}
+
+The licences are those of the prompts. The answers are the target's.
+"""
 
 
 @dataclass
@@ -158,6 +203,7 @@ def _published(row: Mapping[str, Any], origins: Mapping[str, Mapping[str, Any]])
         "messages": messages,
         "prompt_ids": row.get("prompt_ids"),
         "answer_ids": answer_ids,
+        "answer_tokens": sum(map(len, answer_ids)),
         "temperature": float(row["temperature"]),
         "seed": made_with.get("seed", 0) if row["temperature"] else 0,  # greedy answers do not depend on it
         "finished": row["finished"],
@@ -210,7 +256,7 @@ def write_card(folder: str | Path) -> None:
     """Write `README.md` from the shards and `card.yaml`, which is completed by the sources that it does not name."""
     folder = Path(folder)
     facts = _card_facts(folder)
-    table = _table(folder, ["source", "license", "temperature", "finished", "answer_ids", "made_with"])
+    table = _table(folder, ["source", "license", "temperature", "finished", "answer_tokens", "made_with"])
     for source, license_ in zip(table["source"].to_pylist(), table["license"].to_pylist(), strict=True):
         credit = SOURCES[source].credit if source in SOURCES else ""
         facts["sources"].setdefault(source, {"license": license_, "credit": credit})
@@ -247,59 +293,39 @@ def _card_facts(folder: Path) -> dict[str, Any]:
 
 def _card_text(folder: Path, facts: Mapping[str, Any], table: pa.Table, splits: Sequence[str]) -> str:
     made_with = json.loads(table["made_with"][0].as_py()) if len(table) else {}
-    target = facts["target"] or made_with.get("target_name") or made_with.get("model") or made_with.get("target")
     frame = table.to_pandas()
-    frame["tokens"] = [sum(map(len, answers)) for answers in frame["answer_ids"]]
-    sums = {"rows": ("tokens", "size"), "tokens": ("tokens", "sum"), "finished": ("finished", "mean")}
-    by_source, by_temperature = (frame.groupby(name).agg(**sums) for name in ("source", "temperature"))
-    lines = [
-        f"# {facts['title']}",
-        "",
-        f"Prompts, and answers to them by {target}: {len(frame):,} conversations with {frame.tokens.sum():,} answer "
-        "tokens. They are data to train a draft for speculative decoding, which learns from its target's own answers.",
-        *(["", facts["text"].strip()] if facts["text"].strip() else []),
-        "",
-        "## Splits",
-        "",
-        f"`held_out` has {HELD_OUT_SHARE:.0%} of the prompts, chosen by a hash of the first user turn, so that all "
-        "answers to a prompt and all turns of its conversation are on one side. Shards are added and never rewritten.",
-        "",
-        "| split | conversations |",
-        "|---|---|",
-        *(f"| {split} | {len(_table(folder, ['id'], split)):,} |" for split in splits),
-        "",
-        "## How the answers were made",
-        "",
-        f"By `confu data regenerate` or `serve-regenerate`: `made_with` of a row holds a hash of the target "
-        f"({made_with.get('target', 'not known')}), its generation settings and the seed. Temperature 0 is greedy.",
-        "",
-        "| temperature | conversations | answer tokens | ended by the target |",
-        "|---|---|---|---|",
-        *(
-            f"| {row.Index:g} | {row.rows:,} | {row.tokens:,} | {row.finished:.0%} |"
-            for row in by_temperature.itertuples()
+    sums = {"rows": ("finished", "size"), "tokens": ("answer_tokens", "sum"), "finished": ("finished", "mean")}
+    by_temperature, by_source = (frame.groupby(name).agg(**sums).itertuples() for name in ("temperature", "source"))
+    sources = {name: (source["license"], source["credit"]) for name, source in facts["sources"].items()}
+    text = _CARD.format(
+        title=facts["title"],
+        target=facts["target"] or made_with.get("target_name") or made_with.get("model") or made_with.get("target"),
+        conversations=len(frame),
+        tokens=frame.answer_tokens.sum(),
+        text=facts["text"].strip(),
+        share=HELD_OUT_SHARE,
+        hash=made_with.get("target", "not known"),
+        splits=_lines((split, f"{len(_table(folder, ['id'], split)):,}") for split in splits),
+        temperatures=_lines(
+            (f"{row.Index:g}", f"{row.rows:,}", f"{row.tokens:,}", f"{row.finished:.0%}") for row in by_temperature
         ),
-        "",
-        "## Columns",
-        "",
-        "`messages` (the conversation), `answer_ids` (token ids of each answer, its end token included), `prompt_ids` "
-        "(token ids before each answer; null if the chat template gives them), `temperature`, `seed`, `finished` "
-        "(whether the last answer ended by itself), `source`, `license`, `category`, `tools` and "
-        "`chat_template_kwargs` (JSON), `made_with` (JSON), `prompt_hash`.",
-        "",
-        "## Sources of the prompts",
-        "",
-        "| source | licence | credit | conversations | answer tokens |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {row.Index} | {facts['sources'][row.Index]['license']} | {facts['sources'][row.Index]['credit']} | "
-            f"{row.rows:,} | {row.tokens:,} |"
-            for row in by_source.itertuples()
+        sources=_lines(
+            (
+                row.Index,
+                sources[row.Index]["license"],
+                sources[row.Index]["credit"],
+                f"{row.rows:,}",
+                f"{row.tokens:,}",
+            )
+            for row in by_source
         ),
-        "",
-        "The licences are those of the prompts. The answers are the target's.",
-    ]
-    return "\n".join(lines) + "\n"
+    )
+    return text.replace("\n\n\n", "\n\n")  # where there are no further words
+
+
+def _lines(rows: Iterable[Sequence[str]]) -> str:
+    """Rows of a table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 @dataclass

@@ -24,6 +24,7 @@ from ..common.jsonl import JsonLines
 from ..common.loading import TargetOptions, default_dtype
 from ..inference.checks import check_target
 from ..inference.configuration_confu import ConFuConfig
+from ..inference.target import input_device
 from .answers import Conversation, RegenerationReport, check_output, find_answered, plan_conversations
 from .fingerprints import fingerprint_of_target
 from .rows import load_rows
@@ -47,7 +48,7 @@ def regenerate(
 
     Prompts take the temperatures in turn. Those of one temperature are sorted by length, longest first (memory runs
     out at once or not at all), and answered in batches by `generate`; other settings than the temperature are those of
-    the target's `generation_config`. The rows of a conversation with several `turns` are answered one after the other.
+    the target's `generation_config`. The turns of a conversation are answered one after the other.
 
     A row is `{id, messages, prompt_ids, answer_ids, temperature, finished, made_with}` and what its prompt says of the
     chat template and its source: `prompt_ids` and `answer_ids` have one list for each answer; an answer includes the
@@ -81,8 +82,9 @@ def regenerate(
     fitting = [conversation for conversation in conversations if lengths[conversation.id] <= max_prompt_length]
     fitting.sort(key=lambda conversation: (conversation.temperature, -lengths[conversation.id]))
     batches = _batches(fitting, batch_size)
+    name = target.config.name_or_path
     made_with = {
-        "target_name": target.config.name_or_path,
+        "target_name": Path(name).name if Path(name).exists() else name,  # no paths of this machine
         # As rounded to bf16: answers count as the target's own in whatever dtype it is loaded.
         "target": fingerprint_of_target(target, torch.bfloat16),
         "generation": _generation_settings(target),
@@ -138,8 +140,8 @@ def _answer(
     # A seed of its own for each batch: a resumed run draws what an uninterrupted one draws.
     content = json.dumps([seed, temperature, [conversation.id for conversation in batch]])
     own_seed = int.from_bytes(hashlib.sha256(content.encode()).digest()[:7], "big")
-    devices = [target.device] if target.device.type != "cpu" else []
-    with torch.random.fork_rng(devices=devices, device_type=target.device.type):
+    device = input_device(target)
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(own_seed)
         going_on = batch
         while going_on:
@@ -165,7 +167,7 @@ def _generate(
     """The answers to a batch of prompts, each with the token that ended it."""
     longest = max(map(len, prompts))
     padding = min(ends, default=0)
-    device = target.get_input_embeddings().weight.device
+    device = input_device(target)
     input_ids = torch.tensor([[padding] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     outputs = target.generate(
