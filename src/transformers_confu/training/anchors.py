@@ -95,7 +95,7 @@ def place_anchors(
     """Anchors of a batch from those of each sequence, rising; `labels` `(batch, length)` and the rest as above."""
     rows = draft_rows(labels)
     index = torch.arange(rows.shape[1])
-    # The nearest anchor at or before a row: the running maximum of anchor numbers.
+    # The number of the nearest anchor at or before each row: a running maximum, as numbers rise with positions.
     of_row = torch.full(rows.shape, -1, dtype=torch.long)
     for number, anchors in enumerate(positions):
         of_row[number, anchors] = torch.arange(len(anchors))

@@ -61,8 +61,8 @@ def warm_start(
     ]
     for name in ("post_attention_layernorm", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
         pairs.append((name, layer.get_submodule(name).weight, _weight(last, name)))
-    # A norm behind queries and keys sets their size. As large as the projections happen to make them they are useless
-    # without it: both are taken over, or neither.
+    # A norm behind queries and keys sets their size, so the target's projections are of no use without its norms: both
+    # are taken over, or neither.
     normalised = getattr(getattr(last, "self_attn", None), "q_norm", None) is not None
     attention = ["self_attn.v_proj"]
     if normalised == config.use_qk_norm:

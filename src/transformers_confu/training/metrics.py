@@ -58,7 +58,7 @@ class Counts:
         - `accuracy_s`: the draft's first choice at step s is the target's, over the full vocabulary. What the draft
           vocabulary lacks is a miss. In stage `contemplation` `accuracy_0` is how often a contemplate row foresees
           the token after the next.
-        - `acceptance_s`: so is that of all steps up to s.
+        - `acceptance_s`: the first choices at step s and all steps before are the target's.
         - `tau_greedy`: 1 + the sum of `acceptance_s`. What a chain of `num_steps` tokens would emit in a round at
           temperature 0, teacher-forced. (`confu evaluate` decodes with a tree, whose tau is higher.)
         - `tau_probabilistic`: the same for sampling at temperature 1, where the token of step s is accepted with

@@ -271,7 +271,7 @@ class ConFuTrainer(ReleasingTrainer):
     ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
         """The batches of one step, with their anchors, and the number of rows that all processes train on in it."""
         if self.state.global_step >= self.state.max_steps:
-            # A checkpoint of the last step is continued: Trainer would look only behind the next step.
+            # A checkpoint of the last step is continued: Trainer itself checks only after one more step.
             self.control.should_training_stop = True
             return [], None
         batches = list(islice(epoch_iterator, num_batches))
@@ -354,7 +354,6 @@ class ConFuTrainer(ReleasingTrainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[None, None, None]:
         """Count one batch. Trainer would average the losses of batches, which are of unequal size."""
-        inputs = self._prepare_inputs(inputs)
         self._add_anchors(inputs, step=0)  # the same at every evaluation
         with torch.no_grad():
             self.compute_loss(model, inputs)

@@ -47,8 +47,8 @@ def unroll(
     layer = draft.layers[0]
     attention: ConFuAttention = layer.self_attn
 
-    # True rows: keys and values of the whole sequence, queries of `rows` only. The last one pairs with no next token
-    # and is seen by no row that is trained.
+    # True rows: keys and values of the whole sequence, queries of `rows` only. The last position has no next token to
+    # pair with; no row that is trained sees it.
     next_embeds = inputs_embeds.roll(-1, dims=1)
     hidden_states = layer.attention_input(next_embeds, features)  # (B, T, 2H)
     cos, sin = draft.rotary_emb(hidden_states, position_ids)
@@ -107,8 +107,8 @@ def diagonal_attention(
     r"""
     Attention of rows to the true rows, and of each row to its own earlier steps and slot.
 
-    What a row shares with no other costs one product each: a mask over rows x steps would be as large as the steps
-    are many, and nearly all of it hidden.
+    A row's own earlier steps and its slot are seen by that row alone, so their scores are computed row by row. One
+    product of all queries with all keys would be larger by the number of steps, and nearly all of it masked.
 
     Args:
         queries, keys, values: Rotated, `(batch, heads, rows, head_dim)`; keys and values one entry per earlier step.
