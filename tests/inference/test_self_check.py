@@ -1,0 +1,248 @@
+"""The proof of a target: what it must refuse, what it must let pass, and that nobody notices it."""
+
+import functools
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, FalconConfig, LlamaForCausalLM
+
+from helpers import make_tiny_draft, make_tiny_target
+from transformers_confu import confu_generation_config
+from transformers_confu.inference.self_check import prove_target
+
+
+PROMPT = torch.tensor([[3, 14, 15, 92, 65]])
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def generate(target, draft=None, **options):
+    config = confu_generation_config(target, **{"max_new_tokens": 16, "do_sample": False} | options)
+    return target.generate(PROMPT, assistant_model=draft, generation_config=config)
+
+
+def build(config) -> LlamaForCausalLM:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).double().eval()
+
+
+def with_forward(change):
+    """A Llama whose inputs are changed before they reach its own `forward`."""
+
+    def make():
+        target = make_tiny_target()
+        own = target.forward
+
+        @functools.wraps(own)
+        def forward(*args, **kwargs):
+            return own(*args, **change(kwargs))
+
+        target.forward = forward
+        return target
+
+    return make
+
+
+def rows_in_order(inputs):
+    """Causal by the order of rows, whatever mask there is."""
+    mask = inputs.get("attention_mask")
+    return inputs | {"attention_mask": None if mask is not None and mask.ndim == 4 else mask}
+
+
+def rows_counted(inputs):
+    """Positions by the order of rows."""
+    return inputs | {"position_ids": None}
+
+
+def steered():
+    """An activation added to the last row of every forward."""
+    target = make_tiny_target()
+    direction = torch.linspace(-1, 1, 32, dtype=torch.float64)
+
+    def steer(module, args, output):
+        changed = output.clone()
+        changed[:, -1] += direction
+        return changed
+
+    target.model.layers[2].mlp.register_forward_hook(steer)
+    return target
+
+
+class PreparesItself(LlamaForCausalLM):
+    """What a subclass may do in the method by which plain decoding prepares every forward."""
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        return inputs | {"position_ids": 2 * inputs["position_ids"]}
+
+
+def prepares_itself():
+    target = make_tiny_target()
+    target.__class__ = PreparesItself
+    return target
+
+
+def alibi_unnamed():
+    target = build(
+        FalconConfig(
+            vocab_size=97,
+            hidden_size=32,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            alibi=True,
+            initializer_range=0.3,
+            eos_token_id=None,
+        )
+    )
+    target.config.alibi = False
+    return target
+
+
+def looped(mode: str):
+    layers = {"n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2, "num_hidden_layers": 6}
+    config = transformers.DoryConfig(
+        **SIZES | layers, layer_types=["full_attention"] * 6, n_recurrent_loops=2, recurrent_kv_cache_mode=mode
+    )
+    return build(config)
+
+
+def looped_unnamed(mode: str):
+    def make():
+        target = looped(mode)
+        # The model keeps a reference to it, so a copy is what the checks read.
+        target.model.config = target.config
+        target.config = type(target.config).from_dict(target.config.to_dict() | {"n_recurrent_loops": 1})
+        target.config._attn_implementation = "sdpa"
+        return target
+
+    return make
+
+
+def llama4():
+    return build(
+        transformers.Llama4TextConfig(
+            **SIZES,
+            layer_types=["full_attention"] * 5,
+            no_rope_layers=[1, 0, 1, 1, 0],
+            attn_temperature_tuning=True,
+            floor_scale=4,
+            moe_layers=[],
+            intermediate_size_mlp=64,
+        )
+    )
+
+
+def llama4_unnamed():
+    target = llama4()
+    target.config.attn_temperature_tuning = False
+    return target
+
+
+OTHERWISE = "otherwise than the same texts token by token"
+WRONG = {
+    "mask ignored": (with_forward(rows_in_order), OTHERWISE),
+    "positions ignored": (with_forward(rows_counted), OTHERWISE),
+    "hook on the last row": (steered, OTHERWISE),
+    "own preparation of inputs": (prepares_itself, OTHERWISE),
+    "queries scaled by row": (llama4_unnamed, OTHERWISE),
+    "ALiBi without its flag": (alibi_unnamed, "FalconForCausalLM cannot compute a tree"),
+    "loops with caches of their own": (looped_unnamed("per_loop"), "has 6 layers but caches keys and values of 8"),
+    "loops over one cache": (looped_unnamed("last_loop"), OTHERWISE),
+}
+
+
+@pytest.mark.parametrize("contemplation", [0, 8])
+@pytest.mark.parametrize("make, sentence", WRONG.values(), ids=WRONG.keys())
+def test_a_target_whose_rows_depend_on_more_than_mask_and_positions_is_refused(make, sentence, contemplation):
+    target = make()
+    draft = make_tiny_draft(target)
+    with pytest.raises(ValueError) as error:
+        generate(target, draft, confu_tree_size=8, confu_contemplation=contemplation)
+    # Contemplate rows may make such a target fail outright.
+    assert sentence in str(error.value) or (contemplation and "cannot compute a tree" in str(error.value))
+
+
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (llama4, "scales queries by the number of rows before them"),
+        (functools.partial(looped, "per_loop"), "runs through layers several times"),
+        (functools.partial(looped, "last_loop"), "runs through layers several times"),
+    ],
+)
+def test_families_that_are_known_are_refused_by_name(make, sentence):
+    target = make()
+    with pytest.raises(ValueError, match=sentence):
+        generate(target, make_tiny_draft(target))
+
+
+def test_a_patched_target_that_follows_mask_and_positions_passes():
+    target = make_tiny_target()
+    draft, plain = make_tiny_draft(target), generate(target)
+    own = target.forward
+
+    def forward(*args, **kwargs):  # says nothing of what it takes
+        return own(*args, **kwargs)
+
+    target.forward = forward
+    assert torch.equal(generate(target), plain)
+    assert torch.equal(generate(target, draft), plain)
+    assert draft.last_statistics.rounds > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_no_reason_to_refuse(dtype):
+    for seed in range(8):
+        target = make_tiny_target("qwen3", dtype, seed=seed)
+        assert prove_target(target, make_tiny_draft(target), contemplates=True)
+
+
+def test_a_pair_is_proved_once_and_again_when_the_target_is_changed():
+    target = make_tiny_target()
+    drafts = [make_tiny_draft(target), make_tiny_draft(target, seed=2)]
+
+    def self_checked(draft, **options):
+        generate(target, draft, **options)
+        return draft.last_statistics.self_checked
+
+    fixed = {"confu_tree_size": 4}
+    assert [self_checked(draft, **fixed) for draft in (*drafts, *drafts)] == [True, True, False, False]
+    assert [self_checked(drafts[0], **fixed, confu_contemplation=0) for _ in range(2)] == [True, False]
+    handle = target.model.layers[0].register_forward_hook(lambda *_: None)
+    assert [self_checked(drafts[0], **fixed) for _ in range(2)] == [True, False]
+    handle.remove()
+
+
+def test_it_draws_no_random_number_and_leaves_no_trace():
+    target = make_tiny_target()
+    draft = make_tiny_draft(target)
+    state, weights = torch.get_rng_state(), {name: p.clone() for name, p in target.state_dict().items()}
+    assert prove_target(target, draft, contemplates=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, weights[name]) for name, p in target.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize")
+def test_quantised_activations_are_warned_of_once():
+    target = make_tiny_target(dtype=torch.float32)
+    draft = make_tiny_draft(target)
+    quantised = torch.ao.quantization.quantize_dynamic(target, {torch.nn.Linear})
+    with pytest.warns(
+        UserWarning, match=r"has quantised activations \(torch Linear\), whose scales depend on all rows"
+    ):
+        generate(quantised, draft, confu_tree_size=4)
+    generate(quantised, draft, confu_tree_size=4)
+    assert not draft.last_statistics.self_checked
