@@ -309,16 +309,7 @@ def _card_text(folder: Path, facts: Mapping[str, Any], table: pa.Table, splits: 
         temperatures=_lines(
             (f"{row.Index:g}", f"{row.rows:,}", f"{row.tokens:,}", f"{row.finished:.0%}") for row in by_temperature
         ),
-        sources=_lines(
-            (
-                row.Index,
-                sources[row.Index]["license"],
-                sources[row.Index]["credit"],
-                f"{row.rows:,}",
-                f"{row.tokens:,}",
-            )
-            for row in by_source
-        ),
+        sources=_lines((row.Index, *sources[row.Index], f"{row.rows:,}", f"{row.tokens:,}") for row in by_source),
     )
     return text.replace("\n\n\n", "\n\n")  # where there are no further words
 
