@@ -130,6 +130,54 @@ CALLS = {
         ),
         "This draft embeds tokens itself (hidden_size 16, target 32) and cannot read `inputs_embeds`; pass",
     ),
+    "positions in 1 dimension": (
+        lambda t, d: generate(t, d, position_ids=torch.arange(5)),
+        "ConFu needs `position_ids` of shape (batch, length), got (5,); pass shape (1, 5).",
+    ),
+    "positions shorter than the ids": (
+        lambda t, d: generate(t, d, position_ids=torch.arange(3)[None]),
+        "`position_ids` has shape (1, 3), but the inputs add 5 tokens; it needs shape (1, 5).",
+    ),
+    "mask shorter than the ids": (
+        lambda t, d: generate(t, d, attention_mask=torch.tensor([[0, 1, 1]])),
+        "`attention_mask` covers 3 tokens, but the inputs are 5; it needs a column for every token.",
+    ),
+    "mask of ones shorter than the ids": (
+        lambda t, d: generate(t, d, attention_mask=torch.ones(1, 3, dtype=torch.long)),
+        "`attention_mask` covers 3 tokens, but the inputs are 5",
+    ),
+    "mask longer than the ids": (
+        lambda t, d: generate_b(t, d, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1, 1]])),
+        "`attention_mask` covers 7 tokens, but the inputs are 5",
+    ),
+    "mask of another length than cache and ids": (
+        lambda t, d: generate(t, d, cache=filled_cache(t, 3), attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]])),
+        "`attention_mask` covers 6 tokens, but the inputs are 5 and the cache holds 3",
+    ),
+    "mask of two texts": (
+        lambda t, d: generate(t, d, attention_mask=torch.tensor([[0, 1, 1, 1, 1]] * 2)),
+        "`attention_mask` has 2 rows, but the input is one text; it needs one row.",
+    ),
+    "no tokens": (
+        lambda t, d: generate(t, d, torch.zeros(1, 0, dtype=torch.long)),
+        "The inputs hold no token; pass at least one.",
+    ),
+    "chunks of no token": (
+        lambda t, d: generate(t, d, prefill_chunk_size=0),
+        "`prefill_chunk_size` is 0; it must be at least 1, or None for no chunks.",
+    ),
+    "logits of named rows": (
+        lambda t, d: generate(t, d, logits_to_keep=torch.tensor([9])),
+        "`logits_to_keep` is tensor([9]); decoding reads the last row's logits",
+    ),
+    "another source of guesses": (
+        lambda t, d: generate(t, d, use_mtp=True),
+        "`use_mtp=True` asks for another source of guesses than the draft that is given",
+    ),
+    "prompt lookup beside a draft": (
+        lambda t, d: generate_b(t, d, prompt_lookup_num_tokens=3),
+        "`prompt_lookup_num_tokens=3` asks for another source of guesses",
+    ),
     "tokenizers of an equal vocabulary": (
         lambda t, d: generate(t, d, assistant_tokenizer=object(), tokenizer=object()),
         "`assistant_tokenizer` is not required",
@@ -329,7 +377,24 @@ def stateful():
 
 GPT_SIZES = {"vocab_size": 97, "hidden_size": 32, "eos_token_id": None}
 
+
+def with_another_forward():
+    """A `forward` in the place of the model's own, which forgets what the other takes."""
+    target = make_tiny_target()
+    own = target.forward
+
+    def forward(input_ids=None, attention_mask=None, cache=None, **kwargs):
+        return own(input_ids, attention_mask=attention_mask, cache=cache, **kwargs)
+
+    target.forward = forward
+    return target
+
+
 TARGETS = {
+    "another forward": (
+        with_another_forward,
+        "The `forward` that was put in the place of LlamaForCausalLM's own takes no `inputs_embeds`, `position_ids`",
+    ),
     "encoder and decoder": (
         from_config("T5", AutoModelForSeq2SeqLM, vocab_size=97, d_model=32, num_layers=5, num_heads=4, d_kv=8),
         "T5ForConditionalGeneration is an encoder-decoder model; ConFu drafts for decoder-only models.",

@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -14,6 +15,8 @@ from transformers import (
     Qwen3Config,
     T5Config,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from transformers_confu import ConFuConfig
 from transformers_confu.inference.configuration_confu import default_future_states, default_taps
@@ -288,3 +291,37 @@ def test_other_names_of_the_same_sizes_are_found(target):
 def test_an_encoder_decoder_target_is_refused():
     with pytest.raises(ValueError, match="T5Config is of an encoder-decoder model; ConFu drafts for decoder-only"):
         ConFuConfig.from_target(T5Config(d_model=32, num_heads=4, vocab_size=97))
+
+
+# Every family
+
+
+def test_every_causal_model_gives_a_configuration_or_one_sentence():
+    """Whatever its configuration calls things, and whether or not it can be served."""
+    given = 0
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            target_config = CONFIG_MAPPING[model_type]()
+        except Exception:  # noqa: S112 - some cannot be made without arguments
+            continue
+        try:
+            config = ConFuConfig.from_target(target_config)
+        except ValueError as error:
+            assert "ConFu" in str(error)
+        else:
+            given += 1
+            rope = config.rope_parameters
+            assert not any(isinstance(value, dict) for value in rope.values()), (model_type, rope)
+    assert given > 150
+
+
+def test_rope_of_the_layers_with_full_attention_is_taken_over():
+    target = Gemma3TextConfig(layer_types=["full_attention"] * 26)
+    config = ConFuConfig.from_target(target)
+    assert config.rope_parameters == target.rope_parameters["full_attention"]
+    assert config.rope_parameters["rope_theta"] == 1_000_000
+
+
+def test_a_configuration_with_dropout_of_old_is_read():
+    config = ConFuConfig.from_dict(ConFuConfig().to_dict() | {"attention_dropout": 0.1})
+    assert "attention_dropout" not in config.to_dict()

@@ -322,7 +322,7 @@ def full_attention_rope(target_config: PreTrainedConfig) -> dict[str, Any]:
     """`rope_parameters` of a target's layers with full attention; empty if they have no RoPE."""
     rope = getattr(target_config, "rope_parameters", None) or {}
     # Some configurations have one entry for each type of layer; `None` stands for layers without RoPE.
-    if "full_attention" in rope or "sliding_attention" in rope:
+    if any(isinstance(entry, dict) for entry in rope.values()) or "full_attention" in rope:
         rope = rope.get("full_attention") or {}
     return dict(rope)
 
