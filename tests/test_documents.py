@@ -100,7 +100,7 @@ def test_serving(run_guide, monkeypatch):
     assert names["answers"][0] == tokenizer.decode(target.generate(**inputs, max_new_tokens=64)[0])
     draft.last_statistics = None
     expected = target.generate(inputs["input_ids"], max_length=40)
-    assert torch.equal(names["model"]._model_generate(inputs["input_ids"], 40, []), expected)
+    assert torch.equal(names["lm"]._model_generate(inputs["input_ids"], 40, []), expected)
     assert draft.last_statistics.rounds > 0
 
 
