@@ -227,3 +227,19 @@ class RegenerationReport:
         if self.retries:
             lines.append(f"requests repeated: {self.retries:,}")
         return "\n".join(lines)
+
+
+@dataclass(kw_only=True)
+class AnswerArguments:
+    """Arguments that both commands share."""
+
+    prompts: str = field(
+        metadata={"help": "Prompts: a file, folder or Hub dataset of rows with 'id' and 'prompt', or 'turns'."}
+    )
+    output: str = field(metadata={"help": "JSONL file of the answers; a run that was interrupted is resumed."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Longest answer, in tokens."})
+    max_prompt_length: int = field(default=1024, metadata={"help": "Longer prompts (in tokens) are skipped."})
+    temperatures: list[float] = field(
+        default_factory=lambda: [0.0, 0.8], metadata={"help": "Temperatures the prompts take in turn; 0 is greedy."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})

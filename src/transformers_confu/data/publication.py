@@ -311,7 +311,7 @@ def _card_text(folder: Path, facts: Mapping[str, Any], table: pa.Table, splits: 
         ),
         sources=_lines((row.Index, *sources[row.Index], f"{row.rows:,}", f"{row.tokens:,}") for row in by_source),
     )
-    return text.replace("\n\n\n", "\n\n")  # where there are no further words
+    return text.replace("\n\n\n\n", "\n\n")  # where there are no further words
 
 
 def _lines(rows: Iterable[Sequence[str]]) -> str:

@@ -25,7 +25,14 @@ from ..common.loading import TargetOptions, default_dtype
 from ..inference.checks import check_target
 from ..inference.configuration_confu import ConFuConfig
 from ..inference.target import input_device
-from .answers import Conversation, RegenerationReport, check_output, find_answered, plan_conversations
+from .answers import (
+    AnswerArguments,
+    Conversation,
+    RegenerationReport,
+    check_output,
+    find_answered,
+    plan_conversations,
+)
 from .fingerprints import fingerprint_of_target
 from .rows import load_rows
 
@@ -213,22 +220,12 @@ def _generation_settings(target: PreTrainedModel) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))  # as it comes back from a file
 
 
-@dataclass
-class RegenerationArguments:
+@dataclass(kw_only=True)
+class RegenerationArguments(AnswerArguments):
     """Arguments of the command line."""
 
     target: str = field(metadata={"help": "Model id or folder of the target, or 'demo' for a small public model."})
-    prompts: str = field(
-        metadata={"help": "Prompts: a file, folder or Hub dataset of rows with 'id' and 'prompt', or 'turns'."}
-    )
-    output: str = field(metadata={"help": "JSONL file of the answers; a run that was interrupted is resumed."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Longest answer, in tokens."})
     batch_size: int = field(default=64, metadata={"help": "Conversations answered at once."})
-    max_prompt_length: int = field(default=1024, metadata={"help": "Longer prompts (in tokens) are skipped."})
-    temperatures: list[float] = field(
-        default_factory=lambda: [0.0, 0.8], metadata={"help": "Temperatures the prompts take in turn; 0 is greedy."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
     dtype: str = field(
         default_factory=default_dtype,
         metadata={"help": "Data type of the target; bfloat16 where the hardware computes in it."},

@@ -30,7 +30,14 @@ from transformers.utils import logging
 from ..common.jsonl import JsonLines
 from ..common.loading import load_tokenizer
 from ..common.option_files import json_option
-from .answers import Conversation, RegenerationReport, check_output, find_answered, plan_conversations
+from .answers import (
+    AnswerArguments,
+    Conversation,
+    RegenerationReport,
+    check_output,
+    find_answered,
+    plan_conversations,
+)
 from .rows import load_rows
 
 
@@ -274,23 +281,15 @@ class _Run:
         )
 
 
-@dataclass
-class ServedRegenerationArguments:
+@dataclass(kw_only=True)
+class ServedRegenerationArguments(AnswerArguments):
     """Arguments of the command line."""
 
     server: str = field(metadata={"help": "Base URL of the server, such as http://localhost:8000/v1."})
     tokenizer: str = field(metadata={"help": "Model id or folder of the served model's tokenizer."})
-    prompts: str = field(
-        metadata={"help": "Prompts: a file, folder or Hub dataset of rows with 'id' and 'prompt', or 'turns'."}
-    )
-    output: str = field(metadata={"help": "JSONL file of the answers; a run that was interrupted is resumed."})
     model: str | None = field(default=None, metadata={"help": "Model's name on the server; asked for if left out."})
     max_new_tokens: int = field(default=1024, metadata={"help": "Longest answer, in tokens."})
     max_prompt_length: int = field(default=2048, metadata={"help": "Longer prompts (in tokens) are skipped."})
-    temperatures: list[float] = field(
-        default_factory=lambda: [0.0, 0.8], metadata={"help": "Temperatures the prompts take in turn; 0 is greedy."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
     concurrency: int = field(default=64, metadata={"help": "Requests under way at once."})
     timeout: float = field(default=600.0, metadata={"help": "Seconds until a request counts as failed."})
     max_retries: int = field(default=8, metadata={"help": "How often one request is repeated."})
