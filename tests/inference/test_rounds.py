@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from helpers import make_tiny_draft, make_tiny_target
-from transformers_confu import confu_generation_config
+from transformers_confu import ConFuDraftModel, confu_generation_config
 from transformers_confu.inference import decoding, round_costs
 from transformers_confu.inference.draft_tree import DraftTree, TreeGrower
 from transformers_confu.inference.growing_cache import GrowingLayer, room_to_grow
@@ -129,6 +129,21 @@ def test_a_damaged_or_foreign_table_is_not_trusted(kept, monkeypatch, damage):
     assert measured(target, draft, 0.2) == (costs(0.1, 0.2), True)
     monkeypatch.setattr(round_costs, "_KNOWN", {})
     assert measured(target, draft, 0.3) == (costs(0.1, 0.2), False)  # and it was replaced
+
+
+def test_kept_costs_are_shown_and_deleted(kept, monkeypatch, tmp_path):
+    _, target, draft = kept
+    target.save_pretrained(tmp_path / "target")
+    draft.save_pretrained(tmp_path / "draft")
+    target = AutoModelForCausalLM.from_pretrained(tmp_path / "target", dtype=torch.float64)
+    draft = ConFuDraftModel.from_pretrained(tmp_path / "draft", dtype=torch.float64)
+    measured(target, draft, 0.1)
+    ((path, key, found),) = round_costs.kept_costs(str(tmp_path / "target"), str(tmp_path / "draft"))
+    assert (found, key["threads"]) == (costs(0.1, 0.1), torch.get_num_threads())
+    assert not list(round_costs.kept_costs(str(tmp_path / "target"), "another"))
+    path.unlink()
+    monkeypatch.setattr(round_costs, "_KNOWN", {})
+    assert measured(target, draft, 0.2) == (costs(0.1, 0.2), True)
 
 
 def test_a_folder_that_cannot_be_written_is_done_without(kept, monkeypatch):

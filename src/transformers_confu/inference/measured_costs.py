@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from .candidate_generator_confu import ConFuCandidateGenerator, log_softmax
 from .draft_tree import DraftTree
-from .round_costs import DRAFT_ROWS, TARGET_ROWS, RoundCosts, in_steps, median_seconds
+from .round_costs import DRAFT_ROWS, TARGET_ROWS, RoundCosts, in_steps, least_seconds
 from .rounds import AutomaticRounds
 from .target import TargetRunner, additive_mask, crop, input_device
 
@@ -34,7 +34,7 @@ def measure_round_costs(target: PreTrainedModel, draft: PreTrainedModel) -> Roun
         if input_device(target).type != "cpu":
             torch.accelerator.synchronize()
 
-    seconds = median_seconds(parts, wait)
+    seconds = least_seconds(parts, wait)
     step = seconds[f"target {TARGET_ROWS[0]}"]
     costs = RoundCosts(
         target_rows=TARGET_ROWS,

@@ -8,11 +8,10 @@ import hashlib
 import json
 import math
 import os
-import statistics
 import tempfile
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +93,8 @@ def _interpolated(rows: tuple[int, ...], steps: tuple[float, ...], count: int) -
     return max(steps[left] + slope * (count - rows[left]), steps[0])
 
 
-def median_seconds(parts: dict[str, Callable[[], Any]], sync: Callable[[], None]) -> dict[str, float]:
-    """Median seconds of each part, taken in turn, within the time that a measurement may take."""
+def least_seconds(parts: dict[str, Callable[[], Any]], sync: Callable[[], None]) -> dict[str, float]:
+    """Seconds of each part, taken in turn: the least of several, to which other work on the machine adds least."""
     for part in parts.values():
         part()  # the first of a shape may compile, allocate or fetch
     seconds: dict[str, list[float]] = {name: [] for name in parts}
@@ -109,7 +108,7 @@ def median_seconds(parts: dict[str, Callable[[], Any]], sync: Callable[[], None]
             part()
             sync()
             seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return {name: min(times) for name, times in seconds.items()}
 
 
 def in_steps(seconds: Iterable[float], step: float) -> tuple[float, ...]:
@@ -179,19 +178,33 @@ def read_costs(key: dict[str, Any]) -> RoundCosts | None:
         return None
 
 
-def write_costs(key: dict[str, Any], costs: RoundCosts) -> None:
-    """Keep costs, whole or not at all; where the folder cannot be written they are measured again next time."""
+def write_costs(key: dict[str, Any], costs: RoundCosts, names: tuple[str, str] = ("", "")) -> None:
+    """Keep costs, and what target and draft are called, whole or not at all; where the folder cannot be written they are measured again next time."""
     path = costs_path(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-            json.dump({"key": key, "costs": asdict(costs)}, file, indent=2)
+            json.dump({"names": names, "key": key, "costs": asdict(costs)}, file, indent=2)
         os.replace(file.name, path)
     except OSError as error:
         logger.warning_once(
             f"What rounds cost on this machine cannot be kept in {path.parent} ({error}), so it is measured again in "
             "each process."
         )
+
+
+def kept_costs(target: str, draft: str) -> Iterator[tuple[Path, dict[str, Any], RoundCosts]]:
+    """
+    Kept costs of a target and a draft that were loaded by these names: the file, which may be deleted to have them
+    measured anew, what else they depend on, and they.
+    """
+    for path in sorted((cache_folder() / "round_costs").glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["names"] == [target, draft] and (costs := read_costs(content["key"])) is not None:
+                yield path, content["key"], costs
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # no table
 
 
 _KNOWN: dict[str, RoundCosts] = {}
@@ -205,6 +218,6 @@ def round_costs(target: PreTrainedModel, draft: PreTrainedModel, measure: Callab
         costs = read_costs(key)
         if costs is None:
             costs = measure()
-            write_costs(key, costs)
+            write_costs(key, costs, (target.name_or_path, draft.name_or_path))
         _KNOWN[path] = costs
     return _KNOWN[path]

@@ -24,6 +24,7 @@ from ..inference.checks import check_cached_heads, check_target
 from ..inference.configuration_confu import SPECIAL_TOKENS, ConFuConfig
 from ..inference.knobs import ConFuKnobs
 from ..inference.modeling_confu import ConFuDraftModel
+from ..inference.round_costs import kept_costs
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{arguments.draft} does not fit {arguments.target}.")
         return 1
     print(f"{arguments.draft} fits {arguments.target}.")
+    for path, key, costs in kept_costs(checkpoint(arguments.target), arguments.draft):
+        print(f"\nRounds of {key['target'][2][0]} on {key['device'][0]}, {key['threads']} threads, by {path}")
+        print(f"(delete that file to have them measured anew): {costs}.")
     return 0
 
 
