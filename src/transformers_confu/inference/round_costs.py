@@ -179,7 +179,7 @@ def read_costs(key: dict[str, Any]) -> RoundCosts | None:
 
 
 def write_costs(key: dict[str, Any], costs: RoundCosts, names: tuple[str, str] = ("", "")) -> None:
-    """Keep costs, and what target and draft are called, whole or not at all; where the folder cannot be written they are measured again next time."""
+    """Keep costs, whole or not at all; where the folder cannot be written they are measured again next time."""
     path = costs_path(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
