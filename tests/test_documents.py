@@ -13,6 +13,7 @@ import torch
 
 from transformers_confu import ConFuConfig, ConFuDraftModel
 from transformers_confu.cli import COMMANDS, main
+from transformers_confu.publishing.model_card import CardFacts
 
 
 ROOT = Path(__file__).parents[1]
@@ -125,6 +126,8 @@ def test_evaluating(run_guide):
 
 def test_publishing(run_guide):
     run_guide("docs/publishing.md")
+    Path("card.yaml").write_text(blocks(ROOT / "docs/publishing.md", "yaml")[0])
+    assert CardFacts.load("card.yaml").base_model == "org/target"
     assert {"README.md", "custom_generate", "decoding.py"} <= {path.name for path in Path("published").iterdir()}
 
 
