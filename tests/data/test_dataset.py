@@ -548,6 +548,28 @@ def test_fields_of_a_wrong_kind_are_named(row, message):
         prepare_dataset([{"messages": [USER], **row}], byte_tokenizer(template), 100)
 
 
+def test_malformed_rows_may_be_skipped():
+    rows = [*rows_of_prompts(["a", "b"]), {"prompt": "c", "answer_ids": [999_999]}, {"text": "d"}]
+    report = DatasetReport()
+    dataset = prepare_dataset(rows, byte_tokenizer(), 100, skip_malformed=True, report=report)
+    assert dataset.to_list() == prepare_dataset(rows[:2], byte_tokenizer(), 100).to_list()
+    assert (report.rows_in, report.rows_dropped) == (4, 2)
+
+
+def test_prompts_and_completions_are_conversations():
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": messages[:1], "completion": messages[1:]}]
+    expected = prepare_dataset([{"messages": messages}], byte_tokenizer(), 100)[0]
+    for row in rows:
+        assert prepare_dataset([row], byte_tokenizer(), 100)[0] == expected
+
+
+def test_a_template_that_drops_tool_calls_is_refused():
+    messages = [USER, {"role": "assistant", "tool_calls": [{"name": "f"}]}]
+    with pytest.raises(ValueError, match="template leaves 'tool_calls' out, so the draft would learn empty answers"):
+        prepare_dataset([{"messages": messages}], byte_tokenizer(), 100)
+
+
 def test_a_row_that_another_process_refuses_is_told_like_any_other():
     rows = Dataset.from_list(rows_of_prompts(["a", "b"]) + [{"prompt": "c", "answer_ids": [999_999]}])
     with pytest.raises(ValueError, match="Row 2: answer_ids span 999999") as caught:

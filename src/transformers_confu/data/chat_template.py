@@ -161,10 +161,24 @@ class ChatTemplate:
             return self._apply(messages[:number], tokenize=False, add_generation_prompt=add_generation_prompt)
 
         whole = len(messages)
+        self._check_tool_calls(messages, render(whole))
         if all(render(whole).startswith(render(index + 1)) for index in answers):
             return [self._encode_spans(messages, self._spans(messages, render, answers))]
         parts = [(messages[: index + 1], index) for index in answers]
         return [self._encode_spans(part, self._spans(part, render, [index])[-1:]) for part, index in parts]
+
+    def _check_tool_calls(self, messages: Messages, text: str) -> None:
+        calls = [message for message in messages if message["role"] == "assistant" and "tool_calls" in message]
+        if calls:
+            without = [
+                {"content": "", **{key: value for key, value in message.items() if key != "tool_calls"}}
+                for message in messages
+            ]
+            if self._apply(without, tokenize=False) == text:
+                raise ValueError(
+                    "the tokenizer's chat template leaves 'tool_calls' out, so the draft would learn empty answers: "
+                    "use a template with tools, or leave such rows out."
+                )
 
     def _apply(self, messages: Messages, **settings: Any) -> Any:
         try:

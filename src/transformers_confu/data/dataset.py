@@ -41,7 +41,7 @@ class DatasetReport:
     Attributes:
         rows_in: rows read.
         rows_kept: rows of the prepared dataset.
-        rows_dropped: rows read that hold no assistant token within the maximum length.
+        rows_dropped: rows read that hold no assistant token within the maximum length, or are malformed and skipped.
         rows_split_off: rows made of further answers of a conversation, where the chat template renders an earlier turn
             otherwise than the newest one; each is a row of its own then.
         answers_cut: kept rows that lost at least one assistant token to the maximum length.
@@ -60,7 +60,9 @@ class DatasetReport:
     def __str__(self) -> str:
         lines = [f"rows: {self.rows_kept:,} made of {self.rows_in:,}"]
         if self.rows_dropped:
-            lines.append(f"  dropped, without an assistant token in the maximum length: {self.rows_dropped:,}")
+            lines.append(
+                f"  dropped, malformed or without an assistant token in the maximum length: {self.rows_dropped:,}"
+            )
         if self.rows_split_off:
             lines.append(f"  further answers of conversations, as rows of their own: {self.rows_split_off:,}")
         lines.append(f"tokens: {self.tokens:,}, of which the assistant wrote {self.assistant_tokens:,}")
@@ -76,6 +78,7 @@ def prepare_dataset(
     eos_token_ids: Sequence[int] | None = None,
     vocab_size: int | None = None,
     made_by: str | None = None,
+    skip_malformed: bool = False,
     num_proc: int | None = None,
     report: DatasetReport | None = None,
 ) -> Dataset:
@@ -92,6 +95,7 @@ def prepare_dataset(
       `prompt_ids` before it (rendered again if not given). Ids are taken as they are: text that is tokenised again
       may give other tokens than the target chose.
     - `{"prompt": str | messages, "answer_ids": [int, ...]}`: one prompt (a string is one user turn) and its answer.
+    - `{"prompt": str | messages, "completion": str | messages}` (TRL's form): as `messages`.
     - `{"input_ids": [int, ...], "labels": [int, ...]}`: passed through after a check.
 
     A row may also hold `tools` (a list of JSON schemas) and `chat_template_kwargs` (such as
@@ -110,6 +114,7 @@ def prepare_dataset(
             them. Defaults to the tokenizer's `eos_token_id`; pass the target's list where its turns end otherwise.
         vocab_size: The target's vocabulary size, the bound of given ids. Defaults to the tokenizer's.
         made_by: Refuse answers that say they were made by another target than this `fingerprint_of_target`.
+        skip_malformed: Leave malformed rows out, each with a warning, rather than end at the first.
         num_proc: Processes that tokenise. By default up to 8 for many rows.
         report: Filled in with what was kept, cut and dropped; also logged at level INFO.
 
@@ -121,7 +126,12 @@ def prepare_dataset(
     if eos_token_ids is None:
         eos_token_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoder = RowEncoder(
-        tokenizer, max_length, sorted(eos_token_ids), len(tokenizer) if vocab_size is None else vocab_size, made_by
+        tokenizer,
+        max_length,
+        sorted(eos_token_ids),
+        len(tokenizer) if vocab_size is None else vocab_size,
+        made_by,
+        skip_malformed,
     )
     sources = _sources(rows)
     prepared = [_tokenise(dataset, name, encoder, num_proc) for name, dataset in sources if len(dataset)]

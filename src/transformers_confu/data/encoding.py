@@ -11,10 +11,13 @@ from typing import Any
 import transformers
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from . import chat_template
 from .chat_template import TEMPLATE_FIELDS, ChatTemplate, Messages, Span, check_messages, encode_prompt
 
+
+logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
 
@@ -50,6 +53,7 @@ class RowEncoder:
     eos_token_ids: list[int]
     vocab_size: int
     made_by: str | None
+    skip_malformed: bool = False
 
     def fingerprint(self) -> str:
         """Hash of all that the outcome depends on besides the rows, this code included."""
@@ -61,7 +65,8 @@ class RowEncoder:
             state = tokenizer.get_vocab()
         parts = (
             *(type(tokenizer).__name__, state, tokenizer.chat_template, tokenizer.special_tokens_map),
-            *(self.max_length, self.eos_token_ids, self.vocab_size, self.made_by, transformers.__version__),
+            *(self.max_length, self.eos_token_ids, self.vocab_size, self.made_by, self.skip_malformed),
+            transformers.__version__,
             *(Path(file).read_text(encoding="utf-8") for file in (__file__, chat_template.__file__)),
         )
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -74,7 +79,11 @@ class RowEncoder:
             try:
                 encoded, hashed_prompt = self._encode(row), self._prompt_hash(row)
             except ValueError as error:
-                raise MalformedRow(f"Row {index}{f' of {name}' if name else ''}: {error}") from error
+                sentence = f"Row {index}{f' of {name}' if name else ''}: {error}"
+                if not self.skip_malformed:
+                    raise MalformedRow(sentence) from error
+                logger.warning("Left out. %s", sentence)
+                continue
             is_first = True
             for input_ids, labels in encoded:
                 kept = _count_assistant(labels[: self.max_length])
@@ -95,6 +104,9 @@ class RowEncoder:
             return self._answered(row, template_options)
         if "messages" in row:
             return self._conversation(row["messages"], template_options)
+        if {"prompt", "completion"} <= row.keys():
+            messages = _as_messages(row["prompt"], "user") + _as_messages(row["completion"], "assistant")
+            return self._conversation(messages, template_options)
         if row.keys() & {"prompt", "turns"}:
             raise ValueError(
                 "it holds a prompt without 'answer_ids': a draft learns from the target's own answers, so let the "
@@ -199,6 +211,10 @@ class RowEncoder:
                 f"another tokenizer than the one given."
             )
         return ids
+
+
+def _as_messages(said: str | Messages, role: str) -> Messages:
+    return [{"role": role, "content": said}] if isinstance(said, str) else list(said)
 
 
 def _int_list(values: Any, name: str) -> list[int]:
