@@ -124,11 +124,12 @@ def test_evaluating(run_guide):
     assert run_guide("docs/evaluating.md")["result"]["tau"] == 2.0
 
 
-def test_publishing(run_guide):
+def test_publishing(run_guide, tmp_path, monkeypatch):
     run_guide("docs/publishing.md")
+    assert {"README.md", "custom_generate", "decoding.py"} <= {path.name for path in Path("published").iterdir()}
+    monkeypatch.chdir(tmp_path)  # where the target is no folder
     Path("card.yaml").write_text(blocks(ROOT / "docs/publishing.md", "yaml")[0])
     assert CardFacts.load("card.yaml").base_model == "org/target"
-    assert {"README.md", "custom_generate", "decoding.py"} <= {path.name for path in Path("published").iterdir()}
 
 
 def test_no_other_guide_has_python():
