@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
+FUZZ_SEEDS ?= 5000
 BENCH_ARGS ?=
 
 # Absolute, so that it also leads PATH for whatever the commands start.
@@ -13,7 +14,7 @@ RUN := PATH="$(VENV)/bin:$$PATH" VIRTUAL_ENV="$(VENV)"
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format exactness bench cards
+.PHONY: help demo test lint format exactness fuzz bench cards
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +36,9 @@ format: $(STAMP)  ## let ruff fix and format
 
 exactness: $(STAMP)  ## the full comparison with plain generate; every tie is reported
 	$(RUN) pytest -m "slow or not slow" --exactness=full tests/inference/test_exactness*.py
+
+fuzz: $(STAMP)  ## random calls beside plain generate (FUZZ_SEEDS=5000)
+	$(RUN) pytest tests/inference/test_fuzz.py --fuzz-seeds $(FUZZ_SEEDS)
 
 bench: $(STAMP)  ## confu evaluate: speed, accepted length, costs, a report (BENCH_ARGS="--help")
 	$(RUN) confu evaluate $(BENCH_ARGS)

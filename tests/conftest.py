@@ -38,6 +38,8 @@ def pytest_addoption(parser):
         default="sample",
         help="how many cases the comparison with plain generate covers",
     )
+    parser.addoption("--fuzz-seeds", type=int, default=200, help="how many random calls test_fuzz.py tries")
+    parser.addoption("--fuzz-first", type=int, default=0, help="the first seed of those")
 
 
 @pytest.fixture(scope="session")
