@@ -86,6 +86,12 @@ def test_out_and_in_gives_the_draft_back(name, form, target, tmp_path):
             assert torch.equal(state[key], tensor) and state[key].dtype == tensor.dtype, key
 
 
+def test_a_draft_without_knobs_tells_vllm_a_number_of_tokens(target, tmp_path):
+    export_eagle3(make_tiny_draft(target), tmp_path, "speculators", target)
+    config, _ = read_folder(tmp_path)
+    assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 6
+
+
 def test_the_words_of_the_forms(target, tmp_path):
     draft = make_tiny_draft(target, draft_vocab_size=40, target_hidden_state_indices=[2, 4, 5])
     draft.generation_config.confu_depth = 5

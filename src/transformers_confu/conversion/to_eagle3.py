@@ -70,7 +70,7 @@ def export_eagle3(
     else:
         if not config.has_own_embeddings:
             weights["embed_tokens.weight"] = _target_embeddings(draft, target)
-        depth = getattr(draft.generation_config, "confu_depth", None) or ConFuKnobs().depth
+        depth = getattr(draft.generation_config, "confu_depth", None) or ConFuKnobs.FIXED["depth"]
         verifier = {"name_or_path": _name_of(target), "architectures": _architectures(target, trust_remote_code)}
         written = _speculators_config(config, draft.dtype, depth, verifier)
 
