@@ -242,6 +242,14 @@ CALLS = {
         lambda t, d: confu_generation_config(t, bos_token_id=None, pad_token_id=None),
         "`bos_token_id=None`: `generate` fills what is None in a `GenerationConfig` from the target's own; give it to",
     ),
+    "a tree beyond all memory": (
+        lambda t, d: generate(t, d, generation_config=with_knobs(t, confu_tree_size=10**6)),
+        "`confu_tree_size` is 1000000; it must be at most 1024",
+    ),
+    "branches beyond all memory": (
+        lambda t, d: generate(t, d, generation_config=with_knobs(t, confu_branching=10**6)),
+        "`confu_branching` is 1000000; it must be at most 1024",
+    ),
     "knob as a keyword": (
         lambda t, d: generate(t, d, confu_tree_size=16),
         "The following `model_kwargs` are not used by the model: ['confu_tree_size']",

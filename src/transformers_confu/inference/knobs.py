@@ -33,6 +33,7 @@ class ConFuKnobs:
 
     PREFIX = "confu_"
     FIXED = {"tree_size": 30, "depth": 6, "branching": 10}
+    MOST = 1024
 
     def __post_init__(self):
         if not self.automatic:
@@ -45,6 +46,11 @@ class ConFuKnobs:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"`{self.PREFIX}{name}` is {value!r}; it must be an integer of at least {least}.")
+            if value is not None and name in self.FIXED and value > self.MOST:
+                raise ValueError(
+                    f"`{self.PREFIX}{name}` is {value}; it must be at most {self.MOST}, as a round that large costs more "
+                    "memory than any text that it could save."
+                )
         if isinstance(self.future_gain, bool) or not isinstance(self.future_gain, (int, float)):
             raise ValueError(f"`{self.PREFIX}future_gain` is {self.future_gain!r}; it must be a number of tokens.")
 
