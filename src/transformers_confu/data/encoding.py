@@ -31,6 +31,9 @@ FEATURES = Features(
     }
 )
 
+# As it runs, whatever is written to the files later.
+_CODE = [Path(file).read_text(encoding="utf-8") for file in (__file__, chat_template.__file__)]
+
 Encoded = tuple[list[int], list[int]]  # input_ids and labels
 
 
@@ -67,7 +70,7 @@ class RowEncoder:
             *(type(tokenizer).__name__, state, tokenizer.chat_template, tokenizer.special_tokens_map),
             *(self.max_length, self.eos_token_ids, self.vocab_size, self.made_by, self.skip_malformed),
             transformers.__version__,
-            *(Path(file).read_text(encoding="utf-8") for file in (__file__, chat_template.__file__)),
+            *_CODE,
         )
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
