@@ -48,8 +48,8 @@ class ConFuKnobs:
                 raise ValueError(f"`{self.PREFIX}{name}` is {value!r}; it must be an integer of at least {least}.")
             if value is not None and name in self.FIXED and value > self.MOST:
                 raise ValueError(
-                    f"`{self.PREFIX}{name}` is {value}; it must be at most {self.MOST}, as larger rounds need more memory "
-                    "than there is and save no time."
+                    f"`{self.PREFIX}{name}` is {value}; it must be at most {self.MOST}, as larger rounds need more "
+                    "memory than there is and save no time."
                 )
         if isinstance(self.future_gain, bool) or not isinstance(self.future_gain, (int, float)):
             raise ValueError(f"`{self.PREFIX}future_gain` is {self.future_gain!r}; it must be a number of tokens.")
