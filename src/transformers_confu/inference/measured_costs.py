@@ -20,31 +20,26 @@ CONTEXT = 128
 
 
 @torch.no_grad()
-def measure_round_costs(target: PreTrainedModel, draft: PreTrainedModel) -> RoundCosts:
+def measure_round_costs(target: PreTrainedModel, draft: PreTrainedModel) -> tuple[RoundCosts, bool]:
     r"""
-    The costs of rounds of this target and draft, on the machine and with the threads of now.
+    The costs of rounds of this target and draft, with the threads of now; and whether the machine was quiet.
 
-    Takes about three seconds at most, and as long as ten single forwards of the target where those take longer. The
+    Takes about three seconds at most, or as long as ten single forwards of the target where those take longer. The
     text is of one token; neither model, nor torch's random state, is changed.
     """
     logger.info("Measuring once what rounds cost with this target and draft on this machine.")
     parts = _target_rounds(target, draft) | _draft_levels(target, draft)
-
-    def wait() -> None:
-        if input_device(target).type != "cpu":
-            torch.accelerator.synchronize()
-
-    seconds = least_seconds(parts, wait)
+    seconds, is_quiet = least_seconds(parts, input_device(target))
     step = seconds[f"target {TARGET_ROWS[0]}"]
     costs = RoundCosts(
         target_rows=TARGET_ROWS,
-        target_steps=in_steps((seconds[f"target {rows}"] for rows in TARGET_ROWS), step),
+        target_steps=in_steps((seconds[f"target {rows}"] for rows in TARGET_ROWS), TARGET_ROWS, step),
         draft_rows=DRAFT_ROWS,
-        draft_steps=in_steps((seconds[f"draft {rows}"] for rows in DRAFT_ROWS), step),
+        draft_steps=in_steps((seconds[f"draft {rows}"] for rows in DRAFT_ROWS), DRAFT_ROWS, step),
         step_seconds=step,
     )
-    logger.info("Measured: %s.", costs)
-    return costs
+    logger.info("Measured%s: %s.", "" if is_quiet else ", though the machine has other work", costs)
+    return costs, is_quiet
 
 
 def _target_rounds(target: PreTrainedModel, draft: PreTrainedModel) -> dict[str, Callable[[], None]]:

@@ -29,6 +29,8 @@ DRAFT_ROWS = (1, 4, 8)
 SECONDS = 3.0
 """Most time that a measurement takes, but for its first forwards."""
 MAX_REPEATS = 7
+LEAST_ON_CORE = 0.8
+"""Share of the time that a quiet machine gives to the thread that measures."""
 
 
 @dataclass(frozen=True)
@@ -93,29 +95,45 @@ def _interpolated(rows: tuple[int, ...], steps: tuple[float, ...], count: int) -
     return max(steps[left] + slope * (count - rows[left]), steps[0])
 
 
-def least_seconds(parts: dict[str, Callable[[], Any]], sync: Callable[[], None]) -> dict[str, float]:
-    """Seconds of each part, taken in turn: the least of several, to which other work on the machine adds least."""
+def least_seconds(parts: dict[str, Callable[[], Any]], device: torch.device) -> tuple[dict[str, float], bool]:
+    """
+    Seconds of each part, the least of several rounds of all parts: other work on the machine only adds to them.
+
+    On a CPU this thread's own time counts, which stands still while another process has the core.
+
+    Returns:
+        The seconds, and whether the machine was quiet: else they are good enough for now, but not to be kept.
+    """
     for part in parts.values():
         part()  # the first of a shape may compile, allocate or fetch
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in parts}
-    begun = time.perf_counter()
+    begun, begun_thread = time.perf_counter(), time.thread_time()
     for repeat in range(MAX_REPEATS):
         for name, part in parts.items():
             if repeat and time.perf_counter() - begun > SECONDS:
                 break
-            sync()
-            started = time.perf_counter()
+            _wait_for(device)
+            started = clock()
             part()
-            sync()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: min(times) for name, times in seconds.items()}
+            _wait_for(device)
+            seconds[name].append(clock() - started)
+    on_core = (time.thread_time() - begun_thread) / (time.perf_counter() - begun)
+    return {name: min(times) for name, times in seconds.items()}, device.type != "cpu" or on_core > LEAST_ON_CORE
 
 
-def in_steps(seconds: Iterable[float], step: float) -> tuple[float, ...]:
-    """Seconds in steps, never falling with the number of rows: what falls is noise."""
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def in_steps(seconds: Iterable[float], rows: Iterable[int], step: float) -> tuple[float, ...]:
+    """
+    Seconds in steps. What falls with the number of rows, or is more than as many forwards of one row, is noise.
+    """
     steps: list[float] = []
-    for value in seconds:
-        steps.append(max(value / step, *steps[-1:]) if steps else value / step)
+    for value, most in zip(seconds, rows, strict=True):
+        steps.append(max(min(value / step, float(most)), *steps[-1:]) if steps else min(value / step, float(most)))
     return tuple(steps)
 
 
@@ -210,14 +228,20 @@ def kept_costs(target: str, draft: str) -> Iterator[tuple[Path, dict[str, Any], 
 _KNOWN: dict[str, RoundCosts] = {}
 
 
-def round_costs(target: PreTrainedModel, draft: PreTrainedModel, measure: Callable[[], RoundCosts]) -> RoundCosts:
-    """The costs of a target and a draft here: known, kept in the file, or measured now."""
+def round_costs(
+    target: PreTrainedModel, draft: PreTrainedModel, measure: Callable[[], tuple[RoundCosts, bool]]
+) -> RoundCosts:
+    """
+    The costs of a target and a draft here: known to this process, kept in the file, or measured now, by a function
+    that also tells whether they are to be kept.
+    """
     key = costs_key(target, draft)
     path = str(costs_path(key))
     if path not in _KNOWN:
         costs = read_costs(key)
         if costs is None:
-            costs = measure()
-            write_costs(key, costs, (target.name_or_path, draft.name_or_path))
+            costs, is_kept = measure()
+            if is_kept:
+                write_costs(key, costs, (target.name_or_path, draft.name_or_path))
         _KNOWN[path] = costs
     return _KNOWN[path]
