@@ -1,5 +1,6 @@
 """Measures what rounds cost: forwards of the target over trees, levels of the draft."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -35,7 +36,7 @@ def measure_round_costs(target: PreTrainedModel, draft: PreTrainedModel) -> tupl
         target_rows=TARGET_ROWS,
         target_steps=in_steps((seconds[f"target {rows}"] for rows in TARGET_ROWS), TARGET_ROWS, step),
         draft_rows=DRAFT_ROWS,
-        draft_steps=in_steps((seconds[f"draft {rows}"] for rows in DRAFT_ROWS), DRAFT_ROWS, step),
+        draft_steps=in_steps((seconds[f"draft {rows}"] for rows in DRAFT_ROWS), [math.inf] * len(DRAFT_ROWS), step),
         step_seconds=step,
     )
     logger.info("Measured%s: %s.", "" if is_quiet else ", though the machine has other work", costs)

@@ -127,12 +127,12 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize()
 
 
-def in_steps(seconds: Iterable[float], rows: Iterable[int], step: float) -> tuple[float, ...]:
+def in_steps(seconds: Iterable[float], most_steps: Iterable[float], step: float) -> tuple[float, ...]:
     """
-    Seconds in steps. What falls with the number of rows, or is more than as many forwards of one row, is noise.
+    Seconds in steps. What falls with the number of rows, or exceeds what it can be at most, is noise.
     """
     steps: list[float] = []
-    for value, most in zip(seconds, rows, strict=True):
+    for value, most in zip(seconds, most_steps, strict=True):
         steps.append(max(min(value / step, float(most)), *steps[-1:]) if steps else min(value / step, float(most)))
     return tuple(steps)
 
