@@ -1,4 +1,4 @@
-"""A pipeline with a draft. Pass the loaded draft: a pipeline cannot load a custom class from a name."""
+"""A pipeline with a draft. `assistant_model` may also be the name of a draft, where this package is imported."""
 
 from _targets import example_arguments, load_draft, load_target
 from transformers import pipeline
