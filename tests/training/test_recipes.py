@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from transformers_confu import ConFuConfig, ConFuDraftModel, cli
+from transformers_confu.inference.knobs import ConFuKnobs
 from transformers_confu.training import train
 
 
@@ -145,7 +146,7 @@ def test_all_stages_train_a_draft_for_the_architecture(name, tmp_path):
     assert [stage["stage"] for stage in recipe["stages"]] == ["core", "contemplation", "joint"]
     draft = ConFuDraftModel.from_pretrained(tmp_path / "runs" / "joint")
     core = ConFuDraftModel.from_pretrained(tmp_path / "runs" / "core")
-    assert draft.generation_config.confu_depth == recipe["ttt_steps"]
+    assert not ConFuKnobs.of(draft.generation_config), "rounds stay automatic"
     assert draft.config.rotate_soft_prompts and draft.config.num_soft_prompts == 16
     for part in ("layers.0.mlp.up_proj.weight", "future_channel.soft_prompts"):
         assert not torch.equal(draft.get_parameter(part), core.get_parameter(part))

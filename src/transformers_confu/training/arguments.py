@@ -73,8 +73,8 @@ class ConFuTrainingArguments(TrainingArguments):
     )
     loss: str = option("Between target and draft: kl is the paper's; see `losses.py`.", "kl", choices=list(LOSSES))
     ttt_steps: int = option(
-        "Steps that the draft is run on its own output. `confu train` makes them its `confu_depth`, the depth in "
-        "decoding, except in stage contemplation. The router of [con] lags up to one more.",
+        "Steps that the draft is run on its own output; levels of a tree beyond them it has not learned. The router "
+        "of [con] lags up to one more.",
         6,
     )
     ttt_decay: float = option("Weight of TTT step s in the loss is this to the power s.", 0.8)

@@ -253,7 +253,7 @@ def draft_of_run(
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
 ) -> ConFuDraftModel:
-    """The given draft or a new one, with the knobs of decoding that the stage leaves it with."""
+    """The given draft or a new one; a new one of stage core decodes without its untrained channel."""
     if arguments.draft is None:
         draft = new_draft(target, tokenizer, dataset, arguments)
         if training.stage == "core":  # its channel stays untrained, as that of a converted draft is
@@ -264,9 +264,6 @@ def draft_of_run(
         if training.stage != "core" and is_channel_untrained(draft):  # of a converted draft, or one of stage core
             size = draft.config.num_soft_prompts
             start_future_channel(draft, target, instruction_ids(tokenizer, arguments.instruction, size))
-    if training.stage != "contemplation":
-        # Steps beyond those it is trained for get worse.
-        draft.generation_config.confu_depth = training.ttt_steps
     return draft
 
 
