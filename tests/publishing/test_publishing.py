@@ -17,7 +17,8 @@ from transformers.utils import logging
 import transformers_confu
 from helpers import make_tiny_draft, make_tiny_target
 from hub_stand_in import HubServer
-from transformers_confu import cli
+from transformers_confu import cli, confu_generation_config
+from transformers_confu.inference.target import TargetRunner
 from transformers_confu.publishing import publish as hub
 from transformers_confu.publishing.model_card import CARD_FILE, CardFacts
 from transformers_confu.publishing.publish import CHECK_PROMPTS, publish
@@ -277,6 +278,56 @@ def test_ties_are_told_apart_from_faults(draft, target, tokenizer, monkeypatch):
     assert ", 0 equal plain `generate`'s, 1 part at a tie of two scores" in check
 
 
+def test_the_gain_is_the_difference_of_two_counts(draft, target, tokenizer, monkeypatch):
+    """Counted from outside: verifications of trees, and lengths of texts."""
+    verified, prompts = [], ["One prompt.", "And another one."]
+    verify = TargetRunner.verify
+    monkeypatch.setattr(
+        TargetRunner, "verify", lambda *args, **options: verified.append(1) or verify(*args, **options)
+    )
+    taus = []
+    for rows in (0, 16):
+        knobs = {"confu_tree_size": 16, "confu_depth": 4, "confu_branching": 8, "confu_contemplation": rows}
+        config = confu_generation_config(target, max_new_tokens=16, do_sample=False, **knobs)
+        inputs = [hub.encode(prompt, tokenizer) for prompt in prompts]
+        target.generate(**inputs[0], assistant_model=draft, generation_config=config)  # proves the target first
+        verified.clear()
+        texts = [target.generate(**one, assistant_model=draft, generation_config=config) for one in inputs]
+        tokens = sum(text.shape[1] - one["input_ids"].shape[1] - 1 for one, text in zip(inputs, texts, strict=True))
+        taus.append(tokens / len(verified))
+    said = hub.measure_future_gain(target, draft, tokenizer, prompts)
+    assert taus[0] != taus[1]
+    assert draft.generation_config.confu_future_gain == round(taus[1] - taus[0], 2)
+    assert f"tau {taus[1]:.2f} with future predictions, {taus[0]:.2f} without, of 2 greedy answers" in said
+
+
+def test_no_gain_of_an_untrained_channel(draft, target, tokenizer, monkeypatch):
+    draft.generation_config.confu_contemplation = 0
+    monkeypatch.setattr(target, "generate", lambda **_: pytest.fail("nothing is to be decoded"))
+    assert "the future channel is untrained" in hub.measure_future_gain(target, draft, tokenizer, ["One."])
+    assert not hasattr(draft.generation_config, "confu_future_gain")
+
+
+def test_the_gain_is_published_and_told(command, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "One."}\n{"prompt": "Two."}\n{"prompt": "Three."}\n')
+    prompts = f"--prompts={tmp_path / 'prompts.jsonl'}"
+    assert command("--dry_run", str(tmp_path / "out"), prompts) == 0
+    gain = json.loads((tmp_path / "out" / "generation_config.json").read_text())["confu_future_gain"]
+    said = capsys.readouterr().err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"`confu_future_gain` {gain}: tau " in said and "of 3 greedy answers" in said
+    assert f"`confu_future_gain` {gain}: tau " in card and f"`confu_future_gain={gain}`" in card
+    # A gain that is given stays, and nothing is measured.
+    assert command("--dry_run", str(tmp_path / "given"), "--confu_future_gain=0.25") == 0
+    assert json.loads((tmp_path / "given" / "generation_config.json").read_text())["confu_future_gain"] == 0.25
+    assert "tau" not in capsys.readouterr().err
+    assert command("--dry_run", str(tmp_path / "both"), prompts, "--confu_future_gain=0.25") == 1
+    assert "give one of the two" in capsys.readouterr().err
+    (tmp_path / "prompts.jsonl").write_text('{"question": "One."}\n')
+    assert command("--dry_run", str(tmp_path / "other"), prompts) == 1
+    assert "expected rows with a text `prompt`" in capsys.readouterr().err
+
+
 # The command
 
 
@@ -312,7 +363,7 @@ def test_the_command_publishes_with_knobs(command, server, nothing_left, capsys,
     assert files.keys() == FILES and server.private["org/draft"] is True
     assert files["LICENSE"] == b"Mine."
     knobs = {name: value for name, value in json.loads(files["generation_config.json"]).items() if "confu" in name}
-    assert knobs == {"confu_tree_size": 9, "confu_contemplation": 0}
+    assert knobs == {"confu_tree_size": 9, "confu_contemplation": 0}  # and no gain of a channel that is not used
     assert json.loads(files["config.json"])["dtype"] == "bfloat16"
 
 

@@ -7,8 +7,9 @@ on the Hub at most a new repository without files.
 
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import distribution
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers.utils import logging
 
 from ..common.demo_target import HUB_ID
 from ..common.files import share
+from ..common.jsonl import read_jsonl
 from ..common.loading import (
     TargetOptions,
     dtype_named,
@@ -38,7 +40,7 @@ from ..common.option_files import option
 from ..common.texts import TIE, first_difference
 from ..inference.configuration_confu import ConFuConfig
 from ..inference.custom_generate import generate
-from ..inference.knobs import ConFuKnobs
+from ..inference.knobs import ConFuKnobs, confu_generation_config
 from ..inference.modeling_confu import ConFuDraftModel
 from .compatibility import Finding, check_compatibility
 from .model_card import CARD_FILE, CardFacts, model_card
@@ -55,6 +57,7 @@ CHECK_PROMPTS = [
     "Translate into French: Good morning! The train to Paris leaves at nine.",
 ]
 CHECK_TOKENS = 64
+GAIN_TREE = {"confu_tree_size": 16, "confu_depth": 4, "confu_branching": 8}
 
 
 def check_exactness(
@@ -104,6 +107,39 @@ def check_exactness(
     )
 
 
+def measure_future_gain(
+    target: PreTrainedModel, draft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
+) -> str:
+    """
+    Measure `confu_future_gain` and write it into the draft's generation config: tau with a contemplate row for every
+    node, less tau without any, of greedy answers by trees of 16 nodes.
+
+    Returns:
+        What was measured, or why nothing was, as a sentence for the card.
+    """
+    if getattr(draft.generation_config, "confu_contemplation", None) == 0:
+        return "`confu_future_gain` was not measured: the future channel is untrained (`confu_contemplation` is 0)."
+    emitted: dict[int, list[list[int]]] = {0: [], GAIN_TREE["confu_tree_size"]: []}  # by C: of each answer, by round
+    for prompt in tqdm(prompts, desc="Measuring the gain", unit="answer"):
+        inputs = encode(prompt, tokenizer).to(target.device)
+        for rows, answers in emitted.items():
+            config = confu_generation_config(
+                target, do_sample=False, max_new_tokens=CHECK_TOKENS, confu_contemplation=rows, **GAIN_TREE
+            )
+            target.generate(**inputs, assistant_model=draft, generation_config=config)
+            answers.append(draft.last_statistics.emitted)
+    if not all(any(answers) for answers in emitted.values()):
+        return "`confu_future_gain` was not measured: every answer ended with its first token."
+    without, full = (sum(map(sum, answers)) / sum(map(len, answers)) for answers in emitted.values())
+    gain = round(full - without, 2)
+    draft.generation_config.confu_future_gain = gain
+    apart = [sum(b) / len(b) - sum(a) / len(a) for a, b in zip(*emitted.values(), strict=True) if a and b]
+    return (
+        f"`confu_future_gain` {gain}: tau {full:.2f} with future predictions, {without:.2f} without, of {len(prompts)} "
+        f"greedy answers of up to {CHECK_TOKENS} tokens ({min(apart):+.2f} to {max(apart):+.2f} by answer), trees of 16."
+    )
+
+
 def encode(prompt: str, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
     """A prompt as the target's users would put it: a chat turn where there is a chat template."""
     if tokenizer.chat_template is None:
@@ -150,6 +186,7 @@ def publish(
     token: str | bool | None = None,
     commit_message: str = "Upload ConFu draft",
     licences: Iterable[Path] = (),
+    prompts: Sequence[str] | None = None,
 ) -> str:
     """
     Publish a draft, or write the folder that would be.
@@ -176,6 +213,8 @@ def publish(
             if it is not there.
         licences (`Iterable[Path]`): Files to go along, such as the `LICENSE` of the weights. Without any it is this
             package's, which holds for the code in the repository.
+        prompts (`Sequence[str]`, *optional*): Held-out prompts to measure `confu_future_gain` on. Without any, those
+            of the check serve, unless the draft's generation config has a gain.
 
     Returns:
         `str`: Address of the commit or pull request; in a dry run, the folder.
@@ -195,7 +234,7 @@ def publish(
         beside.mkdir(parents=True, exist_ok=True)  # a folder moves in one step only within its file system
     with tempfile.TemporaryDirectory(prefix=".confu-publish-", dir=beside) as scratch:
         folder = Path(scratch, "draft")
-        build(folder, draft, target, tokenizer, repo_id, facts, licences)
+        build(folder, draft, target, tokenizer, repo_id, facts, licences, prompts)
         if dry_run is not None:
             os.replace(folder, dry_run)
             return str(dry_run)
@@ -272,6 +311,7 @@ def build(
     repo_id: str | None,
     facts: CardFacts,
     licences: Iterable[Path] = (),
+    prompts: Sequence[str] | None = None,
 ) -> None:
     """Write all that is published into a new folder, after a check of what was written."""
     draft.save_pretrained(folder)
@@ -283,7 +323,12 @@ def build(
         text = distribution("transformers-confu").read_text("licenses/LICENSE")
         (folder / "LICENSE").write_text(text, encoding="utf-8")
     saved = AutoModel.from_pretrained(folder, trust_remote_code=True).to(target.device)
-    check = check_exactness(target, saved, tokenizer, CHECK_PROMPTS)
+    gain = ""
+    if prompts or getattr(saved.generation_config, "confu_future_gain", None) is None:
+        gain = measure_future_gain(target, saved, tokenizer, prompts or CHECK_PROMPTS)
+        print(gain, file=sys.stderr)
+        saved.generation_config.save_pretrained(folder)
+    check = f"{check_exactness(target, saved, tokenizer, CHECK_PROMPTS)} {gain}".rstrip()
     write_card(folder, facts, repo_id or f"your-organisation/{Path(draft.name_or_path or 'draft').name}", check)
     share(folder)
 
@@ -299,6 +344,10 @@ class PublishOptions:
     license: str | None = option("Licence of the weights, such as apache-2.0.")
     language: list[str] | None = option("Languages, such as en de.")
     datasets: list[str] | None = option("Ids of the training data on the Hub.")
+    prompts: str | None = option(
+        "JSONL file of held-out rows with a `prompt`, to measure `confu_future_gain` on; a few prompts of our own if not "
+        "given."
+    )
     private: bool = option("Make a new repository private.", False)
     revision: str | None = option("Branch to push to; made if it is not there.")
     create_pr: bool = option("Open a pull request.", False)
@@ -313,6 +362,14 @@ class PublishOptions:
         facts = CardFacts.load(path) if self.card or path.is_file() else CardFacts()
         given = {name: getattr(self, name) for name in ("base_model", "license", "language", "datasets")}
         return replace(facts, **{name: value for name, value in given.items() if value is not None})
+
+
+def read_prompts(path: str) -> list[str]:
+    """The texts `prompt` of a JSONL file."""
+    prompts = [row.get("prompt") for row in read_jsonl(path)]
+    if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+        raise ValueError(f"{path}: expected rows with a text `prompt`, and at least one.")
+    return prompts
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -344,6 +401,9 @@ def main(argv: list[str] | None = None) -> None:
         print(Path(positional.draft, "README.md"))
         return
     check_arguments(positional.repository, facts, options.dry_run, options.revision, options.create_pr)
+    if options.prompts and positional.confu_future_gain is not None:
+        raise ValueError("--confu_future_gain says what --prompts would measure; give one of the two.")
+    prompts = read_prompts(options.prompts) if options.prompts else None
     tokenizer = load_tokenizer(positional.target, loading.trust_remote_code)
     target_config = load_target_config(positional.target, loading.trust_remote_code)
     require_fit(check_compatibility(target_config, tokenizer, positional.draft, loading.trust_remote_code))
@@ -367,6 +427,7 @@ def main(argv: list[str] | None = None) -> None:
             token=options.token,
             commit_message=options.commit_message,
             licences=[file for name in ("LICENSE*", "NOTICE*") for file in Path(positional.draft).glob(name)],
+            prompts=prompts,
         )
     except OSError as error:  # all that the Hub refuses is one
         raise OSError(f"Not published: {error}") from error
