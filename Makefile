@@ -23,7 +23,7 @@ demo: $(STAMP)  ## decode with a draft beside plain generate, on a small real mo
 	$(RUN) confu demo
 
 test: lint  ## everything CI runs: lint, types, tests (PYTEST_ARGS="-m 'not slow'" for the quick part)
-	$(RUN) pytest $(PYTEST_ARGS)
+	$(RUN) OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff and mypy, without changing a file
 	$(RUN) ruff check .
