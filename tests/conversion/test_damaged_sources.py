@@ -41,31 +41,28 @@ def refusal(folder, target, **overrides) -> str:
         ("bin", "pytorch_model.bin"),
     ],
 )
-@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
-def test_a_truncated_file(tmp_path, target, files, damaged, kept):
+def test_a_truncated_file(tmp_path, target, files, damaged):
     path = flat().write(tmp_path, files) / damaged
     content = path.read_bytes()
-    path.write_bytes(content[: int(kept * len(content))])
-    message = refusal(tmp_path, target)
-    assert damaged in message and "damaged" in message
+    for kept in (0.99, 0.0):
+        path.write_bytes(content[: int(kept * len(content))])
+        message = refusal(tmp_path, target)
+        assert damaged in message and "damaged" in message
 
 
-def test_a_missing_shard(tmp_path, target):
-    flat().write(tmp_path, "shards")
-    (tmp_path / "model-00001-of-00002.safetensors").unlink()
-    assert "names the file model-00001-of-00002.safetensors, which is not in" in refusal(tmp_path, target)
-
-
-def test_an_index_that_leads_out_of_the_folder(tmp_path, target):
+def test_a_missing_shard_and_an_index_that_leads_out_of_the_folder(tmp_path, target):
     """A shard is looked for beside its index only."""
     flat().write(tmp_path / "source", "shards")
     (tmp_path / "source" / "model-00001-of-00002.safetensors").rename(tmp_path / "model-00001-of-00002.safetensors")
     index = tmp_path / "source" / "model.safetensors.index.json"
-    index.write_text(index.read_text().replace("model-00001", "../model-00001"))
-    assert "names the file model-00001-of-00002.safetensors, which is not in" in refusal(tmp_path / "source", target)
+    for name in ("model-00001", "../model-00001"):
+        index.write_text(index.read_text().replace("model-00001", name))
+        message = refusal(tmp_path / "source", target)
+        assert "names the file model-00001-of-00002.safetensors, which is not in" in message
 
 
-def test_missing_and_invalid_json(tmp_path, target):
+def test_missing_files_and_invalid_json(tmp_path, target):
+    assert "'no/such/folder' is neither a folder nor the id of a Hub repository." in refusal("no/such/folder", target)
     assert "holds no config.json" in refusal(tmp_path, target)
     (tmp_path / "config.json").write_text('{"hidden_size": 3')
     assert "is no valid JSON" in refusal(tmp_path, target)
@@ -85,7 +82,7 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
-def test_code_in_a_pickle_is_not_run(tmp_path, target):
+def test_a_pickle_may_hold_nothing_but_tensors(tmp_path, target):
     proof = tmp_path / "was run"
     flat().write(tmp_path / "source", "bin")
     file = tmp_path / "source" / "pytorch_model.bin"
@@ -95,16 +92,8 @@ def test_code_in_a_pickle_is_not_run(tmp_path, target):
     assert not proof.exists()
     torch.load(file, weights_only=False)  # it would have run
     assert proof.exists()
-
-
-def test_a_pickle_of_something_else(tmp_path, target):
-    flat().write(tmp_path, "bin")
-    torch.save({"model": {"fc.weight": torch.zeros(1)}}, tmp_path / "pytorch_model.bin")
-    assert "holds no plain dictionary of tensors" in refusal(tmp_path, target)
-
-
-def test_a_name_that_is_no_repository(target):
-    assert "'no/such/folder' is neither a folder nor the id of a Hub repository." in refusal("no/such/folder", target)
+    torch.save({"model": {"fc.weight": torch.zeros(1)}}, file)
+    assert "holds no plain dictionary of tensors" in refusal(tmp_path / "source", target)
 
 
 def test_a_repository_is_downloaded_with_pickles_only_where_there_is_nothing_better(tmp_path, target, monkeypatch):
@@ -178,7 +167,6 @@ WRONG_WEIGHTS = {
         lambda w: w.update({"d2t": (w["d2t"] + torch.arange(40)).flip(0) - torch.arange(40)}),
         "`d2t` and `t2d` name different tokens",
     ),
-    "d2t off by one": (lambda w: w["d2t"].add_(1), "`d2t` and `t2d` name different tokens"),
     "d2t alone, beyond the vocabulary": (
         lambda w: (w.pop("t2d"), w["d2t"][-1:].add_(97)),
         "`d2t` and `t2d` name different tokens: `d2t` leads to",
@@ -186,7 +174,6 @@ WRONG_WEIGHTS = {
     "short d2t": (lambda w: w.update({"d2t": w["d2t"][:-1].clone()}), "`d2t` has the shape (39,), expected (40,)"),
     "d2t of floats": (lambda w: w.update({"d2t": w["d2t"].float()}), "`d2t` holds torch.float32"),
     "short t2d": (lambda w: w.update({"t2d": w["t2d"][:-1].clone()}), "`t2d` has the shape (96,), expected (97,)"),
-    "t2d of one more": (lambda w: w["t2d"].fill_(True), "which marks 97"),
 }
 
 
@@ -212,18 +199,12 @@ def test_the_first_names_of_eagle_3_1_are_understood(tmp_path, target):
     assert torch.equal(draft.fc_norm[2].weight, source.weights()["fc_norm.2.weight"])
 
 
-def test_a_map_without_its_inverse_is_completed(tmp_path, target):
-    write_checkpoint(tmp_path, flat().config(), changed_weights(flat(), lambda w: w.pop("t2d")))
-    assert torch.equal(convert_eagle3(tmp_path, target).t2d, flat().weights()["t2d"])
-
-
-@pytest.mark.parametrize("said", [{}, {"draft_vocab_size": None}])
-def test_a_config_silent_on_the_draft_vocabulary_is_completed(tmp_path, target, said):
-    config = flat().config()
-    del config["draft_vocab_size"]
-    write_checkpoint(tmp_path, config | said, changed_weights(flat(), lambda w: None))
+def test_a_map_without_its_inverse_or_its_size_is_completed(tmp_path, target):
+    config = flat().config() | {"draft_vocab_size": None}
+    write_checkpoint(tmp_path, config, changed_weights(flat(), lambda w: w.pop("t2d")))
     draft = convert_eagle3(tmp_path, target)
     assert draft.config.draft_vocab_size == 40 and torch.equal(draft.d2t, flat().weights()["d2t"])
+    assert torch.equal(draft.t2d, flat().weights()["t2d"])
 
 
 # Config
@@ -239,13 +220,10 @@ def nested(ids: list[int]) -> dict:
 WRONG_CONFIGS = {
     "no sizes": ({"hidden_size": None, "intermediate_size": None}, "has no `hidden_size`, `intermediate_size`."),
     "inner size": ({"intermediate_size": 60}, "layers.0.mlp.gate_proj.weight is (56, 32), expected (60, 32)"),
-    "head size": ({"head_dim": 10}, "layers.0.self_attn.q_proj.weight is (32, 64), expected (40, 64)"),
     "draft vocabulary": ({"draft_vocab_size": 50}, "`d2t` has the shape (40,), expected (50,)"),
     "vocabulary": ({"vocab_size": 100}, "made for a target with `vocab_size=100`, but this one has 97"),
-    "width of another target": ({"hidden_size": 64}, "a target with `hidden_size=64`, but this one has 32"),
     "width of the target": ({"target_hidden_size": 48}, "a target with `hidden_size=48`, but this one has 32"),
     "swapped layer ids": (nested([3, 1, 5]), "taps the inputs of layers [4, 2, 6], in this order"),
-    "layer twice": (nested([1, 1, 5]), "taps the inputs of layers [2, 2, 6], in this order"),
     "layer ids of a deeper target": (nested([1, 15, 28]), "layers [2, 16, 29], but the target has 8 layers"),
     "last layer": (nested([1, 3, 7]), "taps the output of the target's last layer, 7."),
     "four layer ids": (nested([1, 2, 3, 5]), "but the 4 taps [2, 3, 4, 6]"),
@@ -254,7 +232,6 @@ WRONG_CONFIGS = {
         "lists the layer outputs [1, 3, 5], which are the inputs of layers [2, 4, 6], but",
     ),
     "a norm without weights": ({"fc_norm": True}, "says `fc_norm: true`, but its weights lack what belongs to it"),
-    "biases without weights": ({"attention_bias": True}, "says `attention_bias: true`, but its weights lack"),
     "inside and outside": (
         {"norm_output": False, "eagle_config": {"norm_output": True}},
         "says `norm_output` both true and false",
@@ -362,8 +339,8 @@ def test_a_longer_target_does_not_change_the_frequencies(tmp_path, target, scali
     assert torch.equal(draft.rotary_emb.inv_freq, LlamaRotaryEmbedding(own).inv_freq)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_the_dtype_of_the_source_is_kept(tmp_path, target, dtype):
+def test_the_dtype_of_the_source_is_kept(tmp_path, target):
+    dtype = torch.float16
     flat().write(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in weights.items()}

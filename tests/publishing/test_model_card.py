@@ -1,10 +1,7 @@
 """The model card: metadata that the Hub can read, every fact in its place, and no gap."""
 
 import json
-import tomllib
-from pathlib import Path
 
-import jinja2.meta
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -14,12 +11,10 @@ from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuConfig
 from transformers_confu.publishing.model_card import (
     CARD_FILE,
-    TEMPLATE,
     CardFacts,
     Evaluation,
     add_evaluation,
     describe,
-    licence,
     model_card,
 )
 
@@ -113,35 +108,22 @@ def test_every_fact_is_in_the_text():
     assert not any(blank in text for blank in ("\n\n\n", "{{", "{%", "None", "More Information Needed"))
 
 
-@pytest.mark.parametrize("facts", [CardFacts(), CardFacts("org/target", "apache-2.0")], ids=["nothing", "the least"])
-def test_a_card_is_whole_whatever_is_known(facts):
+@pytest.mark.parametrize(
+    ("facts", "licence"),
+    [
+        (CardFacts(), "not stated yet"),
+        (CardFacts("org/target", "apache-2.0"), "Apache-2.0"),
+        (CardFacts("org/target", "mit"), "MIT"),
+    ],
+)
+def test_a_card_is_whole_whatever_is_known(facts, licence):
     card = model_card(facts, CONFIG, "org/draft")
+    assert f"Weights: {licence}." in card.text
     assert "model-index" not in card.data.to_dict() and "model_name" not in card.data.to_dict()
     assert ("base_model_relation" in card.data.to_dict()) == (facts.base_model is not None)
     assert "No benchmark has been recorded" in card.text and "How this draft was trained is not recorded." in card.text
     assert not any(blank in card.text for blank in ("\n\n\n", "{{", "{%", "None"))
     assert str(ModelCard(str(card))) == str(card)
-
-
-@pytest.mark.parametrize(
-    ("id", "spelled"),
-    [("mit", "MIT"), ("apache-2.0", "Apache-2.0"), ("llama3.2", "llama3.2"), (None, "not stated yet")],
-)
-def test_licences_are_spelled_as_their_authors_do(id, spelled):
-    assert licence(CardFacts(license=id)) == spelled
-
-
-def test_the_template_uses_no_name_that_it_is_not_given():
-    # Jinja renders an unknown name as nothing.
-    names = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(TEMPLATE.read_text()))
-    assert names == {"card_data", "facts", "repo_id", "description", "licence", "check"}
-
-
-def test_the_card_asks_for_the_transformers_that_the_package_asks_for():
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    (needed,) = [line for line in project["dependencies"] if line.startswith("transformers>=")]
-    version = needed.removeprefix("transformers>=").removesuffix(".0")
-    assert f"Needs Transformers {version} or newer" in TEMPLATE.read_text()
 
 
 @pytest.mark.parametrize("own_embeddings", [False, True])
@@ -190,32 +172,22 @@ def row(**figures) -> dict:
     [
         ({"licence": "mit"}, "`licence` is not known; there are base_model, license, "),
         ({"license": False}, "`license` of the card is False; it must be a text"),
-        ({"base_model": "target"}, "`base_model` of the card is 'target'; expected the target's id"),
         ({"base_model": "/models/target"}, "`base_model` of the card is '/models/target'; expected the target's id"),
         ({"license": "other"}, "needs `license_name` and `license_link`"),
         ({"limits": "Slow."}, "`limits` of the card is 'Slow.'; it must be a list of texts"),
-        ({"datasets": None}, "`datasets` of the card is None; it must"),
         # Both pass the check of a card's form and are refused by the Hub, after everything else is done.
         ({"datasets": ["/data/answers"]}, "names '/data/answers'; expected ids of the Hub, such as 'org/answers'"),
         ({"language": ["English"]}, "names 'English'; expected codes such as 'en'"),
         (["a list"], "expected names and values"),
-        ({"evaluations": None}, "`evaluations` is None; expected a list"),
+        ("a: [", "while parsing"),
         ({"evaluations": [{"dataset": "x"}]}, "`evaluations`: missing 3 required positional arguments: 'dataset_id'"),
-        (row(tau=1), "A row of the evaluation on x is {'tau': 1}; expected `arm`"),
         (row(arm="ConFu", speedup=1), "'speedup': 1}; expected `arm`, and of the others any of contemplation"),
         (row(arm="ConFu", tau=[1.5, 1.4]), r"`tau` of 'ConFu' is \[1.5, 1.4\]; expected a number or \[median"),
-        (row(arm="ConFu", tau="2"), "`tau` of 'ConFu' is '2'; expected a number"),
     ],
 )
 def test_facts_that_cannot_be_are_refused_with_the_file_named(content, message, tmp_path):
     path = tmp_path / CARD_FILE
-    path.write_text(json.dumps(content))  # which is YAML
+    path.write_text(content if isinstance(content, str) else json.dumps(content))  # which is YAML
     with pytest.raises(ValueError, match=message) as error:
         CardFacts.load(path)
     assert str(error.value).startswith(str(path))
-
-
-def test_a_broken_file_is_named(tmp_path):
-    (tmp_path / CARD_FILE).write_text("a: [")
-    with pytest.raises(ValueError, match="card.yaml: while parsing"):
-        CardFacts.load(tmp_path / CARD_FILE)
