@@ -125,26 +125,6 @@ def test_lags_and_anchors_are_uniform():
         assert ((counts / counts.float().mean() - 1).abs() < 0.1).all()
 
 
-def test_short_answers():
-    one, two = sampled(make_labels((4, 1)), 4, 6, seed=0), sampled(make_labels((4, 2)), 4, 6, seed=0)
-    assert one.positions.numel() == one.routed_by.numel() == 0
-    assert (one.of_row == -1).all()
-    assert two.positions.tolist() == two.routed_by.tolist() == [[3]]
-    assert two.of_row.tolist() == [[-1, -1, -1, 0, -1, -1]]
-
-
-def test_an_answer_without_a_prompt_starts_at_its_first_token():
-    anchors = sampled(make_labels((0, 4)), 4, 6, seed=0)
-    assert anchors.positions[0, 0] == anchors.routed_by[0, 0] == 0
-
-
-def test_texts_without_rows_share_a_batch_with_others():
-    labels = torch.cat([make_labels((3, 6)), make_labels((9, 0)), make_labels((8, 1))])
-    anchors = sampled(labels, 4, 6, seed=0)
-    assert (anchors.of_row[1:] == -1).all()
-    assert anchors.of_row[0, 2] == 0
-
-
 def test_anchors_of_a_row_follow_from_seed_step_and_row_alone():
     text = make_labels((3, 50))
     sampling = AnchorSampling(replication=4, max_lag=6, seed=1)

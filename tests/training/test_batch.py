@@ -11,16 +11,13 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from transformers_confu.training import ConFuDataCollator
-from transformers_confu.training.batch import TokenBatchSampler
+from transformers_confu.training.batch import TokenBatch, TokenBatchSampler
 
 
 @pytest.mark.parametrize("pad_token_id", [None, 9])
 def test_collator_pads_on_the_right(pad_token_id):
     ids = [torch.arange(1, length + 1) for length in (3, 5, 1)]
-    rows = [
-        {"input_ids": x.tolist(), "labels": (x + 10).tolist(), "row_ids": n, "other": "text"}
-        for n, x in enumerate(ids, start=7)
-    ]
+    rows = [{"input_ids": x.tolist(), "labels": (x + 10).tolist(), "other": "text"} for x in ids]
     batch = ConFuDataCollator(pad_token_id)(rows)
     for name, tensors, fill in (
         ("input_ids", ids, pad_token_id or 0),
@@ -29,8 +26,11 @@ def test_collator_pads_on_the_right(pad_token_id):
     ):
         assert batch[name].dtype == torch.long
         assert torch.equal(batch[name], pad_sequence(tensors, batch_first=True, padding_value=fill))
-    assert batch["row_ids"].tolist() == [7, 8, 9]
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "row_ids"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    # The key of a row is that of its content, whatever it shares a batch with.
+    keys = TokenBatch.of(batch).row_keys
+    assert len(set(keys)) == 3 and TokenBatch.of(ConFuDataCollator(5)(rows[2:])).row_keys == keys[2:]
+    assert TokenBatch.of(ConFuDataCollator()([rows[2] | {"labels": [-100]}])).row_keys == keys[2:]
 
 
 def test_collator_refuses_unequal_columns():

@@ -52,8 +52,8 @@ def test_loss_and_gradients_are_those_of_single_rows(rotated):
             counted += 1
             correct += int(logits.argmax() == text[anchor + 2])
     loss.backward()
-    assert counted == objective.counted.item() == objective.rows > 8
-    assert correct == objective.correct.item()
+    assert counted == objective.counts["counted"].item() == objective.counts["rows"] > 8
+    assert correct == objective.counts["correct"].item()
     torch.testing.assert_close(objective.loss_sum, loss)
     torch.testing.assert_close(gradient, draft.future_channel.soft_prompts.grad)
     assert draft.fc.weight.grad is None

@@ -1,7 +1,5 @@
 """Kept features against the target itself, in fp64, where a difference is a fault."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from datasets import Dataset
@@ -17,9 +15,9 @@ from transformers import (
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu.data.fingerprints import fingerprint_of_module, fingerprint_of_target
 from transformers_confu.inference.target import TargetRunner
-from transformers_confu.training.anchors import AnchorSampling
+from transformers_confu.training.anchors import Anchors, AnchorSampling
 from transformers_confu.training.batch import ConFuDataCollator, TokenBatch
-from transformers_confu.training.features import DraftHead, Field, KeptFeatures, RowStore
+from transformers_confu.training.features import KeptFeatures
 from transformers_confu.training.objective import Objective, Recipe, compute_live
 
 
@@ -49,9 +47,8 @@ def pair():
 
 
 def assert_same(one: Objective, other: Objective, draft) -> None:
-    for name in ("loss_sum", "counted", "correct", "correct_so_far", "accepted_so_far"):
-        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-10, atol=1e-10)
-    assert (one.rows, one.rows_with_future) == (other.rows, other.rows_with_future)
+    torch.testing.assert_close(one.loss_sum, other.loss_sum, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(one.counts, other.counts, rtol=1e-10, atol=1e-10)
     parameters = [parameter for parameter in draft.parameters() if parameter.requires_grad]
     ours, theirs = (
         torch.autograd.grad(objective.loss_sum, parameters, allow_unused=True) for objective in (one, other)
@@ -65,25 +62,29 @@ def assert_same(one: Objective, other: Objective, draft) -> None:
 SAMPLING = AnchorSampling(replication=2, max_lag=3, seed=5)
 
 
-def collate(dataset: Dataset, rows: list[int]) -> TokenBatch:
-    return TokenBatch.of(ConFuDataCollator()([dataset[row] for row in rows]))
+def make_batch(*rows: int) -> TokenBatch:
+    """Of rows 0 to 6; all of them if none is named."""
+    dataset = make_dataset()
+    return TokenBatch.of(ConFuDataCollator()([dataset[row] for row in rows or range(7)]))
+
+
+def anchors_of(batch: TokenBatch) -> Anchors:
+    return SAMPLING.draw(batch.labels, batch.row_keys)
 
 
 def test_kept_features_equal_live_ones(pair, tmp_path, monkeypatch):
     target, draft, runner = pair
-    dataset = make_dataset()
-    features = KeptFeatures(draft, runner, dataset, tmp_path)
-    batches = [([4, 1, 6], collate(dataset, [4, 1, 6])), ([0, 2], collate(dataset, [0, 2]))]
-    batches.append(([5, 3, 1], collate(dataset, [5, 3, 1])))
-    for rows, batch in batches:
-        kept = features.compute(batch, rows, None, RECIPE)
+    features = KeptFeatures(draft, runner, tmp_path)
+    batches = [make_batch(4, 1, 6), make_batch(0, 2), make_batch(5, 3, 1)]
+    for batch in batches:
+        kept = features.compute(batch, None, RECIPE)
         assert_same(kept, compute_live(draft, runner, batch, None, RECIPE), draft)
 
-    # Once every row was seen, nobody asks the target, nor does a later run with the same data.
+    # Once every row was seen, nobody asks the target, nor does a later run.
     monkeypatch.setattr(type(target), "forward", None)
-    again = KeptFeatures(draft, runner, dataset, tmp_path)
-    for rows, batch in batches:
-        first, second = (kept.compute(batch, rows, None, RECIPE) for kept in (features, again))
+    again = KeptFeatures(draft, runner, tmp_path)
+    for batch in batches:
+        first, second = (kept.compute(batch, None, RECIPE) for kept in (features, again))
         torch.testing.assert_close(first.loss_sum, second.loss_sum, rtol=0, atol=0)
 
 
@@ -91,42 +92,37 @@ def test_kept_future_predictions_equal_live_ones(pair, tmp_path, monkeypatch):
     target, draft, runner = pair
     draft.future_channel.soft_prompts.requires_grad_(False)
     draft.future_channel.contemplate_token.requires_grad_(False)
-    dataset = make_dataset()
-    features = KeptFeatures(draft, runner, dataset, tmp_path, SAMPLING)
-    rows = [6, 2, 0]
-    batch = collate(dataset, rows)
-    anchors = SAMPLING.draw(batch.labels, rows)
-    live = compute_live(draft, runner, batch, anchors, RECIPE)
-    assert live.rows_with_future > 10
-    assert_same(features.compute(batch, rows, anchors, RECIPE), live, draft)
+    features = KeptFeatures(draft, runner, tmp_path, SAMPLING)
+    batch = make_batch(6, 2, 0)
+    live = compute_live(draft, runner, batch, anchors_of(batch), RECIPE)
+    assert live.counts["rows_with_future"] > 10
+    assert_same(features.compute(batch, anchors_of(batch), RECIPE), live, draft)
     monkeypatch.setattr(type(target), "forward", None)
-    other_order = collate(dataset, [0, 6])
-    features.compute(other_order, [0, 6], SAMPLING.draw(other_order.labels, [0, 6]), RECIPE)
+    other_order = make_batch(0, 6)
+    features.compute(other_order, anchors_of(other_order), RECIPE)
 
 
 def test_kept_features_equal_live_ones_in_mixed_precision(tmp_path):
     """Autocast is for the draft: the target's scores stay as precise as the target."""
     target = make_tiny_target("qwen3", dtype=torch.float32).requires_grad_(False)
     draft = make_tiny_draft(target)
-    runner, dataset = TargetRunner(target, draft.config, draft.future_channel), make_dataset()
-    features = KeptFeatures(draft, runner, dataset, tmp_path)
-    batch = collate(dataset, list(range(7)))
+    runner = TargetRunner(target, draft.config, draft.future_channel)
+    features = KeptFeatures(draft, runner, tmp_path)
+    batch = make_batch()
     with torch.autocast("cpu", torch.bfloat16):
-        kept = features.compute(batch, list(range(7)), None, RECIPE)
+        kept = features.compute(batch, None, RECIPE)
         live = compute_live(draft, runner, batch, None, RECIPE)
     torch.testing.assert_close(kept.loss_sum, live.loss_sum, rtol=1e-5, atol=0)
 
 
-def test_a_folder_of_other_data_target_or_channel_is_refused(pair, tmp_path):
+def test_a_folder_of_another_target_or_channel_is_refused(pair, tmp_path):
     target, draft, runner = pair
-    KeptFeatures(draft, runner, make_dataset(), tmp_path, SAMPLING)
-    with pytest.raises(ValueError, match=r"features made with something else \(dataset was '.*', is '.*'\); name"):
-        KeptFeatures(draft, runner, make_dataset(6), tmp_path, SAMPLING)
+    KeptFeatures(draft, runner, tmp_path, SAMPLING)
 
     def refused(target, draft, what: str) -> None:
         with pytest.raises(ValueError, match=rf"features made with something else \(.*{what} was .*, is "):
             runner = TargetRunner(target, draft.config, draft.future_channel)
-            KeptFeatures(draft, runner, make_dataset(), tmp_path, SAMPLING)
+            KeptFeatures(draft, runner, tmp_path, SAMPLING)
 
     other = make_tiny_draft(target, draft_vocab_size=31)
     with torch.no_grad():
@@ -152,7 +148,7 @@ def test_a_torn_record_is_named(pair, tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "made_with.json").write_text("")
     with pytest.raises(ValueError, match="made_with.json is no valid JSON"):
-        KeptFeatures(draft, runner, make_dataset(), tmp_path)
+        KeptFeatures(draft, runner, tmp_path)
 
 
 def test_the_fingerprint_of_a_target_is_of_what_its_checkpoint_holds():
@@ -178,30 +174,6 @@ def test_the_fingerprint_looks_at_all_columns_of_a_large_weight():
     assert fingerprint_of_module(module) != before
 
 
-def free_space(monkeypatch, size: int) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=size))
-
-
-def test_the_disk_must_hold_what_all_files_still_take(pair, tmp_path, monkeypatch):
-    target, draft, runner = pair
-    dataset = make_dataset()
-    whole = KeptFeatures(draft, runner, dataset, tmp_path, SAMPLING)
-    needed = whole.store.unwritten + whole.futures.unwritten
-    free_space(monkeypatch, needed - 1)
-    with pytest.raises(ValueError, match=r"not yet written take 0\.0 GB, and .* has 0\.0 GB left"):
-        KeptFeatures(draft, runner, dataset, tmp_path / "other", SAMPLING)
-    batch = collate(dataset, [3, 5])
-    whole.compute(batch, [3, 5], SAMPLING.draw(batch.labels, [3, 5]), RECIPE)
-    KeptFeatures(draft, runner, dataset, tmp_path, SAMPLING)  # what is written takes no more room
-
-
-def test_what_a_store_will_take_is_counted(tmp_path):
-    store = RowStore(tmp_path, {}, {"a": Field([1, 3], (5,), torch.float32), "b": Field([2, 2], (), torch.int32)})
-    assert store.unwritten == (4 * 5 + 4) * 4
-    store.write(1, {"a": torch.rand(3, 5), "b": torch.tensor([1, 2])})
-    assert store.unwritten == (5 + 2) * 4 and store.missing([0, 1]) == {0}
-
-
 SCALED = {
     "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=1.04)),
     "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),
@@ -222,10 +194,10 @@ def test_scores_that_are_scaled_or_capped_behind_the_head_are_kept_as_they_are(f
         torch.manual_seed(0)
         target = SCALED[family]().double().eval().requires_grad_(False)
     draft = make_tiny_draft(target, draft_vocab_size=31)
-    runner, dataset = TargetRunner(target, draft.config, draft.future_channel), make_dataset()
-    features = KeptFeatures(draft, runner, dataset, tmp_path)
-    batch = collate(dataset, list(range(7)))
-    kept = features.compute(batch, list(range(7)), None, RECIPE)
+    runner = TargetRunner(target, draft.config, draft.future_channel)
+    features = KeptFeatures(draft, runner, tmp_path)
+    batch = make_batch()
+    kept = features.compute(batch, None, RECIPE)
     assert_same(kept, compute_live(draft, runner, batch, None, RECIPE), draft)
 
 
@@ -233,9 +205,9 @@ def test_scores_that_are_scaled_or_capped_behind_the_head_are_kept_as_they_are(f
 def test_scores_that_follow_in_no_known_way_are_refused(dtype, tmp_path):
     target = make_tiny_target("qwen3", dtype=dtype).requires_grad_(False)
     draft = make_tiny_draft(target, dtype=torch.float32)
-    runner, dataset = TargetRunner(target, draft.config, draft.future_channel), make_dataset()
-    batch = collate(dataset, list(range(7)))
-    KeptFeatures(draft, runner, dataset, tmp_path / "plain").compute(batch, list(range(7)), None, RECIPE)
+    runner = TargetRunner(target, draft.config, draft.future_channel)
+    batch = make_batch()
+    KeptFeatures(draft, runner, tmp_path / "plain").compute(batch, None, RECIPE)
 
     def scale_last_row(module, args, output):
         if output.shape[:-1].numel() == int(batch.teaching_positions.sum()):  # not when its rows are read off
@@ -244,13 +216,6 @@ def test_scores_that_follow_in_no_known_way_are_refused(dtype, tmp_path):
         return output
 
     target.lm_head.register_forward_hook(scale_last_row)
-    features = KeptFeatures(draft, runner, dataset, tmp_path / "scaled")
+    features = KeptFeatures(draft, runner, tmp_path / "scaled")
     with pytest.raises(ValueError, match="The scores of Qwen3ForCausalLM do not follow from its final hidden state"):
-        features.compute(batch, list(range(7)), None, RECIPE)
-
-
-def test_the_head_of_the_draft_vocabulary_scores_as_the_whole_one(pair):
-    target, draft, _ = pair
-    states = torch.randn(5, target.config.hidden_size, dtype=torch.float64)
-    expected = target.lm_head(states)[:, draft.draft_token_ids]
-    torch.testing.assert_close(DraftHead(target, draft.draft_token_ids)(states), expected)
+        features.compute(batch, None, RECIPE)

@@ -75,18 +75,6 @@ def test_a_perfect_draft_loses_nothing_but_what_it_cannot_say():
     torch.testing.assert_close(LOSSES["tv"](p, out_of_vocabulary[1:], p.log()), out_of_vocabulary[1:])
 
 
-def test_acceptance_is_how_often_speculative_sampling_accepts():
-    p, out_of_vocabulary, logits = make_case(rows=2)
-    q = logits.softmax(dim=-1)
-    generator = torch.Generator().manual_seed(3)
-    draws = torch.multinomial(q, 100_000, replacement=True, generator=generator)
-    ratio = ((1 - out_of_vocabulary)[:, None] * p / q).clamp(max=1)
-    accepted = torch.rand(draws.shape, generator=generator, dtype=torch.float64) < ratio.gather(1, draws)
-    torch.testing.assert_close(
-        acceptance(p, out_of_vocabulary, logits), accepted.double().mean(dim=1), rtol=0, atol=0.01
-    )
-
-
 @pytest.mark.parametrize("name", LOSSES)
 def test_extreme_rows_stay_finite_in_float32(name):
     # Drafts and targets that are sure, of the same token and of different ones; a row that is out of the vocabulary.

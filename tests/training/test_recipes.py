@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.commands.launch import launch_command_parser
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
@@ -226,14 +225,3 @@ def test_the_commands_of_the_launch_file_take_their_options(name, tmp_path, caps
         assert end.value.code == 0
         printed = capsys.readouterr().out
         assert all(option in printed for option in command if option.startswith("--"))
-
-
-def test_as_many_processes_train_as_there_are_gpus(name, tmp_path):
-    for gpus in (1, 8):
-        (command,) = [line for line in dry_run(name, tmp_path, GPUS=str(gpus)) if line[0] == "accelerate"]
-        arguments = launch_command_parser().parse_args(command[2:])
-        assert (arguments.num_processes, arguments.multi_gpu) == (gpus, gpus > 1)
-        assert arguments.training_script == "transformers_confu.cli" and arguments.module
-        assert arguments.training_script_args[2:] == [
-            *("--data", f"{name}/answers.jsonl", "--output_dir", f"{name}/runs")
-        ]

@@ -124,36 +124,6 @@ def test_training_steps_are_decoding_steps(name, has_future):
 
 
 @torch.no_grad()
-def test_only_the_asked_rows_are_drafted_from():
-    draft = make_draft()
-    inputs = make_inputs(draft)
-    rows = torch.tensor([[1, 4, 5, 9], [2, 3, 11, 0]])  # in any order, padded by any row
-    inputs["rows"] = rows
-    inputs["sees"] = inputs["sees"].gather(1, rows[..., None].expand(-1, -1, LENGTH))
-    for name in ("future_states", "has_future"):
-        index = rows[..., None].expand(-1, -1, inputs[name].shape[-1]) if inputs[name].ndim == 3 else rows
-        inputs[name] = inputs[name].gather(1, index)
-    steps = unrolled(draft, inputs)
-
-    everything = unrolled(draft, make_inputs(draft))
-    for step in range(STEPS):
-        for text in range(BATCH):
-            # Steps that run out of the text draft from arbitrary tokens.
-            inside = rows[text] + 1 + step < LENGTH
-            got, expected = steps[step][text, inside], everything[step][text, rows[text, inside]]
-            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
-
-
-@torch.no_grad()
-def test_hidden_true_rows_might_as_well_not_be_there():
-    draft = make_draft()
-    inputs = make_inputs(draft)
-    inputs["sees"] = inputs["sees"].clone()
-    inputs["sees"][1, :, :4] = False  # another document, or padding, before the second text
-    assert_steps_decode(draft, inputs, first=(0, 4))
-
-
-@torch.no_grad()
 def test_a_row_depends_on_no_other_rows_future():
     draft = make_draft()
     inputs = make_inputs(draft)
@@ -165,17 +135,3 @@ def test_a_row_depends_on_no_other_rows_future():
     for step in range(STEPS):
         changed = (before[step] != after[step]).any(dim=-1).nonzero().tolist()
         assert changed == [[0, 3]]
-
-
-def test_gradients_flow_through_all_steps_of_a_row():
-    draft = make_draft()
-    inputs = make_inputs(draft)
-    inputs["taps"].requires_grad_(True)
-    inputs["future_states"].requires_grad_(True)
-    *_, last = unrolled(draft, inputs)
-    row = int(inputs["has_future"][0, :8].nonzero()[-1])
-    last[0, row].sum().backward()
-    # Its own output is fed back, not a copy without a graph; and what it sees is taught too.
-    assert (inputs["taps"].grad[0, : row + 1].abs().sum(dim=-1) > 0).all()
-    assert (inputs["taps"].grad[0, row + 1 :] == 0).all() and (inputs["taps"].grad[1] == 0).all()
-    assert inputs["future_states"].grad[0].abs().sum(dim=-1).nonzero().tolist() == [[row]]

@@ -54,24 +54,24 @@ class AnchorSampling:
     max_lag: int
     seed: int = 0
 
-    def draw(self, labels: torch.LongTensor, row_ids: Sequence[int], step: int = 0) -> Anchors:
+    def draw(self, labels: torch.LongTensor, row_keys: Sequence[int], step: int = 0) -> Anchors:
         r"""
         Anchors of a batch.
 
-        Those of a row follow from (seed, step, number of the row) alone. So they are the same however the rows are
+        Those of a row follow from (seed, step, content of the row) alone. So they are the same however the rows are
         dealt out to batches and processes, and a resumed run draws what an uninterrupted one does.
 
         Args:
             labels (`torch.LongTensor` of shape `(batch, length)`): -100 outside of answers.
-            row_ids: Number of each row in its dataset.
+            row_keys: See [`TokenBatch`].
             step: Of the training; 0 for draws that never change.
         """
         rows = draft_rows(labels).cpu()
         starts_run = rows.clone()
         starts_run[:, 1:] &= ~rows[:, :-1]
         positions, routed_by = [], []
-        for is_row, is_start, row_id in zip(rows, starts_run, row_ids, strict=True):
-            words = np.random.SeedSequence((self.seed, step, row_id)).generate_state(1)
+        for is_row, is_start, key in zip(rows, starts_run, row_keys, strict=True):
+            words = np.random.SeedSequence((self.seed, step, key)).generate_state(1)
             generator = torch.Generator().manual_seed(int(words[0]))
             of_text: list[torch.Tensor] = [torch.zeros(0, dtype=torch.long)]
             routers: list[torch.Tensor] = [torch.zeros(0, dtype=torch.long)]

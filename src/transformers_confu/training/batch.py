@@ -1,14 +1,14 @@
 """From rows of a dataset to a batch: which rows share one, how they are padded, and how the objectives read them."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 from ..data.dataset import IGNORE_INDEX
 
@@ -107,23 +107,6 @@ class TokenBatchSampler(Sampler[list[int]]):
         return batches
 
 
-class NumberedRows(Dataset):
-    """Rows of a dataset with their number in `row_ids`, from `first` on. (As a column, `datasets` would copy all.)"""
-
-    def __init__(self, rows: datasets.Dataset, first: int):
-        self.rows, self.first = rows, first
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index] | {"row_ids": self.first + index}
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        rows = self.rows.__getitems__(indices)
-        return [row | {"row_ids": self.first + index} for index, row in zip(indices, rows, strict=True)]
-
-
 @dataclass
 class ConFuDataCollator:
     """
@@ -138,7 +121,7 @@ class ConFuDataCollator:
     - `attention_mask`: 1 on tokens, 0 on padding.
     - `labels`: -100 on padding and on every first token, which nothing foretells.
 
-    and, if the rows have it, `row_ids` `[B]`. Other columns are left out.
+    Other columns are left out.
     """
 
     pad_token_id: int | None = None
@@ -158,10 +141,7 @@ class ConFuDataCollator:
             input_ids[number, :length] = torch.as_tensor(row["input_ids"])
             attention_mask[number, :length] = 1
             labels[number, 1:length] = torch.as_tensor(row["labels"][1:])
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        if "row_ids" in rows[0]:
-            batch["row_ids"] = torch.tensor([row["row_ids"] for row in rows])
-        return batch
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 @dataclass
@@ -189,6 +169,13 @@ class TokenBatch:
         return torch.arange(self.input_ids.shape[1], device=self.input_ids.device).expand_as(self.input_ids)
 
     @cached_property
+    def row_keys(self) -> list[int]:
+        """See [`row_key`]."""
+        lengths = self.attention_mask.sum(dim=1).tolist()
+        rows = zip(self.input_ids.cpu().numpy(), self.labels.cpu().numpy(), lengths, strict=True)
+        return [row_key(ids[:length], labels[:length]) for ids, labels, length in rows]
+
+    @cached_property
     def draft_rows(self) -> torch.BoolTensor:
         """See [`draft_rows`], `(B, T)`."""
         return draft_rows(self.labels)
@@ -208,6 +195,13 @@ class TokenBatch:
         """What rows standing at `columns` `(B, R)` see of the text, `(B, R, T)`: everything up to themselves."""
         index = torch.arange(self.input_ids.shape[1], device=columns.device)
         return (index <= columns[..., None]) & self.attention_mask.bool()[:, None]
+
+
+def row_key(input_ids: np.ndarray, labels: np.ndarray) -> int:
+    """A number of 64 bits that follows from what a row holds, as the collator reads it."""
+    content = np.stack([input_ids, labels]).astype(np.int64)
+    content[1, 0] = IGNORE_INDEX
+    return int.from_bytes(hashlib.sha256(content.tobytes()).digest()[:8])
 
 
 def draft_rows(labels: torch.LongTensor) -> torch.BoolTensor:

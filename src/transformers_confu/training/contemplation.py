@@ -12,6 +12,7 @@ from ..inference.modeling_confu import ConFuDraftModel
 from ..inference.target import TargetRunner
 from .anchors import Anchors
 from .batch import TokenBatch
+from .metrics import no_counts
 from .objective import Objective, contemplate_rows, expert_load, nothing_taught
 from .teacher import read_batch
 
@@ -39,12 +40,14 @@ def compute_foresight(draft: ConFuDraftModel, runner: TargetRunner, batch: Token
     expected = batch.labels.gather(1, (anchors.positions + 2).clamp(max=last))[counts].to(logits.device)
     logits = logits[counts.to(logits.device)].to(torch.promote_types(logits.dtype, torch.float32))  # (counted, V)
     correct = (logits.detach().max(dim=-1).indices == expected).sum()[None]
-    return Objective(
-        loss_sum=nn.functional.cross_entropy(logits, expected, reduction="sum"),
-        counted=counts.sum()[None],
-        correct=correct,
-        correct_so_far=correct,
-        rows=int(counts.sum()),
-        rows_with_future=int(counts.sum()),
-        contemplate_load=expert_load(draft.future_channel.contemplate_token, routed_by[counts]),
-    )
+    loss_sum = nn.functional.cross_entropy(logits, expected, reduction="sum")
+    totals = no_counts(draft.config, num_steps=1) | {
+        "loss": loss_sum.detach(),
+        "rows": counts.sum(),
+        "rows_with_future": counts.sum(),
+        "counted": counts.sum()[None],
+        "correct": correct,
+        "correct_so_far": correct,
+        "contemplate_load": expert_load(draft.future_channel.contemplate_token, routed_by[counts]),
+    }
+    return Objective(loss_sum, totals)

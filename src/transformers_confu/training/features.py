@@ -1,4 +1,4 @@
-"""What a frozen target says about a dataset, computed once and kept in files.
+"""What a frozen target says about rows, computed once and kept in files.
 
 More than half of a training step is the forward of a target that says the same in every epoch. Of every token the
 files hold the taps, and of every teaching position the final hidden state, from which the target's logits over the
@@ -9,25 +9,25 @@ no forward of the target at all. The anchors of a row are in that case the same 
 """
 
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from math import prod
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..common.files import differences, read_json, write_atomically
-from ..data.fingerprints import fingerprint_of_dataset, fingerprint_of_module, fingerprint_of_target
+from ..data.fingerprints import fingerprint_of_module, fingerprint_of_target
 from ..inference.modeling_confu import ConFuDraftModel
 from ..inference.target import TargetRunner
 from .anchors import Anchors, AnchorSampling
-from .batch import TokenBatch, draft_rows
+from .batch import TokenBatch, row_key
 from .objective import Objective, Recipe, compute_objective, contemplate
 from .teacher import read_batch, summarize, teach_within
 
@@ -43,30 +43,20 @@ _READ_OPTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Field:
-    """A tensor of every row: so many vectors for each row, of `shape` each."""
-
-    counts: Sequence[int]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class RowStore:
+class RowFiles:
     r"""
-    Tensors of the rows of a dataset in memory-mapped files; each row is written once, in any order, by any process.
+    A folder with a file of tensors for each row, named by the row's key; written once, by any process.
 
     Args:
-        folder: Of the files; made where there is none.
-        made_with: What the tensors depend on, by name; JSON values.
-        fields: By name.
+        folder: Made where there is none.
+        made_with: What the tensors depend on besides the rows, by name; JSON values.
 
     Raises:
         ValueError: the folder holds tensors that were made with something else.
     """
 
-    def __init__(self, folder: Path, made_with: dict[str, Any], fields: dict[str, Field]):
-        self.folder, self.fields = folder, fields
+    def __init__(self, folder: Path, made_with: dict[str, Any]):
+        self.folder = folder
         record = folder / "made_with.json"
         made_with = json.loads(json.dumps(made_with))
         if record.exists() and (changed := differences(read_json(record), made_with)):
@@ -75,151 +65,111 @@ class RowStore:
                 "one to make them anew."
             )
         write_atomically(record, json.dumps(made_with, indent=2))
-        self.offsets = {name: np.concatenate([[0], np.cumsum(field.counts)]) for name, field in fields.items()}
-        num_rows = len(next(iter(fields.values())).counts)
-        self.tensors = {
-            name: self._mapped(name, int(self.offsets[name][-1]), field.shape, field.dtype)
-            for name, field in fields.items()
-        }
-        self.is_written = self._mapped("is_written", num_rows, (), torch.uint8)
 
-    def _mapped(self, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        size = count * prod(shape)
-        if size == 0:
-            return torch.empty((0, *shape), dtype=dtype)
-        # A new file is all zeros, and takes room on the disk only where something is written.
-        return torch.from_file(str(self.folder / f"{name}.bin"), shared=True, size=size, dtype=dtype).view(-1, *shape)
+    def __contains__(self, key: int) -> bool:
+        return self._path(key).exists()
 
-    @property
-    def unwritten(self) -> int:
-        """Bytes that the files will still take on the disk."""
-        sizes = sum(
-            np.asarray(field.counts) * prod(field.shape) * field.dtype.itemsize for field in self.fields.values()
-        )  # (rows,)
-        return int(sizes[self.is_written.numpy() == 0].sum())
+    def write(self, key: int, tensors: dict[str, torch.Tensor]) -> None:
+        """All tensors of a row; a process that dies leaves no torn file."""
+        part = self._path(key).with_suffix(f".{os.getpid()}")
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
+        os.replace(part, self._path(key))
 
-    def missing(self, rows: Sequence[int]) -> set[int]:
-        """Those of `rows` that are not written yet."""
-        return {row for row in rows if not self.is_written[row]}
+    def read(self, key: int) -> dict[str, torch.Tensor]:
+        """All tensors of a row, on the CPU."""
+        return load_file(self._path(key))
 
-    def write(self, row: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """All tensors of a row."""
-        for name, tensor in tensors.items():
-            self._of(name, row).copy_(tensor)
-        self.is_written[row] = 1
-
-    def read(self, row: int) -> dict[str, torch.Tensor]:
-        """All tensors of a row, still in the files."""
-        return {name: self._of(name, row) for name in self.tensors}
-
-    def _of(self, name: str, row: int) -> torch.Tensor:
-        first, last = self.offsets[name][row : row + 2]
-        return self.tensors[name][first:last]
+    def _path(self, key: int) -> Path:
+        return self.folder / f"{key:016x}.safetensors"
 
 
 class KeptFeatures:
     r"""
-    The objective of batches of one dataset, whose target features are computed at first sight and read from then on.
+    The objective of batches whose target features are computed at first sight and read from then on.
 
     Args:
         draft ([`ConFuDraftModel`]): Trained.
         runner ([`TargetRunner`]): Of the frozen target.
-        dataset (`Dataset`): With `input_ids` and `labels`; rows go by their number in it.
-        folder: Of the files.
+        folder: Of the files. Rows go by their content, so it may serve several datasets.
         sampling ([`AnchorSampling`], *optional*): Of the anchors whose future predictions are kept too; they are
             drawn at step 0.
 
     Raises:
-        ValueError: see [`RowStore`]; the disk has no room; or the target's scores do not follow from its final hidden
-            state.
+        ValueError: see [`RowFiles`]; or the target's scores do not follow from its final hidden state.
     """
 
     def __init__(
         self,
         draft: ConFuDraftModel,
         runner: TargetRunner,
-        dataset: Dataset,
         folder: str | Path,
         sampling: AnchorSampling | None = None,
     ):
-        self.draft, self.runner, self.sampling = draft, runner, sampling
-        config, target, folder = draft.config, runner.target, Path(folder)
-        dtype = target.get_input_embeddings().weight.dtype
+        self.draft, self.runner, self.folder = draft, runner, Path(folder)
+        config, target = draft.config, runner.target
         self.final_state = config.target_num_hidden_layers
-        tokens: list[int] = []
-        teachers: list[int] = []  # a teaching position behind each draft row
-        anchors: list[int] = []
-        for rows in dataset.select_columns("labels").with_format("numpy").iter(batch_size=1000):
-            for labels in map(torch.tensor, rows["labels"]):
-                tokens.append(len(labels))
-                teachers.append(int(draft_rows(labels[None]).sum()))
-                if sampling is not None:
-                    anchors.append(sampling.draw(labels[None], [len(anchors)]).positions.shape[1])
+        self.dtype = target.get_input_embeddings().weight.dtype
         made_with: dict[str, Any] = {
-            "dataset": fingerprint_of_dataset(dataset),
             "target": fingerprint_of_target(target),
             "taps": config.target_hidden_state_indices,
-            "dtype": str(dtype),
+            "dtype": str(self.dtype),
         }
-        self.store = RowStore(
-            folder / "target",
-            made_with,
-            {
-                "taps": Field(tokens, (config.taps_size,), dtype),
-                "final_states": Field(teachers, (config.target_hidden_size,), dtype),
-                "best_tokens": Field(teachers, (), torch.int32),
-                "normalizers": Field(teachers, (), torch.promote_types(dtype, torch.float32)),
-            },
-        )
+        self.of_target = RowFiles(self.folder / "target", made_with)
         self.futures = None
         if sampling is not None:
             made_with |= {"channel": fingerprint_of_module(draft.future_channel, _READ_PARAMETERS)}
             made_with |= {"anchors": asdict(sampling)} | {name: getattr(config, name) for name in _READ_OPTIONS}
-            fields = {"futures": Field(anchors, (config.future_size,), dtype)}
-            self.futures = RowStore(folder / "futures", made_with, fields)
-        # Before any work: a write into a mapped file ends the process if the disk is full.
-        needed = self.store.unwritten + (0 if self.futures is None else self.futures.unwritten)
-        if needed > (free := shutil.disk_usage(folder).free):
-            raise ValueError(
-                f"The features not yet written take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left; "
-                "name a folder on a larger disk, or train without them."
-            )
+            self.futures = RowFiles(self.folder / "futures", made_with)
         self.head = DraftHead(target, draft.draft_token_ids).to(draft.device)
 
-    def compute(self, batch: TokenBatch, rows: Sequence[int], anchors: Anchors | None, recipe: Recipe) -> Objective:
+    def check_room(self, datasets: Iterable[Dataset]) -> None:
+        """ValueError where the disk has no room for the features of all rows that have none yet."""
+        tokens = 0
+        for dataset in datasets:
+            for rows in dataset.select_columns(["input_ids", "labels"]).with_format("numpy").iter(batch_size=1000):
+                pairs = zip(rows["input_ids"], rows["labels"], strict=True)
+                tokens += sum(len(ids) for ids, labels in pairs if row_key(ids, labels) not in self.of_target)
+        config = self.draft.config
+        needed = tokens * (config.taps_size + config.target_hidden_size) * self.dtype.itemsize
+        if needed > (free := shutil.disk_usage(self.folder).free):
+            raise ValueError(
+                f"The features not yet written take up to {needed / 1e9:.1f} GB, and {self.folder} has "
+                f"{free / 1e9:.1f} GB left; name a folder on a larger disk, or train without them."
+            )
+
+    def compute(self, batch: TokenBatch, anchors: Anchors | None, recipe: Recipe) -> Objective:
         """
         Loss and counts of a batch.
 
         Args:
             batch: Texts.
-            rows: Their numbers in the dataset, in order.
             anchors: Those that `sampling` draws for these rows; `None` without it.
             recipe: See [`Recipe`].
         """
         draft = self.draft
-        self._complete(batch, rows, anchors)
+        self._complete(batch, anchors)
         taps = torch.zeros(*batch.labels.shape, draft.config.taps_size, device=draft.device, dtype=draft.dtype)
-        read = [self.store.read(row) for row in rows]
+        read = [self.of_target.read(key) for key in batch.row_keys]
         for text, tensors in zip(taps, read, strict=True):
             text[: len(tensors["taps"])] = tensors["taps"].to(taps)
         final_states, best_tokens, normalizers = (
             torch.cat([tensors[name] for tensors in read]).to(draft.device)
             for name in ("final_states", "best_tokens", "normalizers")
         )
-        teaching = teach_within(draft, taps, self.head(final_states), best_tokens.long(), normalizers)
+        teaching = teach_within(draft, taps, self.head(final_states), best_tokens, normalizers)
         futures = None
         if self.futures is not None:
             futures = torch.zeros(*anchors.positions.shape, draft.config.future_size).to(taps)
-            for text, row in zip(futures, rows, strict=True):
-                of_row = self.futures.read(row)["futures"]
+            for text, key in zip(futures, batch.row_keys, strict=True):
+                of_row = self.futures.read(key)["futures"]
                 text[: len(of_row)] = of_row.to(futures)
         return compute_objective(draft, self.runner.embed, batch, teaching, anchors, futures, recipe)
 
     @torch.no_grad()
-    def _complete(self, batch: TokenBatch, rows: Sequence[int], anchors: Anchors | None) -> None:
+    def _complete(self, batch: TokenBatch, anchors: Anchors | None) -> None:
         """Let the target read what no file holds yet."""
-        lacks_target = self.store.missing(rows)
-        lacks_futures = set() if self.futures is None else self.futures.missing(rows)
+        lacks_target = {key for key in batch.row_keys if key not in self.of_target}
+        lacks_futures = {key for key in batch.row_keys if self.futures is not None and key not in self.futures}
         if not lacks_target | lacks_futures:
             return
         config, is_teacher = self.runner.config, batch.teaching_positions
@@ -239,11 +189,11 @@ class KeptFeatures:
         futures = None
         if lacks_futures:
             futures = contemplate(self.runner, batch, self.runner.taps(outputs.hidden_states), outputs.cache, anchors)
-        for number, row in enumerate(rows):
-            if row in lacks_target:
+        for number, key in enumerate(batch.row_keys):
+            if key in lacks_target:
                 of_row = batch.teacher_numbers[number, is_teacher[number]].to(outputs.logits.device)
-                self.store.write(
-                    row,
+                self.of_target.write(
+                    key,
                     {
                         "taps": taps[number, batch.attention_mask[number].bool()],
                         "final_states": final_states[number, is_teacher[number]],
@@ -251,8 +201,8 @@ class KeptFeatures:
                         "normalizers": normalizers[of_row],
                     },
                 )
-            if row in lacks_futures:
-                self.futures.write(row, {"futures": futures[number, anchors.exists[number]]})
+            if key in lacks_futures:
+                self.futures.write(key, {"futures": futures[number, anchors.exists[number]]})
 
 
 class DraftHead(nn.Module):

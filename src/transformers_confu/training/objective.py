@@ -11,37 +11,17 @@ from ..inference.target import TargetRunner
 from .anchors import Anchors
 from .batch import TokenBatch, gather_rows
 from .chunked_loss import ChunkedLoss
+from .metrics import Counts, no_counts
 from .teacher import Teaching, read_batch, teach
 from .unroll import unroll
 
 
 @dataclass
 class Objective:
-    r"""
-    Loss and counts of one batch. Sums, not means, so that batches add up.
-
-    Args:
-        loss_sum (`torch.FloatTensor`, scalar): The loss, summed over rows and, weighted, over steps.
-        counted (`torch.LongTensor` of shape `(steps,)`): Rows that have a target at each step.
-        correct (`torch.LongTensor` of shape `(steps,)`): Rows where the draft's first choice is the target's. A target
-            outside the draft vocabulary is a miss.
-        correct_so_far (`torch.LongTensor` of shape `(steps,)`): Rows that are right at this step and all before.
-        rows, rows_with_future (`int`): Draft rows, and how many read a future prediction.
-        accepted_so_far (`torch.FloatTensor` of shape `(steps,)`, *optional*): Sum over rows of the probability that
-            this step and all before are accepted in sampling at temperature 1.
-        contemplate_load, future_load (`torch.LongTensor` of shape `(experts,)`, *optional*): How often the router of
-            `[con]`, and that of `[f]`, chose each expert.
-    """
+    """Loss of one batch, a scalar: the sum over rows and, weighted, over steps. And [`~metrics.Counts`]."""
 
     loss_sum: torch.Tensor
-    counted: torch.LongTensor
-    correct: torch.LongTensor
-    correct_so_far: torch.LongTensor
-    rows: int
-    rows_with_future: int
-    accepted_so_far: torch.Tensor | None = None
-    contemplate_load: torch.LongTensor | None = None
-    future_load: torch.LongTensor | None = None
+    counts: Counts
 
 
 @dataclass
@@ -91,8 +71,7 @@ def compute_live(
 def nothing_taught(draft: ConFuDraftModel, num_steps: int) -> Objective:
     """Of a batch without a draft row: zero, yet with a gradient for every parameter."""
     zero = sum(parameter.sum() * 0.0 for parameter in draft.parameters() if parameter.requires_grad)
-    none = torch.zeros(num_steps, dtype=torch.long, device=draft.device)
-    return Objective(zero, none, none, none, rows=0, rows_with_future=0, accepted_so_far=none.float())
+    return Objective(zero, no_counts(draft.config, num_steps))
 
 
 def contemplate(
@@ -138,12 +117,13 @@ def compute_objective(
 
     features = draft.fuse_taps(teaching.taps)  # (B, T, H)
     future_states = has_future = None
-    load = {}
+    totals = no_counts(draft.config, recipe.num_steps) | {"rows": row_exists.sum()}
     if anchors is not None:
         anchor_of_row = anchors.of_row.gather(1, rows)
         has_future = (anchor_of_row >= 0) & row_exists
         future_states = gather_rows(futures, anchor_of_row.clamp(min=0))  # (B, R, F)
-        load = {
+        totals |= {
+            "rows_with_future": has_future.sum(),
             "contemplate_load": expert_load(
                 draft.future_channel.contemplate_token, gather_rows(teaching.taps, anchors.routed_by)[anchors.exists]
             ),
@@ -195,16 +175,14 @@ def compute_objective(
     is_correct[counts] = draft.draft_token_ids[choices] == teaching.best_tokens[teachers]
     acceptance = torch.zeros(counts.shape, device=draft.device, dtype=dtype)
     acceptance[counts] = acceptances
-    return Objective(
-        loss_sum=loss_sum,
-        counted=counts.sum(dim=(1, 2)),
-        correct=is_correct.sum(dim=(1, 2)),
-        correct_so_far=is_correct.cumprod(dim=0).sum(dim=(1, 2)),
-        accepted_so_far=acceptance.cumprod(dim=0).sum(dim=(1, 2)),
-        rows=int(row_exists.sum()),
-        rows_with_future=0 if has_future is None else int(has_future.sum()),
-        **load,
-    )
+    totals |= {
+        "loss": loss_sum.detach(),
+        "counted": counts.sum(dim=(1, 2)),
+        "correct": is_correct.sum(dim=(1, 2)),
+        "correct_so_far": is_correct.cumprod(dim=0).sum(dim=(1, 2)),
+        "accepted_so_far": acceptance.cumprod(dim=0).sum(dim=(1, 2)),
+    }
+    return Objective(loss_sum, totals)
 
 
 @torch.no_grad()

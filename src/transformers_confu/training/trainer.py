@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
@@ -25,12 +25,12 @@ from ..inference.modeling_confu import ConFuDraftModel
 from ..inference.target import TargetRunner
 from .anchors import AnchorSampling
 from .arguments import NOT_SHARDED_BY, ConFuTrainingArguments, parameter_group
-from .batch import ConFuDataCollator, NumberedRows, TokenBatch, TokenBatchSampler, draft_rows
+from .batch import ConFuDataCollator, TokenBatch, TokenBatchSampler, draft_rows
 from .checks import check_call, check_dataset, check_tokenizer, draft_to_train
 from .contemplation import compute_foresight
 from .features import KeptFeatures
 from .initialisation import is_channel_untrained
-from .metrics import Counts
+from .metrics import Counts, add_counts, metrics_of, no_counts
 from .objective import Objective, Recipe, compute_live
 from .release import ReleasingTrainer
 from .teacher import freeze, shard
@@ -75,7 +75,7 @@ class ObjectiveModule(nn.Module):
             return compute_foresight(self.draft, runner, texts, anchors)
         recipe = Recipe(self.args.ttt_steps, self.args.ttt_decay, self.args.loss)
         if self.features is not None:
-            return self.features.compute(texts, batch["row_ids"].tolist(), anchors, recipe)
+            return self.features.compute(texts, anchors, recipe)
         return compute_live(self.draft, runner, texts, anchors, recipe)
 
 
@@ -154,8 +154,6 @@ class ConFuTrainer(ReleasingTrainer):
         check_target(self.target_model, model.config)
         if processing_class is not None:
             check_tokenizer(processing_class, self.target_model)
-        self._first_rows: list[tuple[Dataset, int]] = []
-        """The datasets of this trainer, and the number of the first row of each through all of them."""
         if train_dataset is not None:
             train_dataset = self._checked(train_dataset, "train_dataset", args)
         if isinstance(eval_dataset, dict):
@@ -188,9 +186,7 @@ class ConFuTrainer(ReleasingTrainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._sampling = AnchorSampling(args.replication, args.ttt_steps + 1, args.seed)
-        with self.accelerator.main_process_first():  # makes the files, which all share
-            features = self._kept_features()
-        self._objective = ObjectiveModule(model, self.target_model, args, features)
+        self._objective = ObjectiveModule(model, self.target_model, args, self._kept_features())
         self._counts = {"train": self._no_counts(), "eval": self._no_counts()}
 
     # Data
@@ -202,7 +198,6 @@ class ConFuTrainer(ReleasingTrainer):
             self._sampler(dataset, args, shuffle=False)
         except ValueError as error:
             raise ValueError(f"`{name}` makes no batches. {error}") from error
-        self._first_rows.append((dataset, sum(len(before) for before, _ in self._first_rows)))
         return dataset
 
     @staticmethod
@@ -217,17 +212,15 @@ class ConFuTrainer(ReleasingTrainer):
         )
 
     def _kept_features(self) -> KeptFeatures | None:
-        """The files of `args.feature_cache`, for the rows of all datasets."""
+        """The files of `args.feature_cache`."""
         if self.args.feature_cache is None:
             return None
-        datasets = [rows.select_columns(["input_ids", "labels"]) for rows, _ in self._first_rows]
-        if not datasets:
-            raise ValueError("`feature_cache` keeps what the target says about datasets; give a `train_dataset`.")
-        features = datasets[0].features  # ids may be of several integer types
-        whole = concatenate_datasets([rows if rows.features == features else rows.cast(features) for rows in datasets])
         runner = TargetRunner(self.target_model, self.model.config, self.model.future_channel)
         sampling = self._sampling if self.args.stage == "joint" else None
-        return KeptFeatures(self.model, runner, whole, self.args.feature_cache, sampling)
+        features = KeptFeatures(self.model, runner, self.args.feature_cache, sampling)
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        features.check_room(dataset for dataset in (self.train_dataset, *evaluated) if dataset is not None)
+        return features
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
@@ -247,14 +240,8 @@ class ConFuTrainer(ReleasingTrainer):
 
     def _loader(self, dataset: Dataset, shuffle: bool) -> DataLoader:
         args = self.args
-        first = next((first for known, first in self._first_rows if known is dataset), None)
-        if first is None and self._objective.features is not None:
-            raise ValueError(
-                "`feature_cache` keeps the rows that the trainer was made with, and this dataset is none of them; "
-                "give it as an `eval_dataset` of `ConFuTrainer`, or leave `feature_cache` out."
-            )
         loader = DataLoader(
-            NumberedRows(dataset, first or 0),
+            dataset,
             batch_sampler=self._sampler(dataset, args, shuffle),
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
@@ -290,7 +277,7 @@ class ConFuTrainer(ReleasingTrainer):
         if self.args.stage != "core":
             if self._objective.features is not None:
                 step = 0
-            batch["anchors"] = self._sampling.draw(batch["labels"], batch["row_ids"].tolist(), step)
+            batch["anchors"] = self._sampling.draw(batch["labels"], TokenBatch.of(batch).row_keys, step)
 
     # Optimisation
 
@@ -341,11 +328,12 @@ class ConFuTrainer(ReleasingTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Objective]:
         with self.accelerator.autocast():
             objective: Objective = model(inputs)
-        self._counts["train" if model.training else "eval"].add(objective)
-        rows = objective.rows if num_items_in_batch is None else num_items_in_batch
+        mode = "train" if model.training else "eval"
+        self._counts[mode] = add_counts(self._counts[mode], objective.counts)
+        rows = objective.counts["rows"].clamp(min=1) if num_items_in_batch is None else num_items_in_batch.clamp(min=1)
         # Gradients are averaged over processes; the loss is of the rows of all of them.
         copies = 1 if num_items_in_batch is None else self.args.world_size
-        loss = objective.loss_sum * (copies / max(rows, 1))
+        loss = objective.loss_sum * (copies / rows)
         return (loss, objective) if return_outputs else loss
 
     # Evaluation and metrics
@@ -364,17 +352,21 @@ class ConFuTrainer(ReleasingTrainer):
         # Iterating over a DataLoader spends one of training's random numbers.
         with torch.random.fork_rng(devices=[]):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        counts = self._counts["eval"].over_processes(self.accelerator)
-        metrics = {"loss": counts.loss} | counts.metrics()
+        counts = self._counts_of_all("eval")
+        metrics = {"loss": float(counts["loss"] / counts["rows"].clamp(min=1))} | metrics_of(counts)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            counts = self._counts["train"].over_processes(self.accelerator)
+            logs = logs | metrics_of(self._counts_of_all("train"))
             self._counts["train"] = self._no_counts()
-            logs = logs | counts.metrics()
         super().log(logs, *args, **kwargs)
 
     def _no_counts(self) -> Counts:
-        return Counts(self.model.config, self.args.num_steps)
+        return no_counts(self.model.config, self.args.num_steps)
+
+    def _counts_of_all(self, mode: str) -> Counts:
+        """The sums of all processes; every process must ask for them."""
+        own = {name: value.to(self.accelerator.device) for name, value in self._counts[mode].items()}
+        return {name: value.cpu() for name, value in self.accelerator.reduce(own, reduction="sum").items()}
