@@ -27,24 +27,27 @@ def test_lines_can_be_given_up(tmp_path):
     assert [row["a"] for _, row in file.rows()] == [0, 1]
 
 
-def test_a_bad_line_is_named(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"a": 1}\n[2]\n')
-    with pytest.raises(ValueError, match=r"rows.jsonl, line 2 holds a list"):
-        list(read_jsonl(path))
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("rows.jsonl", b'{"a": 1}\n[2]\n', "rows.jsonl, line 2 holds a list"),
+        ("rows.jsonl", b'{"a": 1}\n{"a"\n', "rows.jsonl, line 2 is not JSON"),
+        (
+            "rows.jsonl.gz",
+            gzip.compress(b'{"a": 1}\n' * 1000)[:-20],
+            "rows.jsonl.gz cannot be decompressed after line",
+        ),
+    ],
+)
+def test_damage_is_named(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        list(read_jsonl(tmp_path / name))
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes('\ufeff{"a": 1}\n'.encode())
-    assert list(read_jsonl(path)) == [{"a": 1}]
-
-
-def test_a_cut_compressed_file_is_named(tmp_path):
-    path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-20])
-    with pytest.raises(ValueError, match="rows.jsonl.gz cannot be decompressed after line"):
-        list(read_jsonl(path))
+    (tmp_path / "rows.jsonl").write_bytes('\ufeff{"a": 1}\n'.encode())
+    assert list(read_jsonl(tmp_path / "rows.jsonl")) == [{"a": 1}]
 
 
 def test_a_text_is_replaced_whole(tmp_path):

@@ -20,7 +20,6 @@ from transformers_confu.common.loading import (
     load_target,
     load_target_config,
 )
-from transformers_confu.evaluation.arguments import EvaluationArguments
 from transformers_confu.training import ConFuTrainingArguments
 
 
@@ -33,22 +32,20 @@ GRAVITON_3 = {"architecture": "arm64", "neon": True, "bf16": True}
 def cpu(monkeypatch):
     """Lets torch believe that it runs on such a CPU, without a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return lambda capabilities: monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    return lambda capabilities: (
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+        if capabilities
+        else monkeypatch.delattr(torch.cpu, "get_capabilities")
+    )
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "dtype"), [(EPYC_9004, "bfloat16"), (SKYLAKE_X, "float32"), (GRAVITON_3, "bfloat16")]
+    ("capabilities", "dtype"),
+    [(EPYC_9004, "bfloat16"), (SKYLAKE_X, "float32"), (GRAVITON_3, "bfloat16"), (None, "float32")],  # older torch
 )
 def test_bf16_where_the_cpu_computes_in_it(cpu, capabilities, dtype):
     cpu(capabilities)
     assert default_dtype() == default_dtype("cpu") == default_dtype(torch.device("cpu")) == dtype
-    assert EvaluationArguments(output="records.jsonl").dtypes == [dtype]
-
-
-def test_float32_where_torch_cannot_tell(cpu, monkeypatch):
-    cpu(EPYC_9004)
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert default_dtype() == "float32"
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
@@ -78,17 +75,13 @@ def target_folder(tmp_path, monkeypatch):
     return tmp_path / "target"
 
 
-def test_a_target_is_loaded_in_its_dtype_and_in_eval_mode(target_folder):
-    target, tokenizer = load_target(str(target_folder), "bfloat16", "cpu")
-    assert target.dtype == torch.bfloat16 and target.device.type == "cpu" and not target.training
-    assert tokenizer == (str(target_folder), False)
-
-
 def test_split_and_offloaded_targets_answer_with_a_draft(target_folder, tmp_path):
     """Every command loads its target like this; `.to(device)` afterwards would fail."""
     draft = make_tiny_draft(make_tiny_target(dtype=torch.float32))
     ids = torch.tensor([[1, 5, 9]])
-    plain = load_target(str(target_folder), "float32", "cpu")[0].generate(ids, max_new_tokens=12, do_sample=False)
+    whole, tokenizer = load_target(str(target_folder), "float32", "cpu")
+    assert whole.dtype == torch.float32 and not whole.training and tokenizer == (str(target_folder), False)
+    plain = whole.generate(ids, max_new_tokens=12, do_sample=False)
     split = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}
     split |= dict.fromkeys(("model.layers.3", "model.layers.4", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     for device_map in (split, json.dumps(split)):

