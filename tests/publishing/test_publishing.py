@@ -19,7 +19,9 @@ from helpers import make_tiny_draft, make_tiny_target
 from hub_stand_in import HubServer
 from transformers_confu import cli, confu_generation_config
 from transformers_confu.inference.target import TargetRunner
+from transformers_confu.publishing import check_answers
 from transformers_confu.publishing import publish as hub
+from transformers_confu.publishing.check_answers import check_exactness, encode, measure_future_gain
 from transformers_confu.publishing.model_card import CARD_FILE, CardFacts
 from transformers_confu.publishing.publish import publish
 
@@ -58,7 +60,7 @@ def draft(target):
 @pytest.fixture(autouse=True)
 def a_shorter_check(monkeypatch):
     monkeypatch.setattr(hub, "CHECK_PROMPTS", PROMPTS)
-    monkeypatch.setattr(hub, "CHECK_TOKENS", 16)
+    monkeypatch.setattr(check_answers, "CHECK_TOKENS", 16)
 
 
 @pytest.fixture
@@ -224,8 +226,8 @@ def test_a_text_that_is_not_plain_generates_is_refused_and_in_half_precision_cou
 ):
     falsify(target, monkeypatch)
     with pytest.raises(ValueError, match="is not plain generate's: it differs from token 8 on, .* please report it"):
-        hub.check_exactness(target, draft, tokenizer, PROMPTS)
-    found = hub.check_exactness(target.bfloat16(), draft, tokenizer, PROMPTS)
+        check_exactness(target, draft, tokenizer, PROMPTS)
+    found = check_exactness(target.bfloat16(), draft, tokenizer, PROMPTS)
     assert "target in bfloat16, 0 equal plain `generate`'s; tau " in found
 
 
@@ -233,7 +235,7 @@ def test_ties_are_told_apart_from_faults(draft, target, tokenizer, monkeypatch):
     """Where all scores are equal, any other token is a tie."""
     torch.nn.init.zeros_(target.lm_head.weight)
     falsify(target, monkeypatch)
-    check = hub.check_exactness(target, draft, tokenizer, PROMPTS[:1])
+    check = check_exactness(target, draft, tokenizer, PROMPTS[:1])
     assert ", 0 equal plain `generate`'s, 1 part at a tie of two scores" in check
 
 
@@ -246,7 +248,7 @@ def test_the_gain_is_the_difference_of_two_counts(draft, target, tokenizer, monk
         return verify(*args, **options)
 
     monkeypatch.setattr(TargetRunner, "verify", count)
-    inputs, taus = [hub.encode(prompt, tokenizer) for prompt in PROMPTS], []
+    inputs, taus = [encode(prompt, tokenizer) for prompt in PROMPTS], []
     for rows in (0, 16):
         knobs = {"confu_tree_size": 16, "confu_depth": 4, "confu_branching": 8, "confu_contemplation": rows}
         config = confu_generation_config(target, max_new_tokens=16, do_sample=False, **knobs)
@@ -255,16 +257,19 @@ def test_the_gain_is_the_difference_of_two_counts(draft, target, tokenizer, monk
         texts = [target.generate(**one, assistant_model=draft, generation_config=config) for one in inputs]
         tokens = sum(text.shape[1] - one["input_ids"].shape[1] - 1 for one, text in zip(inputs, texts, strict=True))
         taus.append(tokens / len(verified))
-    said = hub.measure_future_gain(target, draft, tokenizer, PROMPTS)
+    rounds = len(verified)
+    said = measure_future_gain(target, draft, tokenizer, PROMPTS)
     assert taus[0] != taus[1]
     assert draft.generation_config.confu_future_gain == round(taus[1] - taus[0], 2)
-    assert f"tau {taus[1]:.2f} with future predictions, {taus[0]:.2f} without, of 2 greedy answers" in said
+    assert (
+        f"tau {taus[1]:.2f} with future predictions, {taus[0]:.2f} without, over {rounds} rounds of 2 greedy" in said
+    )
 
 
 def test_no_gain_of_an_untrained_channel(draft, target, tokenizer, monkeypatch):
     draft.generation_config.confu_contemplation = 0
     monkeypatch.setattr(target, "generate", lambda **_: pytest.fail("nothing is to be decoded"))
-    assert "the future channel is untrained" in hub.measure_future_gain(target, draft, tokenizer, PROMPTS)
+    assert "the future channel is untrained" in measure_future_gain(target, draft, tokenizer, PROMPTS)
     assert draft.generation_config.confu_future_gain == 0.25
 
 

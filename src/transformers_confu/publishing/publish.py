@@ -9,16 +9,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import distribution
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from tqdm.auto import tqdm
 from transformers import (
     AutoModel,
-    BatchEncoding,
     GenerationConfig,
     HfArgumentParser,
     PreTrainedModel,
@@ -37,11 +35,11 @@ from ..common.loading import (
     load_tokenizer,
 )
 from ..common.option_files import option
-from ..common.texts import TIE, first_difference
 from ..inference.configuration_confu import ConFuConfig
 from ..inference.custom_generate import generate
-from ..inference.knobs import ConFuKnobs, confu_generation_config
+from ..inference.knobs import ConFuKnobs
 from ..inference.modeling_confu import ConFuDraftModel
+from .check_answers import CHECK_PROMPTS, check_exactness, measure_future_gain
 from .compatibility import Finding, check_compatibility
 from .model_card import CARD_FILE, CardFacts, model_card
 
@@ -49,104 +47,6 @@ from .model_card import CARD_FILE, CardFacts, model_card
 logger = logging.get_logger(__name__)
 
 CUSTOM_GENERATE = "custom_generate/generate.py"
-
-CHECK_PROMPTS = [
-    "Write a short story about a lighthouse keeper who finds a message in a bottle.",
-    "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
-    "A train travels 60 miles in 1.5 hours. What is its average speed? Explain step by step.",
-    "Translate into French: Good morning! The train to Paris leaves at nine.",
-]
-CHECK_TOKENS = 64
-GAIN_TREE = {"confu_tree_size": 16, "confu_depth": 4, "confu_branching": 8}
-
-
-def check_exactness(
-    target: PreTrainedModel, draft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]
-) -> str:
-    """
-    Greedy answers with and without a draft.
-
-    Returns:
-        What was found, as a sentence for the card.
-
-    Raises:
-        ValueError: an answer differs in a way that rounding does not explain. In half precision it is only counted.
-    """
-    dtype = str(target.dtype).removeprefix("torch.")
-    identical, ties, emitted = 0, 0, []
-    options = {"do_sample": False, "max_new_tokens": CHECK_TOKENS}
-    prompts = list(prompts)
-    for prompt in tqdm(prompts, desc="Checking", unit="answer"):
-        inputs = encode(prompt, tokenizer).to(target.device)
-        length = inputs["input_ids"].shape[1]
-        plain = target.generate(**inputs, **options, return_dict_in_generate=True, output_scores=True)
-        expected = plain.sequences[0, length:].tolist()
-        ids = target.generate(**inputs, **options, assistant_model=draft, return_dict_in_generate=False)
-        found = ids[0, length:].tolist()
-        emitted += draft.last_statistics.emitted
-        place = first_difference(expected, found)
-        if place is None:
-            identical += 1
-            continue
-        gap = float("inf")  # one answer goes on where the other ends
-        if place < min(len(expected), len(found)):
-            gap = float(plain.scores[place][0, expected[place]] - plain.scores[place][0, found[place]])
-        if gap <= TIE:
-            ties += 1
-        elif dtype in ("float32", "float64"):
-            raise ValueError(
-                f"With this draft the answer to {prompt!r} is not plain generate's: it differs from token {place + 1} "
-                f"on, where the scores differ by {gap:.2g}. That is a fault of the decoding code, not of the draft; "
-                "please report it. Nothing was published."
-            )
-    parting = f", {ties} part at a tie of two scores" if ties else ""
-    tau = f"; tau {sum(emitted) / len(emitted):.2f}" if emitted else ""
-    return (
-        f"A check before publishing: of {len(prompts)} greedy answers of up to {CHECK_TOKENS} tokens, target in "
-        f"{dtype}, {identical} equal plain `generate`'s{parting}{tau}."
-    )
-
-
-def measure_future_gain(
-    target: PreTrainedModel, draft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
-) -> str:
-    """
-    Measure `confu_future_gain` and write it into the draft's generation config: tau with a contemplate row for every
-    node, less tau without any, of greedy answers by trees of 16 nodes.
-
-    Returns:
-        What was measured, or why nothing was, as a sentence for the card.
-    """
-    if getattr(draft.generation_config, "confu_contemplation", None) == 0:
-        return "`confu_future_gain` was not measured: the future channel is untrained (`confu_contemplation` is 0)."
-    emitted: dict[int, list[list[int]]] = {0: [], GAIN_TREE["confu_tree_size"]: []}  # by C: of each answer, by round
-    for prompt in tqdm(prompts, desc="Measuring the gain", unit="answer"):
-        inputs = encode(prompt, tokenizer).to(target.device)
-        for rows, answers in emitted.items():
-            config = confu_generation_config(
-                target, do_sample=False, max_new_tokens=CHECK_TOKENS, confu_contemplation=rows, **GAIN_TREE
-            )
-            target.generate(**inputs, assistant_model=draft, generation_config=config)
-            answers.append(draft.last_statistics.emitted)
-    if not all(any(answers) for answers in emitted.values()):
-        return "`confu_future_gain` was not measured: every answer ended with its first token."
-    without, full = (sum(map(sum, answers)) / sum(map(len, answers)) for answers in emitted.values())
-    gain = round(full - without, 2)
-    draft.generation_config.confu_future_gain = gain
-    apart = [sum(b) / len(b) - sum(a) / len(a) for a, b in zip(*emitted.values(), strict=True) if a and b]
-    return (
-        f"`confu_future_gain` {gain}: tau {full:.2f} with future predictions, {without:.2f} without, of {len(prompts)} "
-        f"greedy answers of up to {CHECK_TOKENS} tokens ({min(apart):+.2f} to {max(apart):+.2f} by answer), trees of 16."
-    )
-
-
-def encode(prompt: str, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
-    """A prompt as the target's users would put it: a chat turn where there is a chat template."""
-    if tokenizer.chat_template is None:
-        return tokenizer(prompt, return_tensors="pt")
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
 
 
 def write_custom_generate(folder: str | os.PathLike, repo_id: str | None = None) -> None:
@@ -185,7 +85,6 @@ def publish(
     create_pr: bool = False,
     token: str | bool | None = None,
     commit_message: str = "Upload ConFu draft",
-    licences: Iterable[Path] = (),
     prompts: Sequence[str] | None = None,
 ) -> str:
     """
@@ -193,7 +92,8 @@ def publish(
 
     The draft is checked against its target, saved with its code, `custom_generate/` and the target's tokenizer, loaded
     again by that code alone, compared with plain `generate` on a few prompts, given a card, and uploaded in one
-    commit, which also removes code and weights that an earlier one left in the repository.
+    commit, which also removes code and weights that an earlier one left in the repository. LICENSE and NOTICE files of
+    the folder that it comes from go along; without any, this package's licence, which holds for the code.
 
     ```python
     >>> publish(draft, target, tokenizer, "org/confu-draft", CardFacts.load("card.yaml"), private=True)
@@ -211,8 +111,6 @@ def publish(
         dry_run (`str` or `os.PathLike`, *optional*): A new folder; everything is written there and nothing uploaded.
         private, revision, create_pr, token, commit_message: As `push_to_hub` takes them. A branch `revision` is made
             if it is not there.
-        licences (`Iterable[Path]`): Files to go along, such as the `LICENSE` of the weights. Without any it is this
-            package's, which holds for the code in the repository.
         prompts (`Sequence[str]`, *optional*): Held-out prompts to measure `confu_future_gain` on. Without any, those
             of the check serve, unless the draft's generation config has a gain.
 
@@ -234,7 +132,7 @@ def publish(
         beside.mkdir(parents=True, exist_ok=True)  # a folder moves in one step only within its file system
     with tempfile.TemporaryDirectory(prefix=".confu-publish-", dir=beside) as scratch:
         folder = Path(scratch, "draft")
-        build(folder, draft, target, tokenizer, repo_id, facts, licences, prompts)
+        build(folder, draft, target, tokenizer, repo_id, facts, prompts)
         if dry_run is not None:
             os.replace(folder, dry_run)
             return str(dry_run)
@@ -310,15 +208,16 @@ def build(
     tokenizer: PreTrainedTokenizerBase,
     repo_id: str | None,
     facts: CardFacts,
-    licences: Iterable[Path] = (),
     prompts: Sequence[str] | None = None,
 ) -> None:
     """Write all that is published into a new folder, after a check of what was written."""
     draft.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_custom_generate(folder, repo_id)
-    for file in licences:
-        shutil.copyfile(file, folder / file.name)
+    if os.path.isdir(draft.name_or_path):
+        for pattern in ("LICENSE*", "NOTICE*"):
+            for file in Path(draft.name_or_path).glob(pattern):
+                shutil.copyfile(file, folder / file.name)
     if not (folder / "LICENSE").exists():
         text = distribution("transformers-confu").read_text("licenses/LICENSE")
         (folder / "LICENSE").write_text(text, encoding="utf-8")
@@ -345,8 +244,7 @@ class PublishOptions:
     language: list[str] | None = option("Languages, such as en de.")
     datasets: list[str] | None = option("Ids of the training data on the Hub.")
     prompts: str | None = option(
-        "JSONL file of held-out rows with a `prompt`, to measure `confu_future_gain` on; a few prompts of our own if not "
-        "given."
+        "JSONL file of held-out rows with a `prompt`, to measure `confu_future_gain` on; by default a few of our own."
     )
     private: bool = option("Make a new repository private.", False)
     revision: str | None = option("Branch to push to; made if it is not there.")
@@ -426,7 +324,6 @@ def main(argv: list[str] | None = None) -> None:
             create_pr=options.create_pr,
             token=options.token,
             commit_message=options.commit_message,
-            licences=[file for name in ("LICENSE*", "NOTICE*") for file in Path(positional.draft).glob(name)],
             prompts=prompts,
         )
     except OSError as error:  # all that the Hub refuses is one
