@@ -34,6 +34,9 @@ PAIRS = {
     "no soft prompts": ("llama", {"num_soft_prompts": 0}),
     "rotated soft prompts": ("qwen3", {"rotate_soft_prompts": True}),
     "single experts": ("llama", {"num_contemplate_experts_per_token": 1, "num_future_experts_per_token": 1}),
+    "no residual, biases": ("llama", {"use_future_residual": False, "attention_bias": True}),
+    "norms of EAGLE-3.1": ("llama", {"fc_norm": True, "norm_output": True, "use_qk_norm": True}),
+    "norms of speculators": ("llama", {"norm_before_fc": True, "norm_before_residual": True}),
 }
 
 
@@ -48,6 +51,9 @@ def make_pair(name: str = "llama", **more) -> tuple[PreTrainedModel, ConFuDraftM
     target.lm_head.weight[[13, 40, 71, 90]] *= 4
     draft = make_tiny_draft(target, **({"draft_vocab_size": 5} | overrides | more))
     draft.set_draft_vocabulary(torch.tensor([71, 13, 5, 40, 22]))
+    if draft.config.attention_bias:  # starts at zero
+        for projection in (draft.layers[0].self_attn.q_proj, draft.layers[0].self_attn.k_proj):
+            nn.init.normal_(projection.bias, generator=torch.Generator().manual_seed(3))
     return target, draft
 
 

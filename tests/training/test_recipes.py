@@ -12,7 +12,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from transformers_confu import ConFuConfig, ConFuDraftModel, cli
+from transformers_confu import ConFuDraftModel, cli
 from transformers_confu.inference.knobs import ConFuKnobs
 from transformers_confu.training import train
 
@@ -110,13 +110,6 @@ def test_a_recipe_for_each_target_of_the_paper():
     stages = [yaml.safe_load((RECIPES / name / "train.yaml").read_text())["stages"] for name in NAMES]
     assert stages[0] == stages[1] == stages[2]
     assert {name: target.split("/")[1].lower() for name, target in TARGETS.items()} == {name: name for name in NAMES}
-
-
-def test_the_configuration_is_what_the_recipe_makes(name):
-    recipe = yaml.safe_load((RECIPES / name / "train.yaml").read_text())
-    config = ConFuConfig.from_pretrained(RECIPES / name / "draft_config.json")
-    asked = recipe["draft_config"] | {"draft_vocab_size": recipe["draft_vocab_size"]}
-    assert {entry: getattr(config, entry) for entry in asked} == asked
 
 
 def test_the_training_files_of_the_small_target_name_options_that_exist(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -39,17 +38,6 @@ def test_the_command_trains_a_new_draft_and_continues_it(saved_target, tmp_path,
     second = ConFuDraftModel.from_pretrained(tmp_path / "second")
     for name, value in second.state_dict().items():
         assert torch.equal(value, first.state_dict()[name]), name
-
-
-def test_the_command_takes_options_too(saved_target, tmp_path):
-    write_run(tmp_path, saved_target)
-    options = yaml.safe_load((tmp_path / "run.yaml").read_text()) | {"max_steps": 1}
-    arguments = []
-    for name, value in options.items():
-        value = json.dumps(value) if isinstance(value, dict) else value
-        arguments += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
-    main(arguments)
-    assert (tmp_path / "draft" / "model.safetensors").exists()
 
 
 def test_the_form_of_a_new_draft_is_an_option(saved_target, tmp_path):

@@ -129,27 +129,6 @@ def test_the_target_stays_as_it_was(rows, tmp_path):
 TAUGHT_BY_CONTEMPLATION = ("future_channel.soft_prompts", "future_channel.contemplate_token.")
 
 
-@pytest.mark.parametrize("stage", ["core", "contemplation", "joint"])
-def test_the_optimiser_holds_what_this_stage_teaches(target, rows, tmp_path, stage):
-    trainer = make_trainer(target, tmp_path, train_dataset=rows, max_steps=1, stage=stage)
-    trainer.train()
-    held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
-    expected = {
-        id(parameter)
-        for name, parameter in trainer.model.named_parameters()
-        if {
-            "core": not name.startswith("future_channel."),
-            "contemplation": name.startswith(TAUGHT_BY_CONTEMPLATION),
-            "joint": True,
-        }[stage]
-    }
-    assert held == expected
-    before = weights(trainer.model)
-    make_trainer(target, tmp_path, trainer.model, train_dataset=rows, max_steps=1, stage="joint")
-    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
-    assert_equal(weights(trainer.model), before)
-
-
 GROUPS = {
     "contemplate": TAUGHT_BY_CONTEMPLATION,
     "future": ("future_channel.future_",),
@@ -426,16 +405,6 @@ def test_the_best_checkpoint_is_that_of_the_highest_tau(target, tmp_path):
     assert trainer.evaluate()["eval_tau_greedy"] == max(taus)
 
 
-def test_epochs_differ_in_order(target, rows, tmp_path):
-    trainer = make_trainer(target, tmp_path, train_dataset=rows, num_train_epochs=2)
-    orders = []
-    loader = trainer.get_train_dataloader()
-    for epoch in range(2):
-        loader.set_epoch(epoch)
-        orders.append([batch["input_ids"].tolist() for batch in loader])
-    assert orders[0] != orders[1]
-
-
 def test_loaders_are_as_asked_for(target, rows, tmp_path):
     options = {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 3, "dataloader_persistent_workers": True}
     trainer = make_trainer(target, tmp_path, train_dataset=rows, eval_dataset=rows, **options)
@@ -460,13 +429,6 @@ def test_evaluation_measures_and_repeats(target, rows, tmp_path):
     assert 1 <= first["eval_tau_greedy"] <= 1 + sum(first[f"eval_accuracy_{step}"] for step in range(3))
     assert measured <= trainer.state.log_history[-1].keys()
     assert "test_tau_greedy" in trainer.evaluate(metric_key_prefix="test")
-
-
-def test_several_evaluation_sets_have_names(target, rows, tmp_path):
-    trainer = make_trainer(target, tmp_path, eval_dataset={"all": rows, "one": rows.select([1])})
-    metrics = trainer.evaluate()
-    assert 1 <= metrics["eval_all_tau_greedy"] and 1 <= metrics["eval_one_tau_greedy"]
-    assert metrics["eval_all_loss"] == make_trainer(target, tmp_path, eval_dataset=rows).evaluate()["eval_loss"]
 
 
 def test_evaluation_weighs_rows_not_batches(target, rows, tmp_path):
@@ -531,27 +493,11 @@ def test_a_sharding_that_accelerate_was_told_of_is_refused(target, rows, tmp_pat
         make_trainer(target, tmp_path, train_dataset=rows)
 
 
-def test_prediction_is_evaluation(target, rows, tmp_path):
-    trainer = make_trainer(target, tmp_path, eval_dataset=rows)
-    evaluated, predicted = trainer.evaluate(), trainer.predict(rows).metrics
-    for name in ("loss", "tau_greedy", "tau_probabilistic"):
-        assert predicted[f"test_{name}"] == evaluated[f"eval_{name}"]
-
-
 def test_rows_without_answers_count_nothing(target, rows, tmp_path):
     silent = rows.map(lambda row: {"labels": [-100] * len(row["labels"])})
     for stage in ("contemplation", "joint"):
         trainer = make_trainer(target, tmp_path, stage=stage, eval_dataset=rows)
         assert trainer.evaluate(silent)["eval_loss"] == 0
-
-
-def test_a_second_training_logs_its_own_steps(target, rows, tmp_path):
-    settings = {"train_dataset": rows, "max_steps": 3, "logging_steps": 2, "learning_rate": 0.0}
-    once, twice = make_trainer(target, tmp_path, **settings), make_trainer(target, tmp_path, **settings)
-    once.train()
-    twice.train()  # its last step is in no log
-    twice.train()
-    assert logged(twice, "tau_probabilistic") == logged(once, "tau_probabilistic")
 
 
 def test_the_decay_of_steps_reaches_the_loss(target, rows, tmp_path):
