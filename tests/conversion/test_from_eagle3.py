@@ -1,5 +1,7 @@
 """Drafts of every form against EAGLE-3 written out, and decoding with them against plain `generate`."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -13,85 +15,66 @@ from transformers_confu.conversion import convert_eagle3
 PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 8, 9]])
 
 
-@pytest.fixture(scope="module")
-def targets():
-    return {kind: make_tiny_target(kind, num_hidden_layers=8) for kind in ("llama", "qwen3")}
+TARGETS = {kind: make_tiny_target(kind, num_hidden_layers=8) for kind in ("llama", "qwen3")}
+QWEN_TABLE = TARGETS["qwen3"].get_input_embeddings().weight.detach().clone()
 
 
 def own_table(width: int) -> torch.Tensor:
     return torch.randn(97, width, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
 
 
-def copied_table() -> torch.Tensor:
-    return make_tiny_target("qwen3", num_hidden_layers=8).get_input_embeddings().weight.detach().clone()
-
-
+FLAT = partial(Source, "flat")
 SOURCES = {
-    "SafeAILab": ("llama", "bin", lambda: Source("flat", (2, 4, 5), says_taps=False)),
-    "SGLang, heads of another size": (
-        "llama",
-        "shards",
-        lambda: Source("flat", (1, 4, 7), head_dim=14, num_heads=3, num_kv_heads=1),
-    ),
-    "full vocabulary": ("llama", "safetensors", lambda: Source("flat", (2, 3, 6), draft_vocab_size=None)),
-    "narrow": (
-        "llama",
-        "safetensors",
-        lambda: Source("flat", (2, 4, 6), hidden_size=24, head_dim=10, embeddings=own_table(24)),
-    ),
-    "wide": (
-        "llama",
-        "safetensors",
-        lambda: Source("speculators", (2, 4, 6), hidden_size=40, head_dim=6, embeddings=own_table(40)),
-    ),
-    "five taps": ("llama", "safetensors", lambda: Source("flat", (0, 2, 3, 5, 7))),
-    "EAGLE-3.1": ("llama", "safetensors", lambda: Source("flat", (2, 4, 6), fc_norm=True, norm_output=True)),
+    "SafeAILab": ("llama", "bin", FLAT((2, 4, 5), says_taps=False)),
+    "SGLang, heads of another size": ("llama", "shards", FLAT((1, 4, 7), head_dim=14, num_heads=3, num_kv_heads=1)),
+    "narrow": ("llama", "safetensors", FLAT((2, 4, 6), hidden_size=24, head_dim=10, embeddings=own_table(24))),
+    "five taps": ("llama", "safetensors", FLAT((0, 2, 3, 5, 7))),
+    "EAGLE-3.1": ("llama", "safetensors", FLAT((2, 4, 6), fc_norm=True, norm_output=True)),
     "norm before fc, biases, linear RoPE": (
         "qwen3",
         "safetensors",
-        lambda: Source("flat", (2, 4, 6), norm_before_fc=True, bias=True, linear_factor=4.0),
+        FLAT((2, 4, 6), norm_before_fc=True, bias=True, linear_factor=4.0),
     ),
     "speculators": (
         "qwen3",
         "safetensors",
-        lambda: Source(
+        Source(
             "speculators",
             (2, 4, 5),
             says_taps=False,
             norm_before_residual=True,
             says_norm_before_residual=False,
-            embeddings=copied_table(),
+            embeddings=QWEN_TABLE,
         ),
     ),
-    "speculators, every other switch": (
+    "speculators, wide, every other switch": (
         "qwen3",
         "shards",
-        lambda: Source(
+        Source(
             "speculators",
             (1, 2, 6),
+            hidden_size=40,
             norm_output=True,
             norm_before_fc=True,
             qk_norm=True,
             new_rope_words=True,
             linear_factor=2.0,
-            embeddings=own_table(32),
+            embeddings=own_table(40),
         ),
     ),
     "DeepSpec": (
         "qwen3",
         "safetensors",
-        lambda: Source(
-            "deepspec", (1, 2, 4, 6, 8), draft_vocab_size=None, qk_norm=True, head_dim=12, embeddings=copied_table()
-        ),
+        Source("deepspec", (1, 2, 4, 6, 8), draft_vocab_size=None, qk_norm=True, head_dim=12, embeddings=QWEN_TABLE),
     ),
 }
 
 
 @pytest.fixture(params=SOURCES, scope="module")
-def case(request, targets, tmp_path_factory):
+def case(request, tmp_path_factory):
     """A source, its target, and the converted draft."""
-    kind, files, make = SOURCES[request.param]
-    source, target = make(), targets[kind]
+    kind, files, source = SOURCES[request.param]
+    target = TARGETS[kind]
     folder = source.write(tmp_path_factory.mktemp("source"), files)
     return source, target, convert_eagle3(folder, target, num_soft_prompts=3)
 
@@ -156,18 +139,11 @@ def test_a_converted_draft_proposes_what_its_source_proposes(case, monkeypatch):
 
     monkeypatch.setattr(ConFuCandidateGenerator, "propose", spy)
     knobs = {"confu_tree_size": 4, "confu_branching": 1, "confu_depth": 3}
-    config = confu_generation_config(target, max_new_tokens=9, do_sample=False, **knobs)
-    target.generate(PROMPT, assistant_model=draft, generation_config=config)
+    for contemplation in ({}, {"confu_contemplation": 4}):  # EAGLE-3 mode by its own config, and the new channel
+        config = confu_generation_config(target, max_new_tokens=9, do_sample=False, **knobs, **contemplation)
+        text = target.generate(PROMPT, assistant_model=draft, generation_config=config)
+        assert torch.equal(text, target.generate(PROMPT, max_new_tokens=9, do_sample=False))
     assert proposed[0] == tokens[-4:]
-
-
-def test_decoding_with_a_converted_draft_is_exact(case):
-    _, target, draft = case
-    assert draft.generation_config.confu_contemplation == 0
-    plain = target.generate(PROMPT, max_new_tokens=16, do_sample=False)
-    assert torch.equal(target.generate(PROMPT, max_new_tokens=16, do_sample=False, assistant_model=draft), plain)
-    config = confu_generation_config(target, max_new_tokens=16, do_sample=False, confu_contemplation=4)
-    assert torch.equal(target.generate(PROMPT, assistant_model=draft, generation_config=config), plain)
 
 
 def test_every_weight_is_taken_over_bit_by_bit_and_survives_the_disk(case, tmp_path):
