@@ -13,13 +13,14 @@ INITIALIZER_RANGE = 0.3
 
 
 def make_tiny_target(
-    kind: Literal["llama", "qwen3"] = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **overrides
+    kind: Literal["llama", "qwen3", "windows"] = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **overrides
 ) -> PreTrainedModel:
     """
     Build a random target: 5 layers, hidden size 32, 4 query and 2 key/value heads, vocabulary 97, no EOS.
 
     Args:
-        kind: `"qwen3"` has normalised queries and keys, and heads (12) that do not divide the hidden size.
+        kind: `"qwen3"` has normalised queries and keys, and heads (12) that do not divide the hidden size; `"windows"`
+            too, and in its first, third and last layer each row sees only 6 rows.
         dtype: The weights are drawn in fp32 and then cast, so targets that differ in dtype only have equal weights.
         seed: Of the weights. The caller's random state stays as it was.
         overrides: Further entries of the config, such as `eos_token_id=5`.
@@ -30,6 +31,7 @@ def make_tiny_target(
     config_class, model_class, head_dim = {
         "llama": (LlamaConfig, LlamaForCausalLM, 8),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM, 12),
+        "windows": (Qwen3Config, Qwen3ForCausalLM, 12),
     }[kind]
     settings = {
         "vocab_size": 97,
@@ -46,6 +48,9 @@ def make_tiny_target(
         "eos_token_id": None,
         "pad_token_id": None,
     }
+    if kind == "windows":
+        settings["layer_types"] = ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
+        settings |= {"use_sliding_window": True, "sliding_window": 6}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config_class(**(settings | overrides)))

@@ -190,7 +190,7 @@ CALLS = {
     ),
     "offloaded cache": (
         lambda t, d: generate(t, d, cache=DynamicCache(offloading=True)),
-        "ConFu decoding needs a plain, non-offloaded DynamicCache of full-attention layers, got an offloaded",
+        "ConFu decoding needs a plain, non-offloaded DynamicCache that is like the target's layers, got an offloaded",
     ),
     "quantised cache": (
         lambda t, d: generate(t, d, cache=cache_of(QuantisedLayer)),
@@ -198,7 +198,7 @@ CALLS = {
     ),
     "sliding cache": (
         lambda t, d: generate(t, d, cache=cache_of(DynamicSlidingWindowLayer)),
-        "got a DynamicCache with layers of type DynamicSlidingWindowLayer",
+        "got a DynamicCache whose layers have windows 4, where those of the target have None; leave",
     ),
     "cache of another target": (
         lambda t, d: generate(t, make_tiny_draft(t, target_num_key_value_heads=1), cache=filled_cache(t, 2)),
@@ -312,7 +312,7 @@ def test_a_target_with_other_heads_is_refused_before_the_prompt(llama):
     with pytest.raises(ValueError, match=sentence):
         generate(llama, draft, PROMPT.repeat(1, 4))
     handle.remove()
-    assert [kwargs["input_ids"].shape[1] for kwargs in lengths] == [5, 1, 1]
+    assert [kwargs["input_ids"].shape[1] for kwargs in lengths] == [4, 1, 1, 1]
 
 
 def test_latent_attention_is_refused(count_forwards):
@@ -413,13 +413,9 @@ TARGETS = {
         "LlamaForCausalLM uses `attn_implementation='flash_attention_2'`, which cannot take the mask of a tree",
     ),
     "flex attention": (changed(_attn_implementation="flex_attention"), "load it with 'sdpa' or 'eager'."),
-    "sliding layers": (
-        from_config("Gemma2", **LLAMA_SIZES),
-        "Gemma2ForCausalLM has layers of type sliding_attention, whose cache cannot hold a tree",
-    ),
-    "sliding window": (
-        from_config("Mistral", **LLAMA_SIZES, sliding_window=16),
-        "MistralForCausalLM has `sliding_window=16`, and a sliding cache cannot hold a tree",
+    "chunks": (
+        changed(layer_types=["chunked_attention"] * 5, attention_chunk_size=8),
+        "LlamaForCausalLM has layers of type chunked_attention, whose cache cannot hold a tree",
     ),
     "convolutions": (
         from_config("Lfm2", **LLAMA_SIZES, layer_types=["conv", "full_attention"] * 2 + ["conv"]),

@@ -77,7 +77,7 @@ def tiny_plain(kind: str, attention: str, length: int, sampling: str, processing
 
 
 FACTORS = {
-    "kind": ["llama", "qwen3"],
+    "kind": ["llama", "qwen3", "windows"],
     "attention": ["sdpa", "eager"],
     "length": [1, 2, 9],
     "sampling": list(SAMPLING),
@@ -130,7 +130,7 @@ def test_greedy_decoding_draws_no_random_number():
 
 
 @pytest.mark.parametrize("sampling", ["greedy", "temperature"])
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "windows"])
 def test_long_acceptances_through_later_siblings(kind, sampling):
     # Much has to be accepted, along nodes that are neither first children nor neighbours: else this proves little.
     target, draft = tiny_target(kind, "sdpa"), tiny_draft(kind)
@@ -193,7 +193,7 @@ def test_covering_cases_cover_every_pair():
 
 def test_the_harness_notices_a_wrong_engine(monkeypatch):
     def keep_first_rows(runner, cache, prefix_length, path, compact=TargetRunner.compact):
-        compact(runner, cache, prefix_length, torch.arange(len(path)))
+        compact(runner, cache, prefix_length, list(range(len(path))))
 
     monkeypatch.setattr(TargetRunner, "compact", keep_first_rows)
     with pytest.raises(AssertionError):

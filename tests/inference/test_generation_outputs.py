@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 import threading
 
 import pytest
@@ -34,15 +35,24 @@ greedy_and_sampled = pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=[
 draft_and_oracle = pytest.mark.parametrize("oracle", [False, True], ids=["draft", "oracle"])
 
 
-@pytest.fixture(autouse=True)
-def wide():
-    with truly_fp64():
-        yield
+@pytest.fixture(autouse=True, params=["llama", "windows"])
+def usual_kind(request):
+    """Which target `tiny` gives."""
+    with truly_fp64(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "USUAL_KIND", request.param)
+        yield request.param
+
+
+USUAL_KIND = "llama"
+
+
+def tiny(attention: str = "sdpa"):
+    """A target and a draft for it."""
+    return _tiny(USUAL_KIND, attention)
 
 
 @functools.cache
-def tiny(kind: str = "llama", attention: str = "sdpa"):
-    """A target and a draft for it."""
+def _tiny(kind: str, attention: str):
     target = make_tiny_target(kind, attn_implementation=attention)
     return target, make_tiny_draft(target, draft_vocab_size=60)
 
@@ -54,10 +64,18 @@ def random_ids(length: int, seed: int = 0) -> torch.LongTensor:
 PROMPT = random_ids(7)
 
 
-@functools.cache
-def greedy_text(kind: str = "llama") -> list[int]:
+def greedy_text() -> list[int]:
     """What plain decoding writes after `PROMPT` with nothing to stop it."""
-    return tiny(kind)[0].generate(PROMPT, **GREEDY)[0, PROMPT.shape[1] :].tolist()
+    return _greedy_text(USUAL_KIND)
+
+
+def layer_types(target) -> list[str]:
+    return getattr(target.config, "layer_types", None) or ["full_attention"] * 5
+
+
+@functools.cache
+def _greedy_text(kind: str) -> list[int]:
+    return _tiny(kind, "sdpa")[0].generate(PROMPT, **GREEDY)[0, PROMPT.shape[1] :].tolist()
 
 
 def assisted(target, draft, *args, oracle_text=None, knobs=KNOBS, call=None, **options):
@@ -77,11 +95,10 @@ def assisted(target, draft, *args, oracle_text=None, knobs=KNOBS, call=None, **o
 @draft_and_oracle
 @greedy_and_sampled
 @pytest.mark.parametrize("contemplation", [0, 16])
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_all_fields_together(kind, contemplation, options, oracle):
+def test_all_fields_together(contemplation, options, oracle):
     fields = {"output_logits": True, "output_attentions": True}
     knobs = KNOBS | {"contemplation": contemplation}
-    comparison = compare(*tiny(kind, "eager"), PROMPT, options | fields, knobs, oracle=oracle)
+    comparison = compare(*tiny("eager"), PROMPT, options | fields, knobs, oracle=oracle)
     assert_identical(comparison)
     plain, other = comparison.plain, comparison.assisted
     assert type(plain) is type(other) and plain.keys() == other.keys()
@@ -94,7 +111,7 @@ def test_all_fields_together(kind, contemplation, options, oracle):
 
 @pytest.mark.parametrize("field", ["scores", "logits", "attentions", "hidden_states", None])
 def test_each_field_alone(field):
-    target, draft = tiny("llama", "eager")
+    target, draft = tiny("eager")
     options = GREEDY | {"return_dict_in_generate": True} | ({f"output_{field}": True} if field else {})
     plain = target.generate(PROMPT, **options)
     other = assisted(target, draft, PROMPT, **options)
@@ -337,9 +354,9 @@ def test_streaming_text_from_a_thread():
 @greedy_and_sampled
 def test_chunked_prefill(options, chunk_size):
     prompt = random_ids(20, seed=3)
-    comparison = compare(*tiny("qwen3"), prompt, options | {"prefill_chunk_size": chunk_size}, KNOBS)
+    comparison = compare(*tiny(), prompt, options | {"prefill_chunk_size": chunk_size}, KNOBS)
     assert_identical(comparison)
-    whole = compare(*tiny("qwen3"), prompt, options, KNOBS)
+    whole = compare(*tiny(), prompt, options, KNOBS)
     assert comparison.statistics.emitted == whole.statistics.emitted  # the draft gets the taps of every chunk
 
 
@@ -360,7 +377,7 @@ def test_masked_prompts(mask, attention, options, oracle):
     def call():
         return {"attention_mask": torch.tensor([MASKS[mask]])}
 
-    comparison = compare(*tiny("llama", attention), PROMPT, options, KNOBS, oracle=oracle, call=call)
+    comparison = compare(*tiny(attention), PROMPT, options, KNOBS, oracle=oracle, call=call)
     assert_identical(comparison)
 
 
@@ -386,7 +403,7 @@ def test_a_mask_inferred_from_padding():
 @pytest.mark.parametrize("with_ids", [True, False])
 @pytest.mark.parametrize("mask", [None, "left padding", "holes"])
 def test_embedded_prompts(with_ids, mask, options):
-    target, draft = tiny("qwen3")
+    target, draft = tiny()
     with torch.no_grad():
         embeddings = target.get_input_embeddings()(PROMPT) + 0.1  # of no token
 
@@ -458,8 +475,10 @@ def test_statistics_can_be_recounted(contemplation, eos, monkeypatch):
     assert (statistics.contemplate_rows > 0) == (contemplation > 0)
     for part in ("prefill", "draft", "target", "walk", "compaction"):
         assert getattr(statistics, f"{part}_seconds") >= 0
-    row_bytes = 5 * 2 * 2 * 8 * 8  # layers, keys and values, heads, head size, fp64
-    assert statistics.target_cache_bytes == (PROMPT.shape[1] + len(new) - 1) * row_bytes
+    layer_bytes = 2 * 2 * target.config.head_dim * 8  # of a row: keys and values, heads, head size, fp64
+    row_bytes, length = 5 * layer_bytes, PROMPT.shape[1] + len(new) - 1
+    rows = [min(length, 5) if kind == "sliding_attention" else length for kind in layer_types(target)]
+    assert statistics.target_cache_bytes == sum(rows) * layer_bytes
     slots = draft.config.num_soft_prompts if contemplation else 0
     assert statistics.transient_cache_bytes == row_bytes * max(
         t.size + min(contemplation, t.size) + slots for t in trees

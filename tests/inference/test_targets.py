@@ -18,6 +18,7 @@ from helpers import make_tiny_draft, make_tiny_target, rotate
 from transformers_confu import ConFuDraftModel, confu_generation_config
 from transformers_confu.inference.checks import check_cache, check_target
 from transformers_confu.inference.draft_tree import DraftTree
+from transformers_confu.inference.growing_cache import let_grow
 from transformers_confu.inference.soft_prompts import KeyRotation
 from transformers_confu.inference.target import TargetRunner
 
@@ -55,6 +56,17 @@ OLD_SIZES = {
 }
 ALL_HEADS_CACHED = {**SIZES, "num_key_value_heads": None}
 FULL_ATTENTION = {"layer_types": ["full_attention"] * 5}
+MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]}
+SHORT, LONGER = {"sliding_window": 4}, {"sliding_window": 13}  # crossed by the prompt; by the text
+
+# Without what is looked up for each token in every layer, and with layers of one shape.
+GEMMA4 = {
+    "hidden_size_per_layer_input": 0,
+    "global_head_dim": 8,
+    "num_kv_shared_layers": 0,
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": False,
+}
 
 ARCHITECTURES = {
     # Named in the documentation.
@@ -96,9 +108,26 @@ ARCHITECTURES = {
     # Mixtures of experts.
     "Mixtral": {**SIZES, "num_local_experts": 4, "sliding_window": None, "output_router_logits": True},
     "Qwen3Moe": {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    # Sliding windows in some layers, or in all.
+    "Gemma2, windows": {**SIZES, **MIXED, **SHORT},
+    "Gemma3Text, windows": {**SIZES, **MIXED, **LONGER},
+    "Gemma4Text, windows": {**SIZES, **MIXED, **SHORT, **GEMMA4},
+    "Qwen2, windows": {**SIZES, **MIXED, **LONGER, "use_sliding_window": True},
+    "Qwen3, windows": {**SIZES, **MIXED, **SHORT, "use_sliding_window": True},
+    "Mistral, windows": {**SIZES, **SHORT},
+    "Ministral, windows": {**SIZES, **MIXED, **LONGER},
+    "Ministral3, windows": {**SIZES, **LONGER},
+    "Olmo3, windows": {**SIZES, **MIXED, **SHORT},
+    "GptOss, windows": {**SIZES, **MIXED, **SHORT, "num_local_experts": 4},
+    "Cohere2, windows": {**SIZES, **MIXED, **SHORT},
+    "Exaone4, windows": {**SIZES, **MIXED, **LONGER, "sliding_window_pattern": None},
+    "Phi3, windows": {**SIZES, **SHORT, "original_max_position_embeddings": 128},
+    "Starcoder2, windows": {**SIZES, **LONGER},
+    "Mixtral, windows": {**SIZES, **SHORT, "num_local_experts": 4},
 }
-EAGER_ONLY = {"GPTJ", "GptOss", "Gemma2"}
-WITHOUT_FP64 = {"GptOss", "Mixtral", "Qwen3Moe"}  # the experts' grouped matrix product has none
+EAGER_ONLY = {"GPTJ", "GptOss", "Gemma2", "Gemma2, windows", "GptOss, windows"}
+# The experts' grouped matrix product has none.
+WITHOUT_FP64 = {"GptOss", "GptOss, windows", "Mixtral", "Mixtral, windows", "Qwen3Moe"}
 
 architectures = pytest.mark.parametrize(
     "name, implementation",
@@ -112,7 +141,7 @@ architectures = pytest.mark.parametrize(
 
 
 def make_target(name: str, implementation: str = "sdpa", **changes) -> PreTrainedModel:
-    config_class = getattr(transformers, f"{name}Config")
+    config_class = getattr(transformers, f"{name.split(',')[0]}Config")
     known = config_class().to_dict().keys() | set(config_class.attribute_map)
     settings = ARCHITECTURES[name] | changes
     config = config_class(**{key: value for key, value in settings.items() if key in known})
@@ -177,19 +206,26 @@ def prefill(target, runner: TargetRunner, ids: torch.LongTensor):
 
 def future_by_prefix(target, draft: ConFuDraftModel, ids: torch.LongTensor, routed_by: torch.Tensor) -> torch.Tensor:
     """f behind `ids` without any code of the runner: the soft prompts are ordinary cached rows before them."""
-    cache, with_slots = DynamicCache(config=target.config), DynamicCache(config=target.config)
+    cache, with_slots = DynamicCache(), DynamicCache()  # which hold all rows, whatever the windows
     target(ids, cache=cache)
     for index, layer in enumerate(cache.layers):
         keys, values = draft.future_channel.soft_prompts[index].to(layer.keys)
         keys, values = torch.cat([keys[None], layer.keys], 2), torch.cat([values[None], layer.values], 2)
         with_slots.update(keys, values, index)
     embedding = draft.future_channel.contemplate_token(routed_by)[:, None]
-    length = ids.shape[1]
+    length, num_slots = ids.shape[1], draft.config.num_soft_prompts
+    all_visible = torch.zeros(1, 1, 1, num_slots + length + 1, dtype=embedding.dtype)
+    within_window = all_visible.clone()
+    config = target.config.get_text_config()
+    if (window := getattr(config, "sliding_window", None)) is not None:
+        within_window[..., num_slots : num_slots + max(length + 1 - window, 0)] = -torch.inf
+    of_kinds = {"full_attention": all_visible, "sliding_attention": within_window}
+    layer_types = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     hidden_states = target(
         inputs_embeds=embedding,
         cache=with_slots,
         position_ids=torch.tensor([[length]]),
-        attention_mask=torch.zeros(1, 1, 1, length + draft.config.num_soft_prompts + 1, dtype=embedding.dtype),
+        attention_mask=of_kinds if len(layer_types) > 1 else of_kinds[layer_types.pop()],
         output_hidden_states=True,
     ).hidden_states
     return torch.cat([hidden_states[index][0, -1] for index in draft.config.future_hidden_state_indices])
@@ -210,10 +246,13 @@ def test_a_verified_tree_is_a_forward_over_each_path(name, implementation):
 
     cache, routed_by = prefill(target, runner, PROMPT)
     check_target(target, draft.config)
-    check_cache(cache, draft.config)
+    check_cache(cache, draft.config, target)
     arguments = (torch.tensor([7]), torch.ones(1, 7, dtype=torch.bool))
-    verified = runner.verify(TREE, CONTEMPLATED, routed_by, copy.deepcopy(cache), *arguments)
-    alone = runner.verify(TREE, None, routed_by, cache, *arguments)
+    caches = [copy.deepcopy(cache), cache]
+    for cache in caches:
+        let_grow(cache)
+    verified = runner.verify(TREE, CONTEMPLATED, routed_by, caches[0], *arguments)
+    alone = runner.verify(TREE, None, routed_by, caches[1], *arguments)
     assert verified.outputs.logits.shape[1] == alone.outputs.logits.shape[1] == TREE.size
     assert alone.futures is None and verified.taps.shape == (1, TREE.size, draft.config.taps_size)
     assert close(verified.outputs.logits, alone.outputs.logits)
@@ -240,7 +279,8 @@ def test_a_verified_tree_is_a_forward_over_each_path(name, implementation):
 # Rotated soft prompts
 
 
-NOT_ROTATED = {"GPT2", "OPT", "GPTBigCode", "GPTJ", "SmolLM3"}  # positions of another kind, or not in every layer
+# Positions of another kind, or not in every layer.
+NOT_ROTATED = {"GPT2", "OPT", "GPTBigCode", "GPTJ", "SmolLM3", "Cohere2, windows", "Exaone4, windows"}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .configuration_confu import STATIC_ROPE_TYPES, ConFuConfig, full_attention_rope, size_of
+from .cached_rows import layer_windows
+from .configuration_confu import STATIC_ROPE_TYPES, ConFuConfig, rope_of
 from .soft_prompts import KeyRotation
 
 
@@ -65,17 +66,12 @@ def _check_attention(name: str, target: PreTrainedModel, target_config: PreTrain
             "with 'sdpa' or 'eager'."
         )
     layer_types = getattr(target_config, "layer_types", None) or []
-    if unusual := sorted(set(layer_types) - {"full_attention"}):
+    if unusual := sorted(set(layer_types) - {"full_attention", "sliding_attention"}):
         raise ValueError(
             f"{name} has layers of type {', '.join(unusual)}, whose cache cannot hold a tree; ConFu needs a target "
-            "with full attention in every layer."
+            "with full or sliding-window attention in every layer."
         )
-    window = None if layer_types else size_of(target_config, "sliding_window")
-    if window is not None:
-        raise ValueError(
-            f"{name} has `sliding_window={window}`, and a sliding cache cannot hold a tree; ConFu needs full "
-            "attention (`sliding_window=None`)."
-        )
+    layer_windows(target_config)
     if getattr(target_config, "attention_layers", None) is not None:
         raise ValueError(
             f"{name} masks attention by the order of rows, whatever mask it is given, and the rows of a tree are in "
@@ -107,12 +103,14 @@ def _check_positions(name: str, target_config: PreTrainedConfig) -> None:
             f"{name} scales queries by the number of rows before them (`attn_temperature_tuning`), and branches of a "
             "tree share positions; ConFu needs a target that follows `position_ids`."
         )
-    rope = full_attention_rope(target_config)
-    if rope.get("rope_type", "default") not in STATIC_ROPE_TYPES:
-        raise ValueError(
-            f"{name} uses RoPE type '{rope['rope_type']}', whose frequencies change with the length of the forward, "
-            f"so cached keys would differ from plain decoding; types that work are {', '.join(STATIC_ROPE_TYPES)}."
-        )
+    for kind in ("full_attention", "sliding_attention"):
+        rope_type = rope_of(target_config, kind).get("rope_type", "default")
+        if rope_type not in STATIC_ROPE_TYPES:
+            raise ValueError(
+                f"{name} uses RoPE type '{rope_type}', whose frequencies change with the length of the forward, "
+                f"so cached keys would differ from plain decoding; types that work are {', '.join(STATIC_ROPE_TYPES)}."
+            )
+    rope = rope_of(target_config)
     if "mrope_section" in rope:
         raise ValueError(f"{name} uses 3-D positions (mrope), which a draft tree has not; use a text-only target.")
 
@@ -196,30 +194,42 @@ def check_cached_heads(keys: tuple[int, int], values: tuple[int, int], config: C
         )
 
 
-def check_cache(cache: Any, config: ConFuConfig) -> None:
+def check_cache(cache: Any, config: ConFuConfig, target: PreTrainedModel) -> None:
     r"""
     Refuse a cache whose rows cannot be moved and dropped one by one, or into which the soft prompts do not fit.
 
-    The type of each layer must be `DynamicLayer` itself: its subclasses store rows quantised, offloaded or windowed.
-    A cache may be of a class of the user's, but only with the `update` of `DynamicCache`, in whose place the rows of a
-    round are stored.
+    The type of each layer must be `DynamicLayer` itself, or `DynamicSlidingWindowLayer` where the target has that
+    window: other subclasses store rows quantised, offloaded or indexed. A cache may be of a class of the user's, but
+    only with the `update` of `DynamicCache`, in whose place the rows of a round are stored.
     """
     found = f"{'an offloaded' if getattr(cache, 'offloading', False) else 'a'} {type(cache).__name__}"
     if isinstance(cache, DynamicCache) and not cache.offloading:
-        foreign_layers = {type(layer) for layer in cache.layers} - {DynamicLayer}
+        foreign_layers = {type(layer) for layer in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+        windows = layer_windows(target.config)
+        cached = [layer.sliding_window if layer.is_sliding else None for layer in cache.layers]
         if type(cache).update is not DynamicCache.update or "update" in vars(cache):
             found = f"a {type(cache).__name__} with an `update` of its own"
         elif foreign_layers:
             found = (
                 f"a {type(cache).__name__} with layers of type {', '.join(sorted(t.__name__ for t in foreign_layers))}"
             )
+        elif any(cached) and cached != windows:
+            found = (
+                f"a {type(cache).__name__} whose layers have windows {_in_short(cached)}, where those of the target "
+                f"have {_in_short(windows)}"
+            )
         else:
             _check_cached_layers(cache, config)
             return
     raise ValueError(
-        f"ConFu decoding needs a plain, non-offloaded DynamicCache of full-attention layers, got {found}; leave "
-        "`cache_implementation` and `cache` unset, or pass `DynamicCache()`."
+        f"ConFu decoding needs a plain, non-offloaded DynamicCache that is like the target's layers, got {found}; "
+        "leave `cache_implementation` and `cache` unset, or pass `DynamicCache(config=target.config)`."
     )
+
+
+def _in_short(windows: list[int | None]) -> str:
+    """The different windows among those of the layers."""
+    return ", ".join(dict.fromkeys(str(window) for window in windows))
 
 
 def _check_cached_layers(cache: DynamicCache, config: ConFuConfig) -> None:

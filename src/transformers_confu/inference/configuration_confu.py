@@ -264,7 +264,7 @@ class ConFuConfig(PreTrainedConfig):
             )
         num_key_value_heads = num_cached_heads(target)
         head_dim = size_of(target, "head_dim") or hidden_size // num_heads
-        rope = full_attention_rope(target)
+        rope = rope_of(target)
         if rope.get("rope_type", "default") not in STATIC_ROPE_TYPES or "partial_rotary_factor" in rope:
             # The draft's positions are its own affair: plain RoPE with the target's base serves any target.
             rope = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}
@@ -318,12 +318,12 @@ def num_cached_heads(target_config: PreTrainedConfig) -> int:
     return size_of(target_config, "num_key_value_heads") or target_config.num_attention_heads
 
 
-def full_attention_rope(target_config: PreTrainedConfig) -> dict[str, Any]:
-    """`rope_parameters` of a target's layers with full attention; empty if they have no RoPE."""
+def rope_of(target_config: PreTrainedConfig, layer_type: str = "full_attention") -> dict[str, Any]:
+    """`rope_parameters` of a target's layers of one type; empty if they have no RoPE."""
     rope = getattr(target_config, "rope_parameters", None) or {}
     # Some configurations have one entry for each type of layer; `None` stands for layers without RoPE.
     if any(isinstance(entry, dict) for entry in rope.values()) or "full_attention" in rope:
-        rope = rope.get("full_attention") or {}
+        rope = rope.get(layer_type) or {}
     return dict(rope)
 
 

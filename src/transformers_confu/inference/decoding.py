@@ -21,6 +21,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from .cached_rows import cache_bytes, crop, first_row_held, row_bytes, way_back
 from .call_statistics import ConFuStatistics
 from .candidate_generator_confu import CarriedState, ConFuCandidateGenerator
 from .checks import check_cache, check_call, check_evaluation_mode, check_future_channel, check_target
@@ -31,7 +32,7 @@ from .measured_costs import measure_round_costs
 from .round_costs import round_costs
 from .rounds import AutomaticRounds, FixedRounds, Rounds
 from .self_check import prove_target
-from .target import TargetRunner, Verification, autocast_around, cache_bytes, crop, input_device, position_table_size
+from .target import TargetRunner, Verification, autocast_around, input_device, position_table_size
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def confu_decode(
         length = max(tensor.shape[1] for tensor in given if tensor is not None)
         model_kwargs["position_ids"] = torch.arange(length, device=input_ids.device)[None]
     check_call(draft.config, generation_config, input_ids, synced_gpus, model_kwargs)
-    check_cache(model_kwargs["cache"], draft.config)
+    check_cache(model_kwargs["cache"], draft.config, target)
     autocast = autocast_around(target)
     with torch.autocast(input_device(target).type, enabled=False):
         started = time.perf_counter()
@@ -135,7 +136,7 @@ class _Decoding:
     ) -> GenerateDecoderOnlyOutput | torch.LongTensor:
         self.streamer = streamer
         cache: DynamicCache = model_kwargs["cache"]
-        length, carried = cache.get_seq_length(), CarriedState.take_from(cache)
+        restore, carried = way_back(cache), CarriedState.take_from(cache)
         draft_length = 0 if carried is None else carried.cache.get_seq_length()
         try:
             future = self._prefill(cache, carried, model_kwargs)
@@ -144,7 +145,7 @@ class _Decoding:
                     future = self._round(cache, future)
         except BaseException:
             # Some layers may hold rows that others lack, or refused ones: give the caller's cache back as it was.
-            crop(cache, length)
+            restore()
             if carried is not None:
                 crop(carried.cache, draft_length)
                 carried.put_on(cache)
@@ -283,7 +284,7 @@ class _Decoding:
         if self.ends is not None:
             path, num_accepted = self._follow(tree, verification.outputs.logits[0, : tree.size])
         else:
-            path, num_accepted = self._walk(tree, verification.outputs, verification.prefix_length)
+            path, num_accepted = self._walk(tree, verification.outputs, verification.prefix_length, cache)
         if not self.finished:  # a text that ends says nothing of what would have been accepted
             self.rounds.count(tree, path)
         walked = time.perf_counter()
@@ -345,8 +346,7 @@ class _Decoding:
     def _measure_caches(self, cache: DynamicCache) -> None:
         self.statistics.target_cache_bytes = cache_bytes(cache)
         self.statistics.draft_cache_bytes = cache_bytes(self.generator.cache)
-        row_bytes = self.statistics.target_cache_bytes // cache.get_seq_length()
-        self.statistics.transient_cache_bytes = self.transient_rows * row_bytes
+        self.statistics.transient_cache_bytes = self.transient_rows * row_bytes(cache)
 
     def _observe_newest(self) -> None:
         """Pair the newest cached token's taps with the token just emitted; the row that the next tree starts from."""
@@ -379,7 +379,9 @@ class _Decoding:
                 self.streamer.put(torch.tensor([token]))
         return path, num_accepted
 
-    def _walk(self, tree: DraftTree, outputs: ModelOutput, prefix_length: int) -> tuple[list[int], int]:
+    def _walk(
+        self, tree: DraftTree, outputs: ModelOutput, prefix_length: int, cache: DynamicCache
+    ) -> tuple[list[int], int]:
         r"""
         Emit the target's own choices along the tree, until one is no child of its node or a criterion stops.
 
@@ -391,7 +393,7 @@ class _Decoding:
         path, num_accepted = [0], 0
         while True:
             token = self._emit(outputs.logits[:, path[-1]])
-            self._record_states(outputs, path, prefix_length)
+            self._record_states(outputs, path, prefix_length, cache)
             child = children.get((path[-1], token))
             num_accepted += child is not None
             if child is None or self.finished:
@@ -422,19 +424,21 @@ class _Decoding:
             self.streamer.put(token.cpu())
         return int(token)
 
-    def _record_states(self, outputs: ModelOutput, path: list[int], prefix_length: int) -> None:
+    def _record_states(self, outputs: ModelOutput, path: list[int], prefix_length: int, cache: DynamicCache) -> None:
         """Add the last path node's attentions and hidden states, in the shapes of a one-token forward."""
         node = path[-1]
         if self.hidden_states is not None:
             states = self._returned(outputs.hidden_states)
             self.hidden_states += (tuple(None if s is None else s[:, node : node + 1] for s in states),)
         if self.attentions is not None:
-            seen = [*range(prefix_length), *(prefix_length + row for row in path)]
-            self.attentions += (
-                tuple(
-                    None if weights is None else weights[:, :, node : node + 1, seen] for weights in outputs.attentions
-                ),
-            )
+            attentions = []
+            for weights, layer in zip(outputs.attentions, cache.layers, strict=True):
+                before = prefix_length - first_row_held(layer)
+                seen = [*range(before), *(before + row for row in path)]
+                if layer.sliding_window is not None:
+                    seen = seen[-layer.sliding_window :]
+                attentions.append(None if weights is None else weights[:, :, node : node + 1, seen])
+            self.attentions += (tuple(attentions),)
 
     def _returned(self, hidden_states: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
         """Only those that the caller asked for, out of all that were recorded."""

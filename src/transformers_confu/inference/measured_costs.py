@@ -7,11 +7,13 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
+from .cached_rows import crop
 from .candidate_generator_confu import ConFuCandidateGenerator, log_softmax
 from .draft_tree import DraftTree
+from .growing_cache import let_grow
 from .round_costs import DRAFT_ROWS, TARGET_ROWS, RoundCosts, in_steps, least_seconds
 from .rounds import AutomaticRounds
-from .target import TargetRunner, additive_mask, crop, input_device
+from .target import TargetRunner, additive_mask, input_device
 
 
 logger = logging.get_logger(__name__)
@@ -44,7 +46,7 @@ def measure_round_costs(target: PreTrainedModel, draft: PreTrainedModel) -> tupl
 
 
 def _target_rounds(target: PreTrainedModel, draft: PreTrainedModel) -> dict[str, Callable[[], None]]:
-    """Verification and compaction of trees of so many nodes."""
+    """Verification of trees of so many nodes."""
     device = input_device(target)
     positions = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None) or CONTEXT + 2
     length = max(min(CONTEXT, positions - 2), 1)
@@ -56,6 +58,7 @@ def _target_rounds(target: PreTrainedModel, draft: PreTrainedModel) -> dict[str,
         use_cache=True,
         return_dict=True,
     )
+    let_grow(cache)
     visible = torch.ones(1, length, dtype=torch.bool, device=draft.device)
     root_positions = torch.tensor([length], device=draft.device)
     routed_by = torch.zeros(1, draft.config.taps_size, device=draft.device, dtype=draft.dtype)
@@ -66,7 +69,6 @@ def _target_rounds(target: PreTrainedModel, draft: PreTrainedModel) -> dict[str,
 
         def run() -> None:
             runner.verify(tree, None, routed_by, cache, root_positions, visible)
-            runner.compact(cache, length, [0])
             crop(cache, length)
 
         return run

@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from .checks import check_cache
 from .draft_tree import DraftTree
+from .growing_cache import let_grow
 from .target import TargetRunner, input_device
 
 
@@ -39,7 +40,7 @@ def prove_target(
     r"""
     Compare a small tree with plain decoding of its paths, unless this target and draft have passed before.
 
-    Costs three plain forwards of two short texts and one over ten rows. The random state and the caller's cache stay
+    Costs four plain forwards of two short texts and one over ten rows. The random state and the caller's cache stay
     as they are. Forward hooks of the target run for these forwards as for all others.
 
     Args:
@@ -78,10 +79,10 @@ def _prove(target: PreTrainedModel, draft: PreTrainedModel, contemplates: bool, 
     # Prefix, root and two branches of two tokens, which end in the same one and so differ by their ancestors alone.
     *prefix, root, left, right, leaf = _ordinary_tokens(target.config, count=8)
     texts = torch.tensor([[*prefix, root, left, leaf], [*prefix, root, right, leaf]], device=input_device(target))
-    plain, cache, taps = _decode_plainly(target, runner, texts, prompt_length=len(prefix) + 1)
-    check_cache(cache, draft.config)
+    plain, cache, taps = _decode_plainly(target, runner, texts, prompt_length=len(prefix))
+    check_cache(cache, draft.config, target)
     for layer in cache.layers:
-        layer.keys, layer.values = (states[:1, :, : len(prefix)] for states in (layer.keys, layer.values))
+        layer.keys, layer.values = layer.keys[:1], layer.values[:1]
 
     tree = DraftTree.from_parents(
         torch.tensor([[root, left, right, leaf, leaf]], device=taps.device),
@@ -92,8 +93,10 @@ def _prove(target: PreTrainedModel, draft: PreTrainedModel, contemplates: bool, 
     def verify(nodes: torch.LongTensor | None) -> torch.Tensor:
         root_position = torch.tensor([len(prefix)], device=taps.device)
         visible = torch.ones(1, len(prefix), dtype=torch.bool, device=taps.device)
+        written = copy.deepcopy(cache)
+        let_grow(written)
         try:
-            verified = runner.verify(tree, nodes, taps, copy.deepcopy(cache), root_position, visible)
+            verified = runner.verify(tree, nodes, taps, written, root_position, visible)
         except torch.OutOfMemoryError:
             raise
         except (IndexError, TypeError, ValueError, RuntimeError) as error:
@@ -137,11 +140,10 @@ def _decode_plainly(
         )
         return runner.forward(**inputs, return_dict=True)
 
-    outputs = forward(prompt_length, prompt_length)
-    logits, taps = [outputs.logits[:1, -1]], runner.taps(outputs.hidden_states)[:1, -2]
+    taps = runner.taps(forward(prompt_length, prompt_length).hidden_states)[:1, -1]
     prompt_cache = copy.deepcopy(cache)
-    for length in range(prompt_length + 1, texts.shape[1] + 1):
-        logits.append(forward(length, 1).logits[:, -1])
+    logits = [forward(length, 1).logits[:, -1] for length in range(prompt_length + 1, texts.shape[1] + 1)]
+    logits[0] = logits[0][:1]  # of the root, which both texts have
     return torch.cat(logits), prompt_cache, taps
 
 

@@ -11,7 +11,12 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from .configuration_confu import full_attention_rope
+from .cached_rows import layer_windows, rows_held, rows_read
+from .configuration_confu import rope_of
+
+
+# Families whose layers of full attention have no RoPE where others have a window, without saying so in a list.
+ROTATE_IN_WINDOWS_ONLY = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone4_5", "exaone_moe", "flint", "kolibri1")
 
 
 class KeyRotation:
@@ -22,24 +27,28 @@ class KeyRotation:
         target ([`PreTrainedModel`]): The target.
 
     Raises:
-        ValueError: the target rotates no keys, or not in a way known here.
+        ValueError: the target rotates no keys, or not those of every layer, or not in a way known here.
     """
 
     def __init__(self, target: PreTrainedModel):
         config, decoder = target.config.get_text_config(decoder=True), target.get_decoder()
         self.embedding = getattr(decoder, "rotary_emb", None)
         self.apply = getattr(sys.modules[type(self.embedding).__module__], "apply_rotary_pos_emb", None)
-        rope = full_attention_rope(config)
-        if self.apply is None or not rope or not all(getattr(config, "no_rope_layers", None) or [True]):
+        kinds = ["full_attention" if window is None else "sliding_attention" for window in layer_windows(config)]
+        ropes = {kind: rope_of(config, kind) for kind in kinds}
+        some_do_not = not all(getattr(config, "no_rope_layers", None) or [True])
+        if len(ropes) > 1:
+            some_do_not |= config.model_type in ROTATE_IN_WINDOWS_ONLY
+        if self.apply is None or some_do_not or not all(ropes.values()):
             raise ValueError(
                 f"The draft's soft prompts are rotated by the target's RoPE (`rotate_soft_prompts=True`), but "
                 f"{type(target).__name__} has none that serves every layer; use a draft with "
                 "`rotate_soft_prompts=False`."
             )
-        # Models that rotate each type of layer in its own way ask for the type; check_target lets one type pass.
-        parameters = inspect.signature(self.embedding.forward).parameters
-        self.of_type = {"layer_type": "full_attention"} if "layer_type" in parameters else {}
-        self.share = rope.get("partial_rotary_factor", 1.0)
+        self.layers = {kind: [layer for layer, of in enumerate(kinds) if of == kind] for kind in ropes}
+        self.shares = {kind: rope.get("partial_rotary_factor", 1.0) for kind, rope in ropes.items()}
+        # Models that rotate each type of layer in its own way ask for the type.
+        self.asks_for_type = "layer_type" in inspect.signature(self.embedding.forward).parameters
 
     def __call__(self, keys: torch.Tensor, position_ids: torch.LongTensor) -> torch.Tensor:
         r"""
@@ -53,18 +62,27 @@ class KeyRotation:
         Returns:
             `torch.FloatTensor` of shape `(layers, batch, num_key_value_heads, R * S, head_dim)`.
         """
+        if len(self.layers) == 1:
+            return self._rotate(keys, position_ids, next(iter(self.layers)))
+        of_kinds = [self._rotate(keys[layers], position_ids, kind) for kind, layers in self.layers.items()]
+        order = torch.tensor([layer for layers in self.layers.values() for layer in layers], device=keys.device)
+        return torch.cat(of_kinds)[order.argsort()]
+
+    def _rotate(self, keys: torch.Tensor, position_ids: torch.LongTensor, kind: str) -> torch.Tensor:
+        """[`__call__`] for the keys of some layers, all of one kind."""
         num_layers, num_heads, num_slots, head_dim = keys.shape
         batch_size, num_positions = position_ids.shape
         positions = position_ids.to(keys.device).reshape(-1, 1)  # (B * R, 1)
         like = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        of_type = {"layer_type": kind} if self.asks_for_type else {}
         cos, sin = (
             angles.to(keys.device)  # (1 + B * R, 1, share of hd)
-            for angles in self.embedding(like, nn.functional.pad(positions, (0, 0, 1, 0)), **self.of_type)
+            for angles in self.embedding(like, nn.functional.pad(positions, (0, 0, 1, 0)), **of_type)
         )
         # At position 0 the cosine is 1, or the factor by which YaRN scales keys, which cached ones have already.
         cos, sin = cos[1:] / cos[:1], sin[1:] / cos[:1]
         states = keys.flatten(0, 1).expand(len(positions), -1, -1, -1)  # (B * R, layers * kv_heads, S, hd)
-        rotated, kept = states.split([rotary := int(self.share * head_dim), head_dim - rotary], dim=-1)
+        rotated, kept = states.split([rotary := int(self.shares[kind] * head_dim), head_dim - rotary], dim=-1)
         _, rotated = self.apply(rotated, rotated, cos, sin)
         states = torch.cat([rotated, kept], dim=-1).to(keys.dtype)
         states = states.view(batch_size, num_positions, num_layers, num_heads, num_slots, head_dim)
@@ -75,12 +93,13 @@ class SlotCache(DynamicCache):
     r"""
     A view of `cache` for one forward whose contemplate rows also read the soft prompts.
 
-    Each layer holds cached rows, new rows and slots, in this order.
+    Each layer gives cached rows, new rows and slots, in this order.
 
     Args:
         cache (`DynamicCache`): Shared, not copied.
         channel: Gives the slots of each layer.
-        keep (`bool`): Store rows and slots in `cache`, to be compacted later; else leave `cache` as it is.
+        keep (`bool`): Store rows and slots in `cache`, to be compacted later, where layers with a window must be of
+            [`~growing_cache.GrowingLayer`]; else leave `cache` as it is.
         rotated_keys (`torch.FloatTensor`, *optional*): See `ConFuFutureChannel.slots`.
     """
 
@@ -100,10 +119,9 @@ class SlotCache(DynamicCache):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         layer = self.layers[layer_idx]
         slot_keys, slot_values = self.channel.slots(layer_idx, key_states, self.rotated_keys)
-        before = layer.keys, layer.values
-        keys, values = layer.update(
-            torch.cat([key_states, slot_keys], dim=-2), torch.cat([value_states, slot_values], dim=-2)
-        )
-        if not self.keep:
-            layer.keys, layer.values = before
-        return keys, values
+        keys, values = [key_states, slot_keys], [value_states, slot_values]
+        if self.keep:
+            return layer.update(torch.cat(keys, dim=-2), torch.cat(values, dim=-2))
+        outside = rows_held(layer) - rows_read(layer)
+        cached_keys, cached_values = layer.keys[..., outside:, :], layer.values[..., outside:, :]
+        return torch.cat([cached_keys, *keys], dim=-2), torch.cat([cached_values, *values], dim=-2)

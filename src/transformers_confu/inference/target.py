@@ -16,7 +16,8 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .configuration_confu import ConFuConfig, full_attention_rope
+from .cached_rows import crop, first_row_held, layer_windows, rows_read
+from .configuration_confu import ConFuConfig, rope_of
 from .draft_tree import DraftTree
 from .soft_prompts import KeyRotation, SlotCache
 
@@ -63,6 +64,7 @@ class TargetRunner:
         self.autocast = autocast
         self.config = config
         self.channel = channel
+        self.windows = layer_windows(target.config)
         self.embed = target.get_input_embeddings()
         self.rotation = KeyRotation(target) if config.rotate_soft_prompts and config.num_soft_prompts else None
         self.recorded = sorted(
@@ -146,9 +148,11 @@ class TargetRunner:
             slots = itself.new_ones(*itself.shape[:2], num_slots)
         else:
             slots = itself.repeat_interleave(num_slots, dim=-1)  # each row has its round's: (B, rows, rows * S)
+        # A row stands behind the last cached row that it sees.
+        places = torch.arange(1, visible.shape[-1] + 1, device=visible.device).where(visible, 0).amax(dim=-1)
         return self.forward(
             inputs_embeds=embeddings,
-            attention_mask=additive_mask(torch.cat([visible, itself, slots], dim=-1), like=embeddings),
+            attention_mask=self._masks(cache, visible, itself, slots, places, like=embeddings),
             position_ids=position_ids.to(embeddings.device),
             cache=self._with_slots(cache, root_positions, keep=False),
             use_cache=True,
@@ -168,11 +172,13 @@ class TargetRunner:
         output_attentions: bool = False,
     ) -> Verification:
         r"""
-        One forward over [root and drafted nodes | contemplate rows]; all rows and slots end up in the cache.
+        One forward over [root and drafted nodes | contemplate rows]; all rows and slots end up in the cache, which
+        has room to grow (see [`~growing_cache.let_grow`]) if layers have windows.
 
         Node v at depth d sits at position n + d and sees the visible cache, its ancestors and itself. Its contemplate
         row sits at n + d + 1 and sees what v sees, v, itself and the soft prompts. No node sees a contemplate row or
-        a soft prompt, so the target's own outputs do not change.
+        a soft prompt, so the target's own outputs do not change. Where a layer has a sliding window, all this holds
+        within it, but for the soft prompts, which no window hides.
 
         Args:
             tree ([`DraftTree`]): The tree of N nodes.
@@ -188,18 +194,19 @@ class TargetRunner:
         num_nodes = tree.size
         inputs_embeds = self.embed(tree.tokens.to(input_device(self.target)))  # (B, N, Ht)
         depths, sees = tree.depths, tree.ancestors
+        slots = sees.new_zeros(*sees.shape[:2], 0)
         written: Cache = cache
         if nodes is not None:
             num_rows = nodes.shape[1]
             contemplate = self.channel.contemplate_token(routed_by)[:, None, :].expand(-1, num_rows, -1)
             inputs_embeds = torch.cat([inputs_embeds, contemplate.to(inputs_embeds)], dim=1)
             depths = torch.cat([depths, depths.gather(1, nodes) + 1], dim=1)
-            sees = self._rows_see(sees, nodes)
+            sees, slots = self._rows_see(sees, nodes)
             written = self._with_slots(cache, root_positions[:, None], keep=True)
         prefix = visible[:, None, :].expand(-1, depths.shape[1], -1)
         outputs = self.forward(
             inputs_embeds=inputs_embeds,
-            attention_mask=additive_mask(torch.cat([prefix, sees], dim=-1), like=inputs_embeds),
+            attention_mask=self._masks(cache, prefix, sees, slots, prefix_length + depths, like=inputs_embeds),
             position_ids=(root_positions[:, None] + depths).to(inputs_embeds.device),
             cache=written,
             use_cache=True,
@@ -228,38 +235,65 @@ class TargetRunner:
             rotated_keys = self.rotation(self.channel.soft_prompts[:, 0], root_positions)
         return SlotCache(cache, self.channel, keep, rotated_keys)
 
-    def _rows_see(self, ancestors: torch.BoolTensor, nodes: torch.LongTensor) -> torch.BoolTensor:
-        """Who sees whom among [N nodes | C contemplate rows | S slots]: `(B, N + C, N + C + S)`."""
+    def _masks(
+        self,
+        cache: DynamicCache,
+        cached: torch.BoolTensor,
+        new: torch.BoolTensor,
+        slots: torch.BoolTensor,
+        places: torch.LongTensor,
+        like: torch.Tensor,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        r"""
+        Additive masks over [cached rows | new rows | slots]: one, or for layers of two kinds one for each kind.
+
+        A layer with a window has columns only for the cached rows that it still holds. Windows count rows of the text,
+        as plain decoding does, where a tree's rows stand for those that the text would have at their depths.
+
+        Args:
+            cache ([`DynamicCache`]): Holds P rows.
+            cached (`torch.BoolTensor` of shape `(batch, R, P)`): Cached rows that each of R new rows sees.
+            new (`torch.BoolTensor` of shape `(batch, R, R)`): New rows that each of them sees.
+            slots (`torch.BoolTensor` of shape `(batch, R, slots)`): Soft prompts that each of them sees.
+            places (`torch.LongTensor` of shape `(batch, R)`): Which row of its text each new row is, from 0.
+        """
+        masks = {}
+        for window, layer in zip(self.windows, cache.layers, strict=False):
+            kind = "full_attention" if window is None else "sliding_attention"
+            if kind in masks:
+                continue
+            length = cached.shape[-1]
+            first = length - rows_read(layer)
+            sees_cached, sees_new = cached[..., first:], new
+            if window is not None:
+                nearest_hidden = places[..., None] - window
+                sees_cached = sees_cached & (torch.arange(first, length, device=places.device) > nearest_hidden)
+                sees_new = sees_new & (places[:, None, :] > nearest_hidden)
+            masks[kind] = additive_mask(torch.cat([sees_cached, sees_new, slots], dim=-1), like)
+        return masks if len(masks) > 1 else masks.popitem()[1]
+
+    def _rows_see(
+        self, ancestors: torch.BoolTensor, nodes: torch.LongTensor
+    ) -> tuple[torch.BoolTensor, torch.BoolTensor]:
+        """Who sees whom among [N nodes | C contemplate rows], `(B, N + C, N + C)`, and who sees slots, `(..., S)`."""
         batch_size, num_nodes, _ = ancestors.shape
         num_rows, num_slots = nodes.shape[1], self.config.num_soft_prompts
         above = ancestors.gather(1, nodes[..., None].expand(-1, -1, num_nodes))  # (B, C, N)
         itself = torch.eye(num_rows, dtype=torch.bool, device=nodes.device).expand(batch_size, -1, -1)
+        sees = torch.cat([nn.functional.pad(ancestors, (0, num_rows)), torch.cat([above, itself], dim=-1)], dim=1)
         slots = itself.new_ones(batch_size, num_rows, num_slots)
-        contemplate = torch.cat([above, itself, slots], dim=-1)
-        return torch.cat([nn.functional.pad(ancestors, (0, num_rows + num_slots)), contemplate], dim=1)
+        return sees, nn.functional.pad(slots, (0, 0, num_nodes, 0))
 
     def compact(self, cache: DynamicCache, prefix_length: int, path: list[int]) -> None:
-        """Keep the first P rows and, after them, the tree rows `path`, rising; drop all others."""
+        """Keep the P rows before the tree and, after them, the tree rows `path`, rising; drop all others."""
         length = len(path)
         if path != list(range(length)):
-            kept = torch.tensor(path) + prefix_length
             for layer in cache.layers:
-                rows = kept.to(layer.keys.device)
-                layer.keys[..., prefix_length : prefix_length + length, :] = layer.keys[..., rows, :]
-                layer.values[..., prefix_length : prefix_length + length, :] = layer.values[..., rows, :]
+                first = prefix_length - first_row_held(layer)
+                rows = torch.tensor(path, device=layer.keys.device) + first
+                layer.keys[..., first : first + length, :] = layer.keys[..., rows, :]
+                layer.values[..., first : first + length, :] = layer.values[..., rows, :]
         crop(cache, prefix_length + length)
-
-
-def crop(cache: DynamicCache, length: int) -> None:
-    """Cut every layer to its first `length` rows, also where layers differ in length."""
-    for layer in cache.layers:
-        if layer.is_initialized:
-            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
-
-
-def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes of all keys and values."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
 
 
 def input_device(target: PreTrainedModel) -> torch.device:
@@ -280,7 +314,7 @@ def autocast_around(target: PreTrainedModel) -> Callable[[], AbstractContextMana
 def position_table_size(target: PreTrainedModel) -> int | None:
     """Positions of a target that looks them up in a table; `None` where RoPE computes them, without an end."""
     config = target.config.get_text_config(decoder=True)
-    return None if full_attention_rope(config) else getattr(config, "max_position_embeddings", None)
+    return None if rope_of(config) else getattr(config, "max_position_embeddings", None)
 
 
 def without_router_loss(target: PreTrainedModel) -> dict[str, bool]:

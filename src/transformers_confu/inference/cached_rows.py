@@ -1,0 +1,82 @@
+"""Which rows of a text the layers of a target's cache hold, with and without a sliding window.
+
+A row of a layer with a window of W sees itself and the W - 1 rows before it, so between two forwards such a layer
+holds the last W - 1 rows of the text; a layer with full attention holds all of them. Everything here works on both:
+the first row that a layer holds is row `get_seq_length() - keys.shape[-2]` of the text.
+"""
+
+from collections.abc import Callable
+
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from .configuration_confu import size_of
+
+
+def layer_windows(target_config: PreTrainedConfig) -> list[int | None]:
+    r"""
+    The sliding window of each layer of a target, `None` for full attention.
+
+    Raises:
+        ValueError: windows differ in size.
+    """
+    config = target_config.get_text_config(decoder=True)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return [size_of(config, "sliding_window")] * config.num_hidden_layers
+    window = size_of(config, "sliding_window") if "sliding_attention" in layer_types else None
+    return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
+
+
+def rows_held(layer: DynamicLayer) -> int:
+    """Rows of the text that a layer holds."""
+    return layer.keys.shape[-2] if layer.is_initialized else 0
+
+
+def rows_read(layer: DynamicLayer) -> int:
+    """Rows of the text that the next forward reads from a layer: the last of those that it holds."""
+    window = getattr(layer, "sliding_window", None)
+    return rows_held(layer) if window is None else min(rows_held(layer), window - 1)
+
+
+def first_row_held(layer: DynamicLayer) -> int:
+    """The number, in the text, of the first row that a layer holds."""
+    return layer.get_seq_length() - rows_held(layer)
+
+
+def crop(cache: DynamicCache, length: int) -> None:
+    """Cut every layer to the first `length` rows of the text, also where layers differ in length."""
+    for layer in cache.layers:
+        if layer.is_initialized:
+            kept = max(length - first_row_held(layer), 0)
+            layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
+
+
+def way_back(cache: DynamicCache) -> Callable[[], None]:
+    """
+    A function that gives `cache` its present rows back, after forwards that added rows to it.
+
+    Rows of a layer with full attention stay where they are and are only cut. A layer with a window drops rows while
+    it takes others, so what it holds now is kept aside; that costs no copy, as it makes new tensors for its rows.
+    """
+    length = cache.get_seq_length()
+    windowed = [(layer, dict(vars(layer))) for layer in cache.layers if layer.is_sliding]
+
+    def restore() -> None:
+        crop(cache, length)
+        for layer, state in windowed:
+            vars(layer).update(state)
+
+    return restore
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes of all keys and values."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+
+
+def row_bytes(cache: DynamicCache) -> int:
+    """Bytes of one row's keys and values, in all layers together."""
+    return sum(
+        (layer.keys.nbytes + layer.values.nbytes) // rows_held(layer) for layer in cache.layers if rows_held(layer) > 0
+    )
