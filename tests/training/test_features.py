@@ -145,8 +145,8 @@ def test_a_folder_of_another_target_or_channel_is_refused(pair, tmp_path):
 
 def test_a_torn_record_is_named(pair, tmp_path):
     _, draft, runner = pair
-    (tmp_path / "target").mkdir()
-    (tmp_path / "target" / "made_with.json").write_text("")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "made_with.json").write_text("")
     with pytest.raises(ValueError, match="made_with.json is no valid JSON"):
         KeptFeatures(draft, runner, tmp_path)
 

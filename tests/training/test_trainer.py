@@ -465,7 +465,7 @@ def test_missing_datasets_are_refused(target, tmp_path):
 
 def test_a_dataset_that_makes_no_batches_is_refused_before_the_training(target, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(ConFuTrainingArguments, "world_size", 3)
-    message = r"`eval_dataset\['few'\]` makes no batches. 2 rows in 1 batches cannot be shared evenly by 3 processes"
+    message = r"`eval_dataset\['few'\]` makes no batches. 2 rows of these lengths cannot be shared evenly by 3 proc"
     with pytest.raises(ValueError, match=message):
         make_trainer(target, tmp_path, train_dataset=rows, eval_dataset={"all": rows, "few": rows.select([0, 1])})
 

@@ -86,30 +86,20 @@ class AnchorSampling:
                 routers.append((anchors - lag).clamp(min=start))
             positions.append(torch.cat(of_text))
             routed_by.append(torch.cat(routers))
-        return place_anchors(positions, routed_by, labels, self.replication)
+        # The number of the nearest anchor at or before each row: a running maximum, as numbers rise with positions.
+        of_row = torch.full(rows.shape, -1, dtype=torch.long)
+        for nearest, anchors in zip(of_row, positions, strict=True):
+            nearest[anchors] = torch.arange(len(anchors))
+            nearest.copy_(nearest.cummax(dim=0).values)
+            if len(anchors):
+                nearest[torch.arange(len(nearest)) - anchors[nearest.clamp(min=0)] > self.replication] = -1
 
+        def padded(parts: list[torch.Tensor]) -> torch.Tensor:
+            return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(labels.device)
 
-def place_anchors(
-    positions: list[torch.Tensor], routed_by: list[torch.Tensor], labels: torch.LongTensor, replication: int
-) -> Anchors:
-    """Anchors of a batch from those of each sequence, rising; `labels` `(batch, length)` and the rest as above."""
-    rows = draft_rows(labels)
-    index = torch.arange(rows.shape[1])
-    # The number of the nearest anchor at or before each row: a running maximum, as numbers rise with positions.
-    of_row = torch.full(rows.shape, -1, dtype=torch.long)
-    for number, anchors in enumerate(positions):
-        of_row[number, anchors] = torch.arange(len(anchors))
-        of_row[number] = of_row[number].cummax(dim=0).values
-        if len(anchors):
-            too_far = index - anchors[of_row[number].clamp(min=0)] > replication
-            of_row[number, too_far] = -1
-
-    def padded(parts: list[torch.Tensor]) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(labels.device)
-
-    return Anchors(
-        positions=padded(positions),
-        exists=padded([torch.ones_like(anchors, dtype=torch.bool) for anchors in positions]),
-        routed_by=padded(routed_by),
-        of_row=of_row.to(labels.device).masked_fill(~rows, -1),
-    )
+        return Anchors(
+            positions=padded(positions),
+            exists=padded([torch.ones_like(anchors, dtype=torch.bool) for anchors in positions]),
+            routed_by=padded(routed_by),
+            of_row=of_row.masked_fill(~rows, -1).to(labels.device),
+        )

@@ -30,9 +30,8 @@ class TokenBatchSampler(Sampler[list[int]]):
     had. The largest batches come first, so that memory runs out in the first step or not at all. Without `shuffle`,
     every epoch goes from short rows to long ones.
 
-    Of several processes each gets its own share: every row is in one batch of one process, and all processes get the
-    same number of batches; where that does not come out even, batches are halved until it does. So the data loader
-    must not be sharded once more by accelerate.
+    Several processes share the rows of each step: every row is in one batch of one process, and all have equally many
+    batches. So the data loader must not be sharded once more by accelerate.
 
     Args:
         lengths: Of every row, in tokens; at least 1 each.
@@ -60,51 +59,37 @@ class TokenBatchSampler(Sampler[list[int]]):
         self.epoch = 0
         self._rounded = -(-self.lengths // _LENGTH_STEP) * _LENGTH_STEP
         ascending = np.sort(self._rounded)
-        self._bounds: list[tuple[int, int]] = []  # of each batch: slice [first, last) of the rows by ascending length
+        self._steps: list[tuple[int, int]] = []  # of each step: slice [first, last) of the rows by ascending length
         last = len(ascending)
         while last > 0:  # filled from the longest row down
-            first = max(0, last - max(1, tokens_per_batch // int(ascending[last - 1])))
-            self._bounds.insert(0, (first, last))
+            first = max(0, last - num_processes * max(1, tokens_per_batch // int(ascending[last - 1])))
+            self._steps.insert(0, (first, last))
             last = first
-        self._halvings = -len(self._bounds) % num_processes
-        if self._halvings > len(self.lengths) - len(self._bounds):
-            raise ValueError(
-                f"{len(self.lengths)} rows in {len(self._bounds)} batches cannot be shared evenly by {num_processes} "
-                f"processes: give more rows or leave out {len(self.lengths) % num_processes}."
-            )
+        if self._steps and self._steps[0][1] < num_processes:  # the shortest rows, and too few: take some more
+            if len(self._steps) == 1 or self._steps[1][1] < 2 * num_processes:
+                raise ValueError(
+                    f"{len(lengths)} rows of these lengths cannot be shared evenly by {num_processes} processes: give "
+                    f"more rows or leave out {len(lengths) % num_processes}."
+                )
+            self._steps[:2] = [(0, num_processes), (num_processes, self._steps[1][1])]
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the next pass; Trainer calls it before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return (len(self._bounds) + self._halvings) // self.num_processes
+        return len(self._steps)
 
     def __iter__(self) -> Iterator[list[int]]:
-        yield from (batch.tolist() for batch in self._all_batches()[self.process_index :: self.num_processes])
-
-    def _all_batches(self) -> list[np.ndarray]:
-        """The batches of all processes in the current epoch."""
+        order, steps = np.argsort(self.lengths, kind="stable"), self._steps
         if self.shuffle:
             generator = np.random.default_rng((self.seed, self.epoch))
             order = np.lexsort((generator.permutation(len(self.lengths)), self._rounded))
-            numbers = generator.permutation(len(self._bounds))
-        else:
-            order = np.argsort(self.lengths, kind="stable")
-            numbers = np.arange(len(self._bounds))
-        batches = [order[slice(*self._bounds[number])] for number in numbers]
-        for _ in range(self._halvings):
-            index = max(range(len(batches)), key=lambda index: len(batches[index]))
-            half = (len(batches[index]) + 1) // 2
-            batches[index : index + 1] = [batches[index][:half], batches[index][half:]]
-        if self.shuffle:
-            sizes = [len(batch) * int(self.lengths[batch].max()) for batch in batches]
-            by_size = sorted(range(len(batches)), key=lambda index: -sizes[index])
-            first = by_size[: self.num_processes]
-            batches = [batches[index] for index in first] + [
-                batch for index, batch in enumerate(batches) if index not in set(first)
-            ]
-        return batches
+            shuffled = [self._steps[number] for number in generator.permutation(len(self._steps))]
+            largest = max(shuffled, key=lambda step: (step[1] - step[0]) * self.lengths[order[slice(*step)]].max())
+            steps = sorted(shuffled, key=lambda step: step != largest)
+        for first, last in steps:
+            yield order[first:last][self.process_index :: self.num_processes].tolist()
 
 
 @dataclass

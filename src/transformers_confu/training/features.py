@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ..common.files import differences, read_json, write_atomically
@@ -106,6 +107,7 @@ class KeptFeatures:
         sampling: AnchorSampling | None = None,
     ):
         self.draft, self.runner, self.folder = draft, runner, Path(folder)
+        self.keeps_futures = sampling is not None
         config, target = draft.config, runner.target
         self.final_state = config.target_num_hidden_layers
         self.dtype = target.get_input_embeddings().weight.dtype
@@ -114,12 +116,10 @@ class KeptFeatures:
             "taps": config.target_hidden_state_indices,
             "dtype": str(self.dtype),
         }
-        self.of_target = RowFiles(self.folder / "target", made_with)
-        self.futures = None
         if sampling is not None:
             made_with |= {"channel": fingerprint_of_module(draft.future_channel, _READ_PARAMETERS)}
             made_with |= {"anchors": asdict(sampling)} | {name: getattr(config, name) for name in _READ_OPTIONS}
-            self.futures = RowFiles(self.folder / "futures", made_with)
+        self.rows = RowFiles(self.folder / ("plain" if sampling is None else "with_futures"), made_with)
         self.head = DraftHead(target, draft.draft_token_ids).to(draft.device)
 
     def check_room(self, datasets: Iterable[Dataset]) -> None:
@@ -128,7 +128,7 @@ class KeptFeatures:
         for dataset in datasets:
             for rows in dataset.select_columns(["input_ids", "labels"]).with_format("numpy").iter(batch_size=1000):
                 pairs = zip(rows["input_ids"], rows["labels"], strict=True)
-                tokens += sum(len(ids) for ids, labels in pairs if row_key(ids, labels) not in self.of_target)
+                tokens += sum(len(ids) for ids, labels in pairs if row_key(ids, labels) not in self.rows)
         config = self.draft.config
         needed = tokens * (config.taps_size + config.target_hidden_size) * self.dtype.itemsize
         if needed > (free := shutil.disk_usage(self.folder).free):
@@ -147,62 +147,51 @@ class KeptFeatures:
             recipe: See [`Recipe`].
         """
         draft = self.draft
-        self._complete(batch, anchors)
-        taps = torch.zeros(*batch.labels.shape, draft.config.taps_size, device=draft.device, dtype=draft.dtype)
-        read = [self.of_target.read(key) for key in batch.row_keys]
-        for text, tensors in zip(taps, read, strict=True):
-            text[: len(tensors["taps"])] = tensors["taps"].to(taps)
+        if any(key not in self.rows for key in batch.row_keys):
+            self._write(batch, anchors)
+        rows = [self.rows.read(key) for key in batch.row_keys]
+        taps = pad_sequence([row["taps"] for row in rows], batch_first=True).to(draft.device, draft.dtype)
         final_states, best_tokens, normalizers = (
-            torch.cat([tensors[name] for tensors in read]).to(draft.device)
+            torch.cat([row[name] for row in rows]).to(draft.device)
             for name in ("final_states", "best_tokens", "normalizers")
         )
         teaching = teach_within(draft, taps, self.head(final_states), best_tokens, normalizers)
         futures = None
-        if self.futures is not None:
-            futures = torch.zeros(*anchors.positions.shape, draft.config.future_size).to(taps)
-            for text, key in zip(futures, batch.row_keys, strict=True):
-                of_row = self.futures.read(key)["futures"]
-                text[: len(of_row)] = of_row.to(futures)
+        if self.keeps_futures:
+            futures = pad_sequence([row["futures"] for row in rows], batch_first=True).to(taps)
         return compute_objective(draft, self.runner.embed, batch, teaching, anchors, futures, recipe)
 
     @torch.no_grad()
-    def _complete(self, batch: TokenBatch, anchors: Anchors | None) -> None:
-        """Let the target read what no file holds yet."""
-        lacks_target = {key for key in batch.row_keys if key not in self.of_target}
-        lacks_futures = {key for key in batch.row_keys if self.futures is not None and key not in self.futures}
-        if not lacks_target | lacks_futures:
-            return
+    def _write(self, batch: TokenBatch, anchors: Anchors | None) -> None:
+        """Let the target read a batch, of which no file holds all."""
         config, is_teacher = self.runner.config, batch.teaching_positions
         outputs = read_batch(
             self.runner,
             batch,
             keep_logits=is_teacher,
             hidden_states=sorted({*config.target_hidden_state_indices, self.final_state}),
-            keep_cache=bool(lacks_futures),
+            keep_cache=self.keeps_futures,
         )
-        taps = torch.cat(
-            [outputs.hidden_states[index].to(batch.labels.device) for index in config.target_hidden_state_indices], -1
-        )
-        final_states = outputs.hidden_states[self.final_state].to(batch.labels.device)
+        wanted = [outputs.hidden_states[index] for index in (*config.target_hidden_state_indices, self.final_state)]
+        *taps, final_states = (state.to(batch.labels.device) for state in wanted)
+        taps = torch.cat(taps, dim=-1)
         self.head.check(final_states[is_teacher], outputs.logits)
         best_tokens, normalizers = summarize(outputs.logits)
         futures = None
-        if lacks_futures:
+        if self.keeps_futures:
             futures = contemplate(self.runner, batch, self.runner.taps(outputs.hidden_states), outputs.cache, anchors)
         for number, key in enumerate(batch.row_keys):
-            if key in lacks_target:
+            if key not in self.rows:
                 of_row = batch.teacher_numbers[number, is_teacher[number]].to(outputs.logits.device)
-                self.of_target.write(
-                    key,
-                    {
-                        "taps": taps[number, batch.attention_mask[number].bool()],
-                        "final_states": final_states[number, is_teacher[number]],
-                        "best_tokens": best_tokens[of_row],
-                        "normalizers": normalizers[of_row],
-                    },
-                )
-            if key in lacks_futures:
-                self.futures.write(key, {"futures": futures[number, anchors.exists[number]]})
+                row = {
+                    "taps": taps[number, batch.attention_mask[number].bool()],
+                    "final_states": final_states[number, is_teacher[number]],
+                    "best_tokens": best_tokens[of_row],
+                    "normalizers": normalizers[of_row],
+                }
+                if futures is not None:
+                    row["futures"] = futures[number, anchors.exists[number]]
+                self.rows.write(key, row)
 
 
 class DraftHead(nn.Module):
