@@ -7,6 +7,8 @@ import pytest
 from questions_and_words import QUESTIONS, tiny_tokenizer
 
 from helpers import make_tiny_draft, make_tiny_target
+from transformers_confu.evaluation.arguments import EvaluationArguments
+from transformers_confu.evaluation.measure import measure
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +24,7 @@ def tiny_folders(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def options(tiny_folders, tmp_path) -> dict:
-    """Options of a small measurement of two runs; its records go to a fresh folder."""
+    """Options of a small measurement; its records go to a fresh folder."""
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     return {
@@ -36,7 +38,24 @@ def options(tiny_folders, tmp_path) -> dict:
         "contemplations": ["0", "3", "full"],
         "depths": [4],
         "branchings": [2],
-        "runs": 2,
+        "runs": 1,
         "costs": False,
         "device": "cpu",
     }
+
+
+@pytest.fixture(scope="session")
+def answered_once() -> dict[str, bytes]:
+    """Filled by the first test that needs records."""
+    return {}
+
+
+@pytest.fixture
+def answered(options, answered_once) -> Path:
+    """The records of these options, measured once for all tests."""
+    path = Path(options["output"])
+    if not answered_once:
+        measure(EvaluationArguments(**options), "confu evaluate run.yaml")
+        answered_once["records"] = path.read_bytes()
+    path.write_bytes(answered_once["records"])
+    return path

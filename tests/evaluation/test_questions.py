@@ -47,14 +47,11 @@ ONE = {"question_id": 1, "category": "qa", "turns": ["a"]}
         ([], "holds no question"),
         ([ONE, "{"], "line 2 is not JSON"),
         ([ONE, ONE], "holds question 1 twice; make the ids unique"),
-        ([{"question_id": 1, "turns": ["a"]}], "question 1 has `turns` but no `category`; add it, or give plain"),
-        ([{"turns": ["a"]}], "has `turns` but no `question_id` and no `category`"),
-        ([{"text": "a"}], r"question 1 has the fields \['text'\]; expected `question_id`, `category` and `turns`"),
-        ([ONE | {"turns": []}], r"question 1 \(id 1\) has no turns; expected a list of one or more texts"),
-        ([ONE | {"turns": "a"}], "has no turns; expected a list"),
-        ([ONE | {"turns": ["a", " "]}], "has the turn ' '; every turn must be a text"),
-        ([{"prompt": ""}], "has the turn ''; every turn must be a text"),
-        ([{"prompt": None}], "has the turn None; every turn must be a text"),
+        ([{"turns": ["a"]}], r"question 1 has the fields \['turns'\]; expected `question_id`, `category` and `turns`"),
+        ([ONE | {"turns": []}], r"question 1 \(id 1\) has the turns \[\]; expected one or more texts"),
+        ([ONE | {"turns": "a"}], "has the turns 'a'; expected one or more texts"),
+        ([ONE | {"turns": ["a", " "]}], "has the turns .*; expected one or more texts"),
+        ([{"prompt": None}], "has the turns .None.; expected one or more texts"),
     ],
 )
 def test_bad_files_are_refused_in_one_sentence(tmp_path, rows, message):
@@ -99,15 +96,13 @@ def test_urls_are_downloaded_and_a_failure_says_what_to_do(tmp_path):
             fetch(None)
 
 
-def test_prompts_in_another_encoding(tmp_path):
-    (tmp_path / "prompts.txt").write_bytes("Grüße".encode("latin-1"))
+def test_the_encoding_of_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbffirst\nsecond\n")  # with a byte-order mark
+    assert [question.turns for question in load_questions(path)] == [("first",), ("second",)]
+    path.write_bytes("Grüße".encode("latin-1"))
     with pytest.raises(ValueError, match=r"prompts.txt is not UTF-8 \(.*\); save it as such."):
-        load_questions(tmp_path / "prompts.txt")
-
-
-def test_a_byte_order_mark_is_no_part_of_a_question(tmp_path):
-    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbffirst\nsecond\n")
-    assert [question.turns for question in load_questions(tmp_path / "prompts.txt")] == [("first",), ("second",)]
+        load_questions(path)
 
 
 def test_spec_bench_is_what_training_prompts_are_kept_clear_of():

@@ -1,11 +1,9 @@
 """Plain `generate` and ConFu side by side on a small real model: `confu evaluate` on a few prompts, told in words."""
 
 import argparse
-import shutil
 import statistics
 import sys
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,58 +56,55 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding cannot show
     logging.disable_progress_bar()
     models = Models.load(arguments, dtype)
-    name = Path(options.draft).name if Path(options.draft).is_dir() else options.draft
-    print(f"Target SmolLM2-135M-Instruct, draft {name}")
+    print(f"Target SmolLM2-135M-Instruct, draft {options.draft}")
     print(f"{dtype}, {options.device}, {torch.get_num_threads()} threads, up to {options.max_new_tokens} tokens")
 
     setting = Setting(dtype, 0.0, options.max_new_tokens)
     calls = models.calls(setting, [PLAIN, CONFU])
-    questions = [Question(str(i), "demo", (prompt,)) for i, prompt in enumerate(options.prompt or PROMPTS)]
-    models.warm_up(questions[0], calls)
+    models.warm_up(calls)
     units = []
-    for question in questions:
+    for number, prompt in enumerate(options.prompt or PROMPTS):
+        question = Question(str(number), "demo", (prompt,))
         runs = [models.answer(question, run, setting, calls) for run in range(options.runs)]
-        show(question.turns[0], runs, models.tokenizer)
+        show(prompt, runs, models.tokenizer)
         units += runs
     return summarise(units, dtype)
 
 
 def show(prompt: str, runs: list[dict[str, Any]], tokenizer: Any) -> None:
-    """One prompt: the text, or both from where they part, and the speed of both arms."""
-    width = min(100, max(60, shutil.get_terminal_size().columns))
-    plain, confu = ([run["answers"][arm]["turns"][0] for run in runs] for arm in (0, 1))
+    """One prompt: the text, ConFu's from where it parts, and the speed of both arms."""
+    plain, confu = _turns(runs, 0), _turns(runs, 1)
     departure = runs[0]["answers"][1]["departure"]
-    print(f"\n{'-' * width}\n{textwrap.fill(prompt, width)}\n")
-    print(_wrapped(tokenizer.decode(plain[0]["token_ids"], skip_special_tokens=True), width))
+    text = tokenizer.decode(plain[0]["token_ids"], skip_special_tokens=True)
+    print(f"\n{'-' * 60}\n{textwrap.fill(prompt, 80)}\n\n{textwrap.indent(text.strip(), '  ')}\n")
     if departure:
         position = departure["position"]
         rest = tokenizer.decode(confu[0]["token_ids"][position:], skip_special_tokens=True)
-        print(f"\n  ConFu parts from it at token {position + 1} and goes on:\n{_wrapped('==> ' + rest, width)}")
-    tau = "" if not confu[0]["rounds"]["emitted"] else f", tau {_tau(confu):.2f}"
+        print(f"  ConFu parts from it at token {position + 1} and goes on:\n{textwrap.indent('==> ' + rest, '  ')}\n")
     sameness = "another text" if departure else "the same text"
-    print(f"\n  plain {_rate(plain):6.1f} tokens/s", flush=True)
-    print(f"  ConFu {_rate(confu):6.1f} tokens/s, {_rate(confu) / _rate(plain):.2f}x{tau}, {sameness}", flush=True)
+    print(f"  plain {_rate(plain):6.1f} tokens/s", flush=True)
+    print(f"  ConFu {_rate(confu):6.1f} tokens/s, {_rate(confu) / _rate(plain):.2f}x, {sameness}", flush=True)
 
 
 def summarise(units: list[dict[str, Any]], dtype: str) -> int:
     """Speed-up with its spread over the runs, tau, and how many texts are the same. The exit status."""
-    plain, confu = ([unit["answers"][arm]["turns"][0] for unit in units] for arm in (0, 1))
     # The arms of one run stand side by side in time, so a machine that slows down in between slows both.
     speedups = []
     for run in sorted({unit["run"] for unit in units}):
-        pairs = [(p, c) for unit, p, c in zip(units, plain, confu, strict=True) if unit["run"] == run]
-        speedups.append(_rate([c for _, c in pairs]) / _rate([p for p, _ in pairs]))
+        of_run = [unit for unit in units if unit["run"] == run]
+        speedups.append(_rate(_turns(of_run, 1)) / _rate(_turns(of_run, 0)))
+    emitted = [count for turn in _turns(units, 1) for count in turn["rounds"]["emitted"]]
     first = [unit["answers"][1]["departure"] for unit in units if unit["run"] == 0]
     print(f"\n{'=' * 60}")
-    print(f"{'plain generate':<15}{_rate(plain):.1f} tokens/s")
-    print(f"{'ConFu':<15}{_rate(confu):.1f} tokens/s")
+    print(f"plain generate {_rate(_turns(units, 0)):.1f} tokens/s")
+    print(f"ConFu          {_rate(_turns(units, 1)):.1f} tokens/s")
     print(
-        f"{'speed-up':<15}{statistics.median(speedups):.2f}x, the median of {len(speedups)} interleaved runs "
+        f"speed-up       {statistics.median(speedups):.2f}x, the median of {len(speedups)} interleaved runs "
         f"({min(speedups):.2f} to {max(speedups):.2f})"
     )
-    if any(turn["rounds"]["emitted"] for turn in confu):
-        print(f"{'tau':<15}{_tau(confu):.2f} tokens per forward of the target")
-    print(f"{'identical':<15}{first.count(None)} of {len(first)} texts")
+    if emitted:
+        print(f"tau            {statistics.mean(emitted):.2f} tokens per forward of the target")
+    print(f"identical      {first.count(None)} of {len(first)} texts")
     if dtype == "bfloat16":
         print(
             "\nbf16 kernels round differently with the number of rows they compute, so a text parts from plain\n"
@@ -121,18 +116,10 @@ def summarise(units: list[dict[str, Any]], dtype: str) -> int:
     return 0
 
 
-def _wrapped(text: str, width: int) -> str:
-    """Text folded to the width of the terminal and indented; its own line breaks stay."""
-    fold = textwrap.TextWrapper(width, initial_indent="  ", subsequent_indent="  ", replace_whitespace=False)
-    return "\n".join(fold.fill(line) for line in text.strip().splitlines())
+def _turns(units: list[dict[str, Any]], arm: int) -> list[dict[str, Any]]:
+    return [unit["answers"][arm]["turns"][0] for unit in units]
 
 
 def _rate(turns: list[dict[str, Any]]) -> float:
     """Tokens per second, prefill included."""
     return sum(len(turn["token_ids"]) for turn in turns) / sum(turn["seconds"] for turn in turns)
-
-
-def _tau(turns: list[dict[str, Any]]) -> float:
-    """Tokens emitted in rounds / rounds."""
-    emitted = [count for turn in turns for count in turn["rounds"]["emitted"]]
-    return sum(emitted) / len(emitted)

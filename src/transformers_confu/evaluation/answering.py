@@ -86,12 +86,11 @@ class Models:
 
     def calls(self, setting: Setting, arms: list[Arm]) -> Calls:
         """How `generate` is called for each arm."""
-        tokens = self.arguments.prompt_lookup_tokens
-        return {arm: generate_kwargs(arm, setting, self.target, self.assistants, tokens) for arm in arms}
+        return {arm: generate_kwargs(arm, setting, self.target, self.assistants) for arm in arms}
 
-    def warm_up(self, question: Question, calls: Calls) -> None:
+    def warm_up(self, calls: Calls) -> None:
         """What is allocated or compiled on first use is not timed."""
-        ids = torch.tensor([self.encode(question.turns[0])], device=input_device(self.target))
+        ids = torch.tensor([self.encode("Hello")], device=input_device(self.target))
         for kwargs in calls.values():
             config = copy.deepcopy(kwargs["generation_config"])
             config.max_new_tokens = min(WARM_UP_TOKENS, config.max_new_tokens)
@@ -105,16 +104,20 @@ class Models:
         seed = f"{self.arguments.seed}/{setting}/{run}/{question.id}"
         order = random.Random(seed).sample(list(calls), len(calls))
         conversations = {arm: self._converse(question, calls[arm], arm.kind, seed) for arm in order}
-        plain = next(conversation for arm, conversation in conversations.items() if arm.kind == "plain")
-        answers = []
+        plain = conversations[Arm("plain")]
+        num_turns = len(question.turns[: self.arguments.max_turns])
+        if skipped := num_turns - len(plain):
+            logger.warning(
+                "Question %s: %d of its turns, with an answer of up to %d tokens, exceed the target's context of %d.",
+                question.id, skipped, setting.max_new_tokens, self.context_length,
+            )  # fmt: skip
+        answers: list[dict[str, Any]] = []
         for arm in calls:
             turns = [turn for _, turn in conversations[arm]]
-            skipped = len(question.turns[: self.arguments.max_turns]) - len(turns)
-            if skipped:
-                logger.warning("Question %s, %s: %d later turns exceed the context.", question.id, arm.mode, skipped)
-            departs = departure(plain, conversations[arm], self.target, setting.temperature == 0)
             answer = {"arm": asdict(arm), "order": order.index(arm), "turns": turns}
-            answers.append(answer | {"skipped_turns": skipped, "departure": departs})
+            answer["skipped_turns"] = num_turns - len(turns)
+            answer["departure"] = departure(plain, conversations[arm], self.target, setting.temperature == 0)
+            answers.append(answer)
         of_question = {"question_id": question.id, "category": question.category, "group": question.group}
         return {"kind": "unit", "run": run, "setting": asdict(setting), **of_question, "answers": answers}
 

@@ -12,6 +12,7 @@ from ..inference.knobs import ConFuKnobs, confu_generation_config
 from .arguments import EvaluationArguments
 
 
+PROMPT_LOOKUP_TOKENS = 10  # that it copies at most, the default of Transformers
 TREE_KNOBS = ("tree_size", "depth", "branching")
 BASELINE_NAMES = {"plain": "plain generate", "prompt_lookup": "prompt lookup", "assistant": "assistant model"}
 
@@ -154,20 +155,15 @@ def _draft_arms(draft: Draft, tree: tuple[int | None, ...], budgets: list[str], 
 
 
 def generate_kwargs(
-    arm: Arm, setting: Setting, target: PreTrainedModel, assistants: dict[str, Any], prompt_lookup_tokens: int
+    arm: Arm, setting: Setting, target: PreTrainedModel, assistants: dict[str, PreTrainedModel]
 ) -> dict[str, Any]:
-    r"""
-    Keyword arguments of `target.generate` for an arm.
-
-    Args:
-        assistants (`dict`): Name of a draft, or "" for the assistant model -> the model.
-    """
+    """Keyword arguments of `generate` for an arm; `assistants` holds drafts by name, and the assistant model as ""."""
     options: dict[str, Any] = {"max_new_tokens": setting.max_new_tokens, "do_sample": setting.temperature > 0}
     if setting.temperature > 0:
         # The plain law at that temperature: what a target's own settings cut off differs from target to target.
         options |= {"temperature": setting.temperature, "top_k": 0, "top_p": 1.0}
     if arm.kind == "prompt_lookup":
-        options["prompt_lookup_num_tokens"] = prompt_lookup_tokens
+        options["prompt_lookup_num_tokens"] = PROMPT_LOOKUP_TOKENS
     if arm.kind == "draft":
         options |= arm.knobs
     kwargs = {"generation_config": confu_generation_config(target, **options)}

@@ -23,8 +23,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(EvaluationArguments, allow_abbrev=False)
     (options,) = read_option_file(argv, {option.name: option.type for option in fields(EvaluationArguments)})
     (arguments,) = parser.parse_args_into_dataclasses(options, look_for_args_file=False)
-    if options is not argv:
-        command += f"\n\n# {argv[0]}\n{Path(argv[0]).read_text(encoding='utf-8').rstrip()}"
     logging.set_verbosity_warning()
     logging.disable_progress_bar()  # of loading; the measurement has its own
     file = measure(arguments, command)

@@ -39,18 +39,6 @@ class Interval(NamedTuple):
         return f"{text} ({self.low:{spec}} to {self.high:{spec}})" + ("*" if self.questions < FEW else "")
 
 
-class Spread(NamedTuple):
-    """A figure that was measured in several runs: median, lowest and highest."""
-
-    value: float
-    low: float
-    high: float
-
-    def __format__(self, spec: str) -> str:
-        text = format(self.value, spec)
-        return text if self.low == self.high else f"{text} [{self.low:{spec}}, {self.high:{spec}}]"
-
-
 class Comparison:
     r"""
     All arms of a measurement under one setting, on the questions of the first run; of later runs, those that are
@@ -66,8 +54,8 @@ class Comparison:
     def __init__(self, file: RecordFile, setting: Setting, names: dict[Arm, str] | None = None, seed: int = 0):
         self.file, self.setting = file, setting
         asked: dict[int, list[str]] = {}  # run -> question ids
-        for of_setting, run, question in file.units:
-            if of_setting == setting:
+        for (of_setting, run, question), unit in file.units.items():
+            if of_setting == setting and unit["answers"][0]["turns"]:  # else it exceeds the target's context
                 asked.setdefault(run, []).append(question)
         self.questions = asked[min(asked)]
         self.runs = sorted(run for run, questions in asked.items() if set(questions) >= set(self.questions))
@@ -142,17 +130,15 @@ class Comparison:
             low, high = samples[1:].quantile([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         return Interval(samples[0], float(low), float(high), len(self._members(group)))
 
-    def by_run(self, arm: str) -> tuple[Spread, Spread]:
-        """Run-to-run spread of an arm's tokens per second, and of its speed-up (total)."""
+    def by_run(self, arm: str) -> pd.DataFrame:
+        """Tokens per second (`rate`) of an arm in every run, and its speed-up, total."""
         sums = self.answers.groupby(["run", "arm"])[["tokens", "seconds"]].sum()
         rates = (sums["tokens"] / sums["seconds"]).unstack("arm")  # (runs, arms)
-        rate, speedup = rates[arm], rates[arm] / rates[self.plain]
-        return Spread(rate.median(), rate.min(), rate.max()), Spread(speedup.median(), speedup.min(), speedup.max())
+        return pd.DataFrame({"rate": rates[arm], "speedup": rates[arm] / rates[self.plain]})
 
-    def of(self, arm: str, group: str | None = None) -> pd.DataFrame:
+    def of(self, arm: str) -> pd.DataFrame:
         """The answers of one arm, a row each."""
-        mine = self.answers[self.answers["arm"] == arm]
-        return mine if group is None else mine[mine["group"] == group]
+        return self.answers[self.answers["arm"] == arm]
 
     def round_parts(self, arm: str) -> dict[str, float]:
         """
@@ -168,9 +154,9 @@ class Comparison:
         means = {name: value / sums["rounds"] for name, value in (parts | {"rest": rest}).items()}
         return means | {"round": sum(means.values()), "prefill": prefill / sums["calls"]}
 
-    def emitted_and_accepted(self, arm: str, group: str | None = None) -> tuple[list[list[int]], list[list[int]]]:
+    def emitted_and_accepted(self, arm: str) -> tuple[list[list[int]], list[list[int]]]:
         """Tokens that a draft's rounds emitted, and how many of them were drafted; a list for each answer."""
-        answers = self.of(arm, group)
+        answers = self.of(arm)
         return answers["by_round"].tolist(), answers["accepted"].tolist()
 
     def depth(self, arm: str) -> int:
@@ -217,9 +203,11 @@ def _counts(answer: dict[str, Any]) -> dict[str, Any]:
 def comparisons_of(files: Iterable[RecordFile], seed: int = 0) -> list[Comparison]:
     """Every setting of every file, with one set of names for all arms."""
     files = list(files)
+    settings: list[tuple[RecordFile, Setting]] = []
     for file in files:
-        if not file.units:
-            raise ValueError(f"{file.path} holds no answers yet; run its `confu evaluate` first.")
+        answered = dict.fromkeys(setting for (setting, *_), unit in file.units.items() if unit["answers"][0]["turns"])
+        if not answered:
+            raise ValueError(f"{file.path} holds no answers; run its `confu evaluate`, with questions that fit.")
+        settings += [(file, setting) for setting in answered]
     names = labels(Arm(**answer["arm"]) for file in files for _, answer in file.answers)
-    settings = {file.path: dict.fromkeys(setting for setting, *_ in file.units) for file in files}
-    return [Comparison(file, setting, names, seed) for file in files for setting in settings[file.path]]
+    return [Comparison(file, setting, names, seed) for file, setting in settings]

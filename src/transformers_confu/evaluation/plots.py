@@ -181,6 +181,6 @@ def forward_curve(costs: list[dict[str, Any]]) -> tuple[Any, str, str] | None:
     return (
         figure,
         "What a forward of the target costs over its rows",
-        f"Median over a tree of so many rows behind {curves[0]['context']} tokens. A contemplate row costs what any "
+        f"Over a tree of so many rows behind {curves[0]['context']} tokens. A contemplate row costs what any "
         "row costs, less its logits.",
     )

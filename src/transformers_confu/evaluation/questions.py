@@ -69,12 +69,7 @@ def load_questions(source: str | Path | None) -> list[Question]:
 
 def _question(row: dict[str, Any], number: int, path: Path) -> Question:
     where = f"{path}, question {number}"
-    if "turns" in row:
-        if missing := [name for name in ("question_id", "category") if row.get(name) in (None, "")]:
-            raise ValueError(
-                f"{where} has `turns` but no {' and no '.join(f'`{name}`' for name in missing)}; add it, or give "
-                "plain prompts as rows of `prompt`."
-            )
+    if "turns" in row and "question_id" in row and "category" in row:
         identity, category, turns = row["question_id"], row["category"], row["turns"]
     elif "prompt" in row:
         identity, category, turns = row.get("id", number), row.get("category", "prompts"), [row["prompt"]]
@@ -82,11 +77,8 @@ def _question(row: dict[str, Any], number: int, path: Path) -> Question:
         raise ValueError(
             f"{where} has the fields {sorted(row)}; expected `question_id`, `category` and `turns`, or `prompt`."
         )
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{where} (id {identity}) has no turns; expected a list of one or more texts.")
-    for turn in turns:
-        if not isinstance(turn, str) or not turn.strip():
-            raise ValueError(f"{where} (id {identity}) has the turn {turn!r}; every turn must be a text.")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise ValueError(f"{where} (id {identity}) has the turns {turns!r}; expected one or more texts.")
     return Question(str(identity), str(category), tuple(turns))
 
 
@@ -103,18 +95,21 @@ def stratified(questions: Iterable[Question], num_per_group: int | None) -> list
     if num_per_group is None:
         return questions
     seen: Counter[str] = Counter()
-    members: dict[str, list[tuple[int, Question]]] = {}  # of each group, with the rank of each in its category
+    ranks: dict[Question, int] = {}  # of each in its category
     for question in questions:
-        members.setdefault(question.group, []).append((seen[question.category], question))
+        ranks[question] = seen[question.category]
         seen[question.category] += 1
-    chosen: set[Question] = set()
-    for group, ranked in members.items():
-        if len(ranked) < num_per_group:
+    taken: Counter[str] = Counter()
+    chosen = set()
+    for question in sorted(questions, key=ranks.__getitem__):  # stable: the file's order within a rank
+        if taken[question.group] < num_per_group:
+            taken[question.group] += 1
+            chosen.add(question)
+    for group, number in taken.items():
+        if number < num_per_group:
             raise ValueError(
-                f"Group {group} holds {len(ranked)} questions, `num_per_group` asks for {num_per_group}; lower it."
+                f"Group {group} holds {number} questions, `num_per_group` asks for {num_per_group}; lower it."
             )
-        in_turn = sorted(ranked, key=lambda member: member[0])  # stable: the file's order within a rank
-        chosen.update(question for _, question in in_turn[:num_per_group])
     return [question for question in questions if question in chosen]
 
 

@@ -1,18 +1,17 @@
 """
 The file of a measurement, JSON lines. Its first line has `kind` "settings": what is measured, under `machine` on what,
-and under `command` by what. Every further line is of one of three kinds:
+and under `command` by what. Every further line is of one of two kinds:
 
 - "unit": one question under one `setting` in one `run`, answered by all arms. They are written together, so that an
   interrupted measurement never compares answers that were made hours apart. In `answers` each arm has its `order`
-  (its place among the arms, which take turns), its `turns`, `skipped_turns` (too long for the target's context) and
-  `departure`: where its text leaves plain generation's, or null. That names turn, position of the first other token,
-  and `gap`, how far apart the target's logits of the two tokens lie in one forward over the common text (null if one
-  text ends there, or when sampling). A turn has `prompt_tokens` (earlier turns included), `token_ids`
-  up to and including EOS, `seconds` of the whole call, `peak_memory_bytes`, and `rounds` (null for plain generation):
-  tokens `emitted` by each round, and for drafts how many of them were drafted (`accepted`), rows, seconds by part and
-  bytes of caches, as in `ConFuStatistics`.
-- "cost": what the target's forward costs by rows, or what contemplation adds to a round of an arm (see `costs.py`).
-- "left_out": a question that is too long for the target's context.
+  (its place among the arms, which take turns), its `turns`, `skipped_turns` (too long for the target's context, with
+  their answer; if the first one is, there are no turns) and `departure`: where its text leaves plain generation's, or
+  null. That names turn, position of the first other token, and `gap`, how far apart the target's logits of the two
+  tokens lie in one forward over the common text (null if one text ends there, or when sampling). A turn has
+  `prompt_tokens` (earlier turns included), `token_ids` up to and including EOS, `seconds` of the whole call,
+  `peak_memory_bytes`, and `rounds` (null for plain generation): tokens `emitted` by each round, and for drafts how
+  many of them were drafted (`accepted`), rows, seconds by part and bytes of caches, as in `ConFuStatistics`.
+- "cost": what the target's forward costs by rows, or what the mixtures add to a round of an arm (see `costs.py`).
 """
 
 import hashlib
@@ -23,7 +22,7 @@ from typing import Any
 
 from ..common.files import differences
 from ..common.jsonl import JsonLines, read_lines
-from .arms import Arm, Setting, labels
+from .arms import Setting
 
 
 class RecordFile:
@@ -43,7 +42,6 @@ class RecordFile:
         self.settings: dict[str, Any] = {}
         self.units: dict[tuple[Setting, int, str], dict[str, Any]] = {}  # (setting, run, question id) -> line
         self.costs: list[dict[str, Any]] = []
-        self.left_out: dict[str, int] = {}  # id of a question that is too long -> its tokens
         for number, row in self.lines.rows():
             if (row.get("kind") == "settings") != (number == 1) or not self._take(row):
                 raise ValueError(f"{self.path}, line {number} is no record of a measurement; choose another file.")
@@ -57,20 +55,15 @@ class RecordFile:
             self.units[Setting(**row["setting"]), row["run"], row["question_id"]] = row
         elif kind == "cost":
             self.costs.append(row)
-        elif kind == "left_out":
-            self.left_out[row["question_id"]] = row["prompt_tokens"]
-        else:
-            return False
-        return True
+        return kind in ("settings", "unit", "cost")
 
-    def go_on(self, settings: dict[str, Any], plan: dict[Setting, list[Arm]]) -> None:
+    def go_on(self, settings: dict[str, Any]) -> None:
         r"""
         Take up the measurement that the file holds, or begin one.
 
         Args:
             settings (`dict`): What is measured. Machine and command may be others than those of the file, from which
                 a report can be written anywhere; see [`check_same_machine`].
-            plan (`dict[Setting, list[Arm]]`): The arms of each setting.
 
         Raises:
             ValueError: the file is that of another measurement.
@@ -80,22 +73,11 @@ class RecordFile:
         settings = json.loads(json.dumps(settings))  # as it will be read again
         if not self.units and not self.costs:  # nothing is lost, should these be other settings
             self.path.unlink(missing_ok=True)
-            self.left_out.clear()
             self.add({"kind": "settings", **settings})
             return
         apart = dict.fromkeys(("machine", "command"))
         if changed := differences(self.settings | apart, settings | apart):
             raise ValueError(f"{self.path} holds another measurement ({changed}); choose another `output`.")
-        for (setting, *_), unit in self.units.items():
-            found = {Arm(**answer["arm"]) for answer in unit["answers"]}
-            wanted = set(plan.get(setting, found))
-            if found != wanted:
-                names = labels([*found, *wanted])
-                raise ValueError(
-                    f"{self.path} was measured with the arms {', '.join(sorted(names[arm] for arm in found))}, this "
-                    f"measurement has {', '.join(sorted(names[arm] for arm in wanted))}: a draft's own "
-                    "generation_config.json has changed; choose another `output`."
-                )
 
     def check_same_machine(self, machine: dict[str, Any]) -> None:
         """Before more is measured: speeds of two machines do not belong together."""

@@ -7,14 +7,13 @@ import argparse
 import base64
 import html
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..publishing.model_card import add_evaluation
-from .arms import TREE_KNOBS
+from .arms import PROMPT_LOOKUP_TOKENS, TREE_KNOBS
 from .card import card_evaluation
 from .figures import Comparison, comparisons_of
 from .plots import Plot, draw, forward_curve, round_costs, speedup_by_group, survival, sweep
@@ -30,7 +29,6 @@ from .tables import (
     exactness_table,
     group_table,
     memory_table,
-    parameter_table,
     speed_table,
     time_table,
 )
@@ -38,37 +36,22 @@ from .tables import (
 
 MARK = "<!-- Written by `confu report` from here on; what stands above this line is kept. -->"
 COUNTING = [
-    "Tokens are generated token ids up to and including EOS, the same for every arm; they are not counted from "
-    "decoded text, and nothing beyond EOS or the limit is counted.",
-    "Time is that of the whole call of `generate`, prefill included. All arms run in one process with the same "
-    "attention kernel and kind of cache, and take turns on every question in a new random order.",
+    "Tokens are generated token ids up to and including EOS or the limit, the same for every arm. Time is that of the "
+    "whole call of `generate`, prefill included. All arms run in one process with the same attention kernel and kind "
+    "of cache, and take turns on every question in a new random order.",
     "tau is tokens emitted in rounds / rounds, over all rounds of all texts. What the first forward, prefill, emits "
     "is in neither. It is the tau of a tree, decoded for real. The `tau_greedy` that `confu train` logs is another "
     "figure: teacher-forced, on the answers in the training data, and of a chain, the draft's first choice at each "
     "step. A tree keeps several choices, so its tau is higher at the same depth; compare each with its own kind only.",
-    "Both speed-ups are given: total tokens over total time, and the mean over questions of the ratio to plain "
-    "generation. (Spec-Bench prints a third: the mean of the questions' rates over the mean of plain generation's.)",
     "Turns follow the target's own chat template and an arm's own earlier answers. Where texts depart (bf16), later "
     "turns have other prompts: a departure is looked for up to the first.",
     "Spec-Bench's own harness counts otherwise: engine tokens against re-tokenised text, EOS overshoot of some "
     "methods, a limit of length for one method and not for plain generation, rounds that are one short, stale times "
-    "after an error, one chat template for every model. Its numbers are not comparable with these.",
+    "after an error, one chat template for every model, and as speed-up the mean of the questions' rates over the "
+    "mean of plain generation's. Its numbers are not comparable with these.",
 ]
 
-
-@dataclass
-class Heading:
-    text: str
-
-
-@dataclass
-class Code:
-    """Text that keeps its line breaks, such as a command."""
-
-    text: str
-
-
-Part = str | Heading | Code | Table | Plot
+Part = str | Table | Plot  # text is a paragraph, or a heading behind "## ", with `code` and **bold** words
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,8 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         "--output",
         required=True,
         type=Path,
-        help="a folder for report.html, report.md, tables as CSV and pictures; or a .md file, for that page alone, "
-        "whose text above its mark is kept, with its pictures in a folder of its name",
+        help="a folder for report.html, report.md and pictures; or a .md file, for that page alone, whose text above "
+        "its mark is kept, with its pictures in a folder of its name",
     )
     parser.add_argument(
         "--card", type=Path, help="folder of a draft, whose card.yaml takes over its figures; they appear in its card"
@@ -130,8 +113,6 @@ def write_report(files: Sequence[RecordFile], output: Path, seed: int = 0) -> Pa
     for part in parts:
         if isinstance(part, Plot):
             (folder / f"{part.name}.png").write_bytes(part.png)
-        elif isinstance(part, Table) and not is_page:
-            (folder / f"{part.name}.csv").write_text(part.csv(), encoding="utf-8")
     text = "\n\n".join(markdown(part, folder.relative_to(page.parent).as_posix()) for part in parts)
     page.write_text(f"{before.rstrip()}\n\n{MARK}\n\n{text}\n", encoding="utf-8")
     if is_page:
@@ -154,30 +135,28 @@ def report_parts(files: Sequence[RecordFile], seed: int = 0) -> list[Part]:
 
     parts: list[Part | None] = [
         *map(conclusion, timed),
-        Heading("Speed and accepted length"),
+        "## Speed and accepted length",
         speed_table(timed),
         picture(speedup_by_group),
         *(picture(partial(sweep, knob=knob), knob) for knob in (*TREE_KNOBS, "contemplation")),
         group_table(timed),
-        Heading("What the draft predicts"),
+        "## What the draft predicts",
         difference_table(timed),
         picture(survival),
         acceptance_table(timed),
-        Heading("What a round costs"),
+        "## What a round costs",
         time_table(timed),
         picture(round_costs),
         contemplation_table(timed),
         curve_table(costs),
         draw(forward_curve, costs),
         memory_table(timed),
-        parameter_table(costs),
-        Heading("Texts against plain generation's"),
+        "## Texts against plain generation's",
         exactness_table(everything),
-        Heading("How it was measured"),
+        "## How it was measured",
         *COUNTING,
+        *map(about, files),
     ]
-    for file in files:
-        parts += about(file)
     return [part for part in parts if part is not None and not (isinstance(part, Table) and not part.rows)]
 
 
@@ -197,7 +176,7 @@ def conclusion(c: Comparison) -> str:
     if equal := [other for other in others if not c.interval(speedups[best] / speedups[other]).low > 1]:
         sentences.append(f"Not certainly slower: {'; '.join(equal)}.")
     if arm.kind == "prompt_lookup":
-        sentences.append(f"To set it: `prompt_lookup_num_tokens={c.file.settings['prompt_lookup_tokens']}`.")
+        sentences.append(f"To set it: `prompt_lookup_num_tokens={PROMPT_LOOKUP_TOKENS}`.")
     elif arm.knobs:
         sentences.append("To set it: " + ", ".join(f"`{name}={value}`" for name, value in arm.knobs.items()) + ".")
     elif arm.kind == "draft":
@@ -212,24 +191,22 @@ def conclusion(c: Comparison) -> str:
     return " ".join(sentences)
 
 
-def about(file: RecordFile) -> list[Part]:
+def about(file: RecordFile) -> str:
     """What was measured, on what and by which command."""
     settings, asked = file.settings, file.settings["questions"]
     # A draft in a folder is known by a digest of its weights, one on the Hub by its id.
     marks = {name: re.sub("^([0-9a-f]{12})[0-9a-f]{52}$", r"\1", mark) for name, mark in settings["drafts"].items()}
     questions = f"Questions: {asked['number']} (SHA-256 of their content {asked['sha256'][:12]})"
-    if file.left_out:
-        questions += f"; left out, as they exceed the target's context: {', '.join(file.left_out)} (ids)"
-    if cut := {unit["question_id"] for unit, answer in file.answers if answer["skipped_turns"]}:
-        questions += f"; of {len(cut)} a later turn exceeded it"
-    return [
-        f"**{file.name}**. Target: {settings['target']}. Drafts, with the start of a digest of their weights: "
-        f"{', '.join(f'{name} ({mark})' for name, mark in marks.items()) or 'none'}. {questions}. "
-        f"Runs: {len({run for _, run, _ in file.units})}.",
+    if cut := dict.fromkeys(unit["question_id"] for unit, answer in file.answers if answer["skipped_turns"]):
+        questions += f"; turns that exceed the target's context are left out, of {', '.join(cut)} (ids)"
+    command = (settings.get("command") or "not recorded").split("\n")[0]
+    return (
+        f"**{file.name}**: `{command}`. Target: {settings['target']}. Drafts, with the start of a digest of their "
+        f"weights: {', '.join(f'{name} ({mark})' for name, mark in marks.items()) or 'none'}. {questions}. "
+        f"Runs: {len({run for _, run, _ in file.units})}. "
         f"Machine: {', '.join(f'{name} {value}' for name, value in settings['machine'].items())}. Records: "
-        f"{file.path.name.removesuffix('.gz')}, {len(list(file.answers)):,} answers, SHA-256 {file.sha256()}.",
-        Code(settings.get("command") or "not recorded"),
-    ]
+        f"{file.path.name.removesuffix('.gz')}, {len(list(file.answers)):,} answers, SHA-256 {file.sha256()}."
+    )
 
 
 # --- the two forms of a page
@@ -237,25 +214,21 @@ def about(file: RecordFile) -> list[Part]:
 
 def markdown(part: Part, pictures: str = ".") -> str:
     """A part as Markdown; `pictures` is their folder, as seen from the page."""
-    match part:
-        case Heading():
-            return f"## {part.text}"
-        case Code():
-            return f"```\n{part.text}\n```"
-        case Plot():
-            return f"![{part.title}]({pictures}/{part.name}.png)\n\n{part.title}. {part.caption}"
-        case Table():
-            cells, texts = part.cells(), part.text_columns()
-            rows = cells.map(lambda text: text.replace("|", r"\|")).to_numpy().tolist()
-            lines = [list(cells), ["---" if name in texts else "---:" for name in cells], *rows]
-            table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{part.note}"
-            if part.folded:
-                return f"<details><summary>{part.title}</summary>\n\n{table}\n\n</details>"
-            return f"**{part.title}**\n\n{table}"
-    return part
+    if isinstance(part, Plot):
+        return f"![{part.title}]({pictures}/{part.name}.png)\n\n{part.title}. {part.caption}"
+    if isinstance(part, str):
+        return part
+    cells = part.cells()
+    numbers = [cells[name].str.fullmatch(r"(-?[\d(].*)?").all() for name in cells]
+    lines = [list(cells), ["---:" if number else "---" for number in numbers]]
+    lines += cells.map(lambda text: text.replace("|", r"\|")).to_numpy().tolist()
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{part.note}"
+    if part.folded:
+        return f"<details><summary>{part.title}</summary>\n\n{table}\n\n</details>"
+    return f"**{part.title}**\n\n{table}"
 
 
-def html_page(parts: Iterable[Part]) -> str:
+def html_page(parts: Sequence[Part]) -> str:
     """One page that needs nothing else: styles and pictures are in it."""
     body = "\n".join(map(_html, parts))
     return (
@@ -266,22 +239,18 @@ def html_page(parts: Iterable[Part]) -> str:
 
 
 def _html(part: Part) -> str:
-    match part:
-        case Heading():
-            return f"<h2>{html.escape(part.text)}</h2>"
-        case Code():
-            return f"<pre>{html.escape(part.text)}</pre>"
-        case Plot():
-            source = f"data:image/png;base64,{base64.b64encode(part.png).decode()}"
-            caption = _prose(f"{part.title}. {part.caption}")
-            return f'<figure><img alt="{part.title}" src="{source}"><figcaption>{caption}</figcaption></figure>'
-        case Table():
-            table = part.cells().to_html(index=False, border=0)  # escapes what it holds
-            return (
-                f"<details{'' if part.folded else ' open'}><summary>{html.escape(part.title)}</summary>"
-                f'<div class="wide">{table}</div><p class="note">{_prose(part.note)}</p></details>'
-            )
-    return f"<p>{_prose(part)}</p>"
+    if isinstance(part, Plot):
+        source = f"data:image/png;base64,{base64.b64encode(part.png).decode()}"
+        caption = _prose(f"{part.title}. {part.caption}")
+        return f'<figure><img alt="{part.title}" src="{source}"><figcaption>{caption}</figcaption></figure>'
+    if isinstance(part, Table):
+        table = part.cells().to_html(index=False, border=0)  # escapes what it holds
+        return (
+            f"<details{'' if part.folded else ' open'}><summary>{html.escape(part.title)}</summary>"
+            f'<div class="wide">{table}</div><p class="note">{_prose(part.note)}</p></details>'
+        )
+    heading = part.removeprefix("## ")
+    return f"<p>{_prose(part)}</p>" if heading == part else f"<h2>{html.escape(heading)}</h2>"
 
 
 def _prose(text: str) -> str:
@@ -294,7 +263,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 .note, figcaption { color: var(--soft); font-size: .9rem; }
-.wide, pre { overflow-x: auto; }
+.wide { overflow-x: auto; }
 summary { font-weight: 600; margin-top: 1rem; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from ..common.texts import TIE
-from .figures import CACHES, Comparison, Interval, Spread
+from .figures import CACHES, Comparison, Interval
 from .metrics.confu_acceptance import acceptance
 
 
@@ -15,15 +15,13 @@ FULL_PRECISION = ("float32", "float64")  # there texts must be plain generation'
 KEYS = ("records", "questions", "dtype", "limit", "T")  # columns that are left out where all rows agree
 INTERVALS = (
     "In round brackets the 95 % interval of a paired bootstrap over questions, stratified by group (*: of fewer than "
-    "10 questions, and less certain than it looks); in square brackets the lowest and highest of several runs."
+    "10 questions, and less certain than it looks)."
 )
 SAMPLED = (
     "When sampling, prompt lookup and assistant models draw along their own way: their texts follow the same law and "
     "are others."
 )
-CONTEMPLATION_PARTS = {
-    "rows": "contemplate rows",
-    "slots": "soft-prompt slots",
+MIXTURES = {
     "contemplate_experts": "experts of [con]",
     "future_experts": "experts of [f]",
     "projections": "projections of f",
@@ -36,55 +34,33 @@ Row = dict[str, Any]
 class Table:
     r"""
     Args:
-        name (`str`): Of its CSV file.
         title (`str`): What it shows.
         note (`str`): What the figures are and how they were counted.
-        rows (`list[dict]`): Cells by column: text, numbers, [`Interval`] or [`Spread`].
+        rows (`list[dict]`): Cells by column: text, numbers or [`Interval`].
         digits (`int`): Decimals of numbers that are no counts.
         folded (`bool`): A detail that is opened by a click.
     """
 
-    name: str
     title: str
     note: str
     rows: list[Row]
     digits: int = 2
     folded: bool = False
 
-    def frame(self) -> pd.DataFrame:
-        frame = pd.DataFrame(self.rows, dtype=object)
-        return frame.drop(columns=[key for key in KEYS if key in frame and frame[key].nunique() == 1])
-
     def cells(self) -> pd.DataFrame:
         """The cells as text."""
 
         def text(cell: Any) -> str:
-            if isinstance(cell, Interval | Spread | float):
+            if isinstance(cell, Interval | float):
                 return "" if cell != cell else format(cell, f".{self.digits}f")
             return "" if cell is None else f"{cell:,}" if isinstance(cell, int) else str(cell)
 
-        return self.frame().map(text)
-
-    def text_columns(self) -> set[str]:
-        """Those that are set to the left."""
-        frame = self.frame()
-        return {name for name in frame if name in KEYS or all(isinstance(cell, str) for cell in frame[name])}
-
-    def csv(self) -> str:
-        """Full precision; an interval or a spread takes three columns."""
-        columns: dict[str, list[Any]] = {}
-        for name, cells in self.frame().items():
-            columns[name] = [cell.value if isinstance(cell, Interval | Spread) else cell for cell in cells]
-            if any(isinstance(cell, Interval | Spread) for cell in cells):
-                for bound in ("low", "high"):
-                    columns[f"{name}, {bound}"] = [getattr(cell, bound, None) for cell in cells]
-        return pd.DataFrame(columns).to_csv(index=False)
+        frame = pd.DataFrame(self.rows, dtype=object).map(text)
+        return frame.drop(columns=[key for key in KEYS if key in frame and frame[key].nunique() == 1])
 
 
 def _rows(
-    comparisons: Iterable[Comparison],
-    cells: Callable[[Comparison, str], Row | list[Row] | None],
-    drafts_only: bool = True,
+    comparisons: Iterable[Comparison], cells: Callable[[Comparison, str], Row | list[Row]], drafts_only: bool = True
 ) -> list[Row]:
     """The rows that `cells` makes of every arm, behind what says which arm that is."""
     rows = []
@@ -105,30 +81,27 @@ def against(c: Comparison, arm: str, other: str, group: str | None = None) -> tu
 
 def speed_table(comparisons: list[Comparison]) -> Table:
     def cells(c: Comparison, name: str) -> Row:
-        arm, answers = c.arms[name], c.of(name)
-        rates, speedups = c.by_run(name)
-        own = [other for other in c.references(name) if c.arms[other].draft == arm.draft and arm.contemplation != 0]
+        arm, answers, runs = c.arms[name], c.of(name), c.by_run(name)
+        several, (lowest, highest) = len(runs) > 1, (runs.min(), runs.max())
         return {
             "N": arm.tree_size,
             "depth": arm.depth,
             "branching": arm.branching,
             "tau": c.interval(c.tau()[name]),
-            "against EAGLE-3 mode": against(c, name, own[0])[0] if own else None,
-            "tokens/s": rates,
+            "tokens/s": runs["rate"].median(),
+            "tokens/s by run": f"{lowest['rate']:.2f} to {highest['rate']:.2f}" if several else "",
             "speed-up": c.interval(c.speedup_total()[name]),
-            "by run": f"{speedups.low:.2f} to {speedups.high:.2f}" if speedups.low < speedups.high else "",
+            "by run": f"{lowest['speedup']:.2f} to {highest['speedup']:.2f}" if several and name != c.plain else "",
             "mean of ratios": c.interval(c.speedup_mean()[name]),
             "equal": f"{len(answers) - answers['departs'].sum()}/{len(answers)}",
         }
 
     return Table(
-        "speed",
         "Accepted length and speed of every arm",
-        "T: temperature. N, depth, branching: the tree. C: contemplate rows. tau: tokens emitted in rounds / rounds; "
-        "beside it its difference from EAGLE-3 mode of the same draft and tree. Speed-up: against plain generate in "
-        "the same measurement, total tokens over total time of all runs; its lowest and highest run, where there were "
-        "several; the mean of the questions' ratios. tokens/s: median of the runs. Equal: texts that are plain "
-        f"generate's. {INTERVALS} {SAMPLED}",
+        "T: temperature. N, depth, branching: the tree. C: contemplate rows. tau: tokens emitted in rounds / rounds. "
+        "tokens/s: median of the runs. Speed-up: against plain generate in the same measurement, total tokens over "
+        "total time of all runs; the mean of the questions' ratios. By run: the lowest and the highest of several. "
+        f"Equal: texts that are plain generate's. {INTERVALS} {SAMPLED}",
         _rows(comparisons, cells, drafts_only=False),
     )
 
@@ -138,19 +111,18 @@ def group_table(comparisons: list[Comparison]) -> Table:
         "tau": Comparison.tau,
         "speed-up, total": Comparison.speedup_total,
         "speed-up, mean": Comparison.speedup_mean,
-        "tokens/s": Comparison.rate,
     }
 
     def cells(c: Comparison, name: str) -> list[Row]:
+        if name == c.plain:
+            return []
         return [
-            {"figure": title}
-            | {group or "all": c.interval(figure(c, group)[name], group) for group in (*c.groups, None)}
+            {"figure": title} | {group: c.interval(figure(c, group)[name], group) for group in c.groups}
             for title, figure in figures.items()
         ]
 
     counts = [", ".join(f"{group} {len(members)}" for group, members in c.groups.items()) for c in comparisons]
     return Table(
-        "groups",
         "Accepted length and speed by group of questions",
         f"Questions: {'; or '.join(dict.fromkeys(counts))}. {INTERVALS}",
         _rows(comparisons, cells, drafts_only=False),
@@ -160,17 +132,14 @@ def group_table(comparisons: list[Comparison]) -> Table:
 
 def difference_table(comparisons: list[Comparison]) -> Table:
     def cells(c: Comparison, name: str) -> list[Row]:
-        speedups = c.speedup_total()
         rows = []
         for other in c.references(name):
             change, factor = against(c, name, other)
-            row = {"against": other, "tau, difference": change, "speed, quotient": factor}
-            row["speed-up, difference"] = c.interval(speedups[name] - speedups[other])
+            row = {"against": other, "speed, quotient": factor, "tau, difference": change}
             rows.append(row | {f"tau, {group}": against(c, name, other, group)[0] for group in c.groups})
         return rows
 
     return Table(
-        "differences",
         "Against EAGLE-3 mode with the same tree",
         f"Differences of tau over all questions and by group. {INTERVALS} Where an interval leaves out 0 (or, for the "
         "quotient, 1), the two arms differ beyond what other questions of the same kind would change.",
@@ -181,28 +150,21 @@ def difference_table(comparisons: list[Comparison]) -> Table:
 
 def acceptance_table(comparisons: list[Comparison]) -> Table:
     def cells(c: Comparison, name: str) -> list[Row]:
-        def levels(values: list[Any], beyond: Any) -> Row:
-            values = [*values, *[beyond] * (c.depth(name) - len(values))]
-            return {f"l = {level}": value for level, value in enumerate(values, start=1)}
-
         result = acceptance(*c.emitted_and_accepted(name))
-        rows = [
-            {"": "P(accepted >= l)"} | levels(result["survival"], 0.0),
-            {"": "given l - 1"} | levels(result["conditional"], None),
-            {"": f"of {result['rounds']:,} rounds"} | levels(result["accepted_by_depth"], 0),
-        ]
-        for group in c.groups:
-            survival = acceptance(*c.emitted_and_accepted(name, group))["survival"]
-            rows.append({"": f"P(accepted >= l), {group}"} | levels(survival, 0.0))
+        lines = (("P(accepted >= l)", result["survival"], 0.0), ("given l - 1", result["conditional"], None))
+        rows = []
+        for title, values, beyond in lines:
+            padded = [*values, *[beyond] * (c.depth(name) - len(values))]
+            levels = {f"l = {level}": value for level, value in enumerate(padded, start=1)}
+            rows.append({"rounds": result["rounds"], "": title} | levels)
         return rows
 
     return Table(
-        "acceptance",
         "Acceptance by draft step",
         "Up to the tree's depth, over all rounds, the last of a text included, which its end may cut short. The "
-        "second line of an arm is the share of the rounds that accepted l - 1 tokens which also accepted the next, "
-        "the third the number of rounds that accepted l; then the groups of questions. These are steps of a tree; "
-        "`tau_greedy` of training's log follows a chain on given answers (see the end of this page).",
+        "second line of an arm is the share of the rounds that accepted l - 1 tokens which also accepted the next. "
+        "These are steps of a tree; `tau_greedy` of training's log follows a chain on given answers (see the end of "
+        "this page).",
         _rows(comparisons, cells),
         digits=3,
         folded=True,
@@ -211,7 +173,6 @@ def acceptance_table(comparisons: list[Comparison]) -> Table:
 
 def time_table(comparisons: list[Comparison]) -> Table:
     return Table(
-        "time",
         "Where the time goes, milliseconds per round",
         "Target: its forward. Rest: what `generate` does besides, its preparation of the call included. Prefill is "
         "per call. Read by the host's clock: on a GPU, work queued in one part may be waited for in a later one.",
@@ -220,32 +181,24 @@ def time_table(comparisons: list[Comparison]) -> Table:
 
 
 def contemplation_table(comparisons: list[Comparison]) -> Table:
-    def cells(c: Comparison, name: str) -> list[Row]:
-        costs = [
-            cost["per_round"]
-            for cost in c.file.costs
-            if cost["arm"] == vars(c.arms[name]) and cost["dtype"] == c.setting.dtype
-        ]
-        if not costs or not c.round_parts(name):
-            return []
-        parts = {title: costs[0][part] for part, title in CONTEMPLATION_PARTS.items()}
-        parts["sum"] = sum(parts.values())
-        for other in c.references(name):
-            if c.arms[other].draft == c.arms[name].draft and c.round_parts(other):
-                parts["in the answers"] = c.round_parts(name)["round"] - c.round_parts(other)["round"]
-        return [
-            {"": title, "a round": 1000 * taken}
-            | {f"/{tokens}": 1000 * taken / tokens for tokens in range(1, c.depth(name) + 2)}
-            for title, taken in parts.items()
-        ]
+    def cells(c: Comparison, name: str) -> Row:
+        own = [other for other in c.references(name) if c.arms[other].draft == c.arms[name].draft]
+        mine, reference = c.round_parts(name), c.round_parts(own[0]) if own else {}
+        row = {}
+        if mine and reference and c.arms[name].contemplation != 0:
+            row = {"a round": mine["round"] - reference["round"]}
+            row["a token"] = mine["round"] / c.tau()[name][0] - reference["round"] / c.tau()[own[0]][0]
+            row |= {part: mine[part] - reference[part] for part in ("target", "draft")}
+        for cost in c.file.costs:
+            if cost["arm"] == vars(c.arms[name]) and cost["dtype"] == c.setting.dtype:
+                row |= {title: cost["per_round"][part] for part, title in MIXTURES.items()}
+        return {part: 1000 * seconds for part, seconds in row.items()}
 
     return Table(
-        "contemplation",
         "What contemplation adds, milliseconds",
-        "Per round, and divided by its tokens where it emits 1, 2, ..., up to the tree's depth + 1. Rows and slots: "
-        "medians of the target's forward, whose differences carry the machine's noise. Experts and projections: "
-        "inside a real call. In the answers: how much longer the rounds above were than in EAGLE-3 mode of the same "
-        "draft.",
+        "A round, a token and the parts of a round against EAGLE-3 mode of the same draft and tree, in the answers: "
+        "contemplate rows and soft prompts are in the target's part. Of these parts the mixtures of experts and the "
+        "projections of f, timed inside a call of their own.",
         _rows(comparisons, cells),
     )
 
@@ -262,7 +215,6 @@ def memory_table(comparisons: list[Comparison]) -> Table:
         return row | {"peak": answers["peak"].max() / 2**20}
 
     return Table(
-        "memory",
         "Rows per forward, and memory in MiB",
         "Nodes (the root is one) and contemplate rows: means over the rounds. Keys and values of the longest text: "
         "the target's, the draft's, and what a round adds to the target's until it is compacted (tree nodes, "
@@ -277,33 +229,17 @@ def curve_table(costs: list[Row]) -> Table:
     curves = [cost for cost in costs if "points" in cost]
     context = " or ".join({str(cost["context"]) for cost in curves})
     return Table(
-        "forward_curve",
         "The target's forward over the rows of a tree, milliseconds",
-        f"Median; context of {context} tokens, explicit tree mask, logits of every row.",
+        f"Behind a context of {context} tokens; explicit tree mask, logits of every row.",
         [{"": cost["dtype"]} | {str(rows): 1000 * taken for rows, taken in cost["points"]} for cost in curves],
         digits=1,
     )
 
 
-def parameter_table(costs: list[Row]) -> Table:
-    rows = {}
-    for cost in costs:
-        if "parameters" in cost:
-            name, sizes = cost["arm"]["draft"], cost["parameters"]
-            rows[name] = {"draft": name, **sizes, "all": sum(sizes.values()), "slots": cost["slot_bytes"] / 2**20}
-    return Table(
-        "parameters",
-        "Parameters of the drafts",
-        "Embeddings that a draft reads from the target are not counted. Slots: the soft prompts' bytes, in MiB.",
-        list(rows.values()),
-        folded=True,
-    )
-
-
 def exactness_table(comparisons: list[Comparison]) -> Table:
-    def cells(c: Comparison, name: str) -> Row | None:
+    def cells(c: Comparison, name: str) -> Row:
         if name == c.plain:
-            return None
+            return {}
         answers = c.of(name)
         apart = answers[answers["departs"]]
         row: Row = {"answers": len(answers), "identical": len(answers) - len(apart)}
@@ -315,7 +251,6 @@ def exactness_table(comparisons: list[Comparison]) -> Table:
         return row
 
     return Table(
-        "exactness",
         "Where texts part from plain generate's",
         "An answer departs where its first token differs. Position: of that token in its turn, median. Gap: how far "
         "apart the target's logits of the two tokens are there, in one forward over the common text; not measured "
