@@ -119,92 +119,63 @@ def test_a_repository_is_downloaded_with_pickles_only_where_there_is_nothing_bet
 # Weights
 
 
-def changed_weights(source: Source, change) -> dict[str, torch.Tensor]:
-    weights = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in source.weights().items()}
-    change(weights)
-    return weights
+def with_weights(folder, changes: dict[str, torch.Tensor | None], source: Source | None = None, **config):
+    """Write a source with other weights (`None`: without them) and another config."""
+    source = source or flat()
+    weights = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in source.weights().items()} | changes
+    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    write_checkpoint(folder, source.config() | config, weights)
+    return folder
 
 
-WRONG_WEIGHTS = {
-    "missing": (
-        lambda w: [w.pop(name) for name in ("midlayer.mlp.up_proj.weight", "norm.weight")],
-        "lacks weights of an EAGLE-3 draft with its config: layers.0.mlp.up_proj.weight, norm.weight.",
+D2T, T2D = (flat().weights()[name] for name in ("d2t", "t2d"))
+IDS = D2T + torch.arange(40)
+zeros = torch.zeros
+WRONG_WEIGHTS = [
+    (
+        {"midlayer.mlp.up_proj.weight": None, "norm.weight": None},
+        "lacks weights of an EAGLE-3 draft with its config: ",
     ),
-    "of EAGLE-1": (
-        lambda w: [w.pop(name) for name in ("midlayer.hidden_norm.weight", "lm_head.weight")],
-        "It looks like a draft of EAGLE-1 or 2",
+    ({"midlayer.hidden_norm.weight": None, "lm_head.weight": None}, "It looks like a draft of EAGLE-1 or 2"),
+    ({"mask_hidden": zeros(1, 96), "fc.bias": zeros(32)}, "draft with its config has not: fc.bias, mask_hidden."),
+    ({"layers.0.hidden_norm.weight": zeros(32)}, "holds layers.0.hidden_norm.weight twice, under two names."),
+    ({"midlayer.self_attn.q_proj.weight": zeros(32, 32)}, "self_attn.q_proj.weight is (32, 32), expected (32, 64)"),
+    (
+        {"fc.weight": zeros(32, 64)},
+        "`fc.weight` reads 64 numbers, but the 3 taps [2, 4, 6] of a target of width 32",
     ),
-    "unexpected": (
-        lambda w: w.update({"mask_hidden": torch.zeros(1, 96), "fc.bias": torch.zeros(32)}),
-        "has weights that an EAGLE-3 draft with its config has not: fc.bias, mask_hidden.",
+    ({"lm_head.weight": zeros(40, 32, dtype=torch.int8)}, "The source's lm_head.weight are integers"),
+    (
+        {"midlayer.self_attn.q_proj.bias": zeros(32)},
+        "`attention_bias: false`, but its weights include what",
     ),
-    "the layer twice": (
-        lambda w: w.update({"layers.0.hidden_norm.weight": w["midlayer.hidden_norm.weight"].clone()}),
-        "holds layers.0.hidden_norm.weight twice, under two names.",
-    ),
-    "another shape": (
-        lambda w: w.update({"midlayer.self_attn.q_proj.weight": torch.zeros(32, 32)}),
-        "layers.0.self_attn.q_proj.weight is (32, 32), expected (32, 64)",
-    ),
-    "a tap less": (
-        lambda w: w.update({"fc.weight": torch.zeros(32, 64)}),
-        "`fc.weight` reads 64 numbers, but the 3 taps [2, 4, 6] of a target of width 32 have 96.",
-    ),
-    "quantised": (
-        lambda w: w.update({"lm_head.weight": torch.zeros(40, 32, dtype=torch.int8)}),
-        "The source's lm_head.weight are integers",
-    ),
-    "biases of some": (
-        lambda w: w.update({f"midlayer.self_attn.{n}_proj.bias": torch.zeros(s) for n, s in (("q", 32), ("k", 16))}),
-        "lacks weights of an EAGLE-3 draft with its config: layers.0.self_attn.o_proj.bias",
-    ),
-    "no d2t": (lambda w: w.pop("d2t"), "predicts 40 of 97 tokens, but has no `d2t`"),
-    "d2t of ids": (
-        lambda w: w.update({"d2t": w["d2t"] + torch.arange(40)}),
-        "`d2t` holds token ids, expected offsets",
-    ),
-    "d2t out of order": (
-        lambda w: w.update({"d2t": (w["d2t"] + torch.arange(40)).flip(0) - torch.arange(40)}),
-        "`d2t` and `t2d` name different tokens",
-    ),
-    "d2t alone, beyond the vocabulary": (
-        lambda w: (w.pop("t2d"), w["d2t"][-1:].add_(97)),
-        "`d2t` and `t2d` name different tokens: `d2t` leads to",
-    ),
-    "short d2t": (lambda w: w.update({"d2t": w["d2t"][:-1].clone()}), "`d2t` has the shape (39,), expected (40,)"),
-    "d2t of floats": (lambda w: w.update({"d2t": w["d2t"].float()}), "`d2t` holds torch.float32"),
-    "short t2d": (lambda w: w.update({"t2d": w["t2d"][:-1].clone()}), "`t2d` has the shape (96,), expected (97,)"),
-}
+    ({"d2t": None}, "predicts 40 of 97 tokens, but has no `d2t`"),
+    ({"d2t": IDS}, "`d2t` holds token ids, expected offsets"),
+    ({"d2t": IDS.flip(0) - torch.arange(40)}, "`d2t` and `t2d` name different tokens"),
+    ({"d2t": D2T + 97, "t2d": None}, "`d2t` and `t2d` name different tokens: `d2t` leads to"),
+    ({"d2t": D2T[:-1].clone()}, "`d2t` has the shape (39,), expected (40,)"),
+    ({"d2t": D2T.float()}, "`d2t` holds torch.float32"),
+    ({"t2d": T2D[:-1].clone()}, "`t2d` has the shape (96,), expected (97,)"),
+]
 
 
-@pytest.mark.parametrize("change, sentence", WRONG_WEIGHTS.values(), ids=WRONG_WEIGHTS.keys())
-def test_wrong_weights(tmp_path, target, change, sentence):
-    config = flat().config()
-    if "o_proj.bias" in sentence:  # else refused before
-        del config["attention_bias"]
-    write_checkpoint(tmp_path, config, changed_weights(flat(), change))
-    assert sentence in refusal(tmp_path, target)
+@pytest.mark.parametrize("changes, sentence", WRONG_WEIGHTS)
+def test_wrong_weights(tmp_path, target, changes, sentence):
+    assert sentence in refusal(with_weights(tmp_path, changes), target)
 
 
 def test_the_first_names_of_eagle_3_1_are_understood(tmp_path, target):
     source = flat(fc_norm=True)
-    weights = changed_weights(source, lambda w: None)
-    names = ("aux_norm_low", "aux_norm_mid", "aux_norm_high")
-    weights |= {f"{name}.weight": weights.pop(f"fc_norm.{i}.weight") for i, name in enumerate(names)}
-    config = source.config() | {"use_aux_norm": True}
-    del config["fc_norm"]
-    write_checkpoint(tmp_path, config, weights)
-    draft = convert_eagle3(tmp_path, target)
-    assert draft.config.fc_norm
-    assert torch.equal(draft.fc_norm[2].weight, source.weights()["fc_norm.2.weight"])
+    norms = [source.weights()[f"fc_norm.{i}.weight"] for i in range(3)]
+    renamed = {f"aux_norm_{name}.weight": norm for name, norm in zip(("low", "mid", "high"), norms, strict=True)}
+    gone = {f"fc_norm.{i}.weight": None for i in range(3)}
+    draft = convert_eagle3(with_weights(tmp_path, renamed | gone, source, fc_norm=None, use_aux_norm=True), target)
+    assert draft.config.fc_norm and torch.equal(draft.fc_norm[2].weight, norms[2])
 
 
 def test_a_map_without_its_inverse_or_its_size_is_completed(tmp_path, target):
-    config = flat().config() | {"draft_vocab_size": None}
-    write_checkpoint(tmp_path, config, changed_weights(flat(), lambda w: w.pop("t2d")))
-    draft = convert_eagle3(tmp_path, target)
-    assert draft.config.draft_vocab_size == 40 and torch.equal(draft.d2t, flat().weights()["d2t"])
-    assert torch.equal(draft.t2d, flat().weights()["t2d"])
+    draft = convert_eagle3(with_weights(tmp_path, {"t2d": None}, draft_vocab_size=None), target)
+    assert draft.config.draft_vocab_size == 40 and torch.equal(draft.d2t, D2T) and torch.equal(draft.t2d, T2D)
 
 
 # Config
@@ -217,52 +188,43 @@ def nested(ids: list[int]) -> dict:
     return {"eagle_config": {LAYER_IDS: ids}}
 
 
-WRONG_CONFIGS = {
-    "no sizes": ({"hidden_size": None, "intermediate_size": None}, "has no `hidden_size`, `intermediate_size`."),
-    "inner size": ({"intermediate_size": 60}, "layers.0.mlp.gate_proj.weight is (56, 32), expected (60, 32)"),
-    "draft vocabulary": ({"draft_vocab_size": 50}, "`d2t` has the shape (40,), expected (50,)"),
-    "vocabulary": ({"vocab_size": 100}, "made for a target with `vocab_size=100`, but this one has 97"),
-    "width of the target": ({"target_hidden_size": 48}, "a target with `hidden_size=48`, but this one has 32"),
-    "swapped layer ids": (nested([3, 1, 5]), "taps the inputs of layers [4, 2, 6], in this order"),
-    "layer ids of a deeper target": (nested([1, 15, 28]), "layers [2, 16, 29], but the target has 8 layers"),
-    "last layer": (nested([1, 3, 7]), "taps the output of the target's last layer, 7."),
-    "four layer ids": (nested([1, 2, 3, 5]), "but the 4 taps [2, 3, 4, 6]"),
-    "two conventions": (
-        {LAYER_IDS: [1, 3, 5]},
-        "lists the layer outputs [1, 3, 5], which are the inputs of layers [2, 4, 6], but",
-    ),
-    "a norm without weights": ({"fc_norm": True}, "says `fc_norm: true`, but its weights lack what belongs to it"),
-    "inside and outside": (
-        {"norm_output": False, "eagle_config": {"norm_output": True}},
-        "says `norm_output` both true and false",
-    ),
-    "no fused taps": ({"eagle_config": {"use_aux_hidden_state": False}}, "`use_aux_hidden_state: false`"),
-    "parallel": ({"parallel_drafting": True}, "`parallel_drafting`"),
-    "quantised": ({"quantization_config": {"quant_method": "fp8"}}, "The draft is quantised"),
-    "two layers": ({"num_hidden_layers": 2}, "has 2 decoder layers; a ConFu draft has exactly 1"),
-    "another layer": ({"model_type": "gemma3_text"}, "`model_type` 'gemma3_text'; only layers like Llama's"),
-    "windowed": ({"layer_types": ["sliding_attention"]}, "is of type ['sliding_attention']"),
-    "scaled logits": ({"logit_scale": 0.25}, "scales its logits by 0.25"),
-    "two bases": (
-        {"rope_parameters": {"rope_theta": 1e6}},
-        "`rope_theta` is 1000000.0 in `rope_parameters` and 50000.0 beside it",
-    ),
-    "RoPE that changes": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "asks for RoPE type 'dynamic'"),
-    "RoPE of a part": ({"partial_rotary_factor": 0.5}, "rotates a part of each head only"),
-    "another method": ({"speculators_model_type": "dflash"}, "is 'dflash'; only drafts of 'eagle3'"),
-    "no layer config": ({"speculators_model_type": "eagle3"}, "`transformer_layer_config` is None"),
-    "Gemma by DeepSpec": (
+WRONG_CONFIGS = [
+    ({"hidden_size": None, "intermediate_size": None}, "has no `hidden_size`, `intermediate_size`."),
+    ({"intermediate_size": 60}, "layers.0.mlp.gate_proj.weight is (56, 32), expected (60, 32)"),
+    ({"draft_vocab_size": 50}, "`d2t` has the shape (40,), expected (50,)"),
+    ({"vocab_size": 100}, "made for a target with `vocab_size=100`, but this one has 97"),
+    ({"target_hidden_size": 48}, "a target with `hidden_size=48`, but this one has 32"),
+    (nested([3, 1, 5]), "taps the inputs of layers [4, 2, 6], in this order"),
+    (nested([1, 15, 28]), "layers [2, 16, 29], but the target has 8 layers"),
+    (nested([1, 3, 7]), "taps the output of the target's last layer, 7."),
+    (nested([1, 2, 3, 5]), "but the 4 taps [2, 3, 4, 6]"),
+    ({LAYER_IDS: [1, 3, 5]}, "lists the layer outputs [1, 3, 5], which are the inputs of layers [2, 4, 6], but"),
+    ({"fc_norm": True}, "says `fc_norm: true`, but its weights lack what belongs to it"),
+    ({"norm_output": False, "eagle_config": {"norm_output": True}}, "says `norm_output` both true and false"),
+    ({"eagle_config": {"use_aux_hidden_state": False}}, "`use_aux_hidden_state: false`"),
+    ({"parallel_drafting": True}, "`parallel_drafting`"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "The draft is quantised"),
+    ({"num_hidden_layers": 2}, "has 2 decoder layers; a ConFu draft has exactly 1"),
+    ({"model_type": "gemma3_text"}, "`model_type` 'gemma3_text'; only layers like Llama's"),
+    ({"layer_types": ["sliding_attention"]}, "is of type ['sliding_attention']"),
+    ({"logit_scale": 0.25}, "scales its logits by 0.25"),
+    ({"rope_parameters": {"rope_theta": 1e6}}, "`rope_theta` is 1000000.0 in `rope_parameters` and 50000.0 beside it"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "asks for RoPE type 'dynamic'"),
+    ({"partial_rotary_factor": 0.5}, "rotates a part of each head only"),
+    ({"speculators_model_type": "dflash"}, "is 'dflash'; only drafts of 'eagle3'"),
+    ({"speculators_model_type": "eagle3"}, "`transformer_layer_config` is None"),
+    (
         {"architectures": ["Gemma4Eagle3Model"], "target_layer_ids": [1, 2, 3, 4, 5]},
         "`architectures` is ['Gemma4Eagle3Model']",
     ),
-    "DeepSpec for another depth": (
+    (
         {"target_layer_ids": [1, 3, 5], "architectures": [], "num_target_layers": 36},
         "made for a target with `num_hidden_layers=36`, but this one has 8",
     ),
-}
+]
 
 
-@pytest.mark.parametrize("changes, sentence", WRONG_CONFIGS.values(), ids=WRONG_CONFIGS.keys())
+@pytest.mark.parametrize("changes, sentence", WRONG_CONFIGS)
 def test_wrong_configs(tmp_path, target, changes, sentence):
     flat().write(tmp_path)
     config = {name: value for name, value in (flat().config() | changes).items() if changes.get(name, 0) is not None}
