@@ -6,7 +6,6 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -73,7 +72,7 @@ def test_missing_files_and_invalid_json(tmp_path, target):
 
 
 class Payload:
-    """Runs a command when it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -101,19 +100,18 @@ def test_a_repository_is_downloaded_with_pickles_only_where_there_is_nothing_bet
 
     def snapshot_download(repository, allow_patterns, revision):
         asked.append((repository, revision, allow_patterns))
-        return str(tmp_path / repository.replace("/", "--"))
+        return str(tmp_path / repository)
 
     monkeypatch.setattr(checkpoints, "snapshot_download", snapshot_download)
-    for files, patterns in (
-        ("safetensors", [["*.json", "*.safetensors"]]),
-        ("shards", [["*.json", "*.safetensors"]]),
-        ("bin", [["*.json", "*.safetensors"], ["*.json", "pytorch_model*.bin"]]),
-    ):
-        flat().write(tmp_path / f"org--{files}", files)
-        asked.clear()
+    for files in ("shards", "bin"):
+        flat().write(tmp_path / "org" / files, files)
         draft = convert_eagle3(f"org/{files}", target, hub_arguments={"revision": "v1"})
         assert draft.config.target_hidden_state_indices == [2, 4, 6]
-        assert asked == [(f"org/{files}", "v1", wanted) for wanted in patterns]
+    assert asked == [
+        ("org/shards", "v1", ["*.json", "*.safetensors"]),
+        ("org/bin", "v1", ["*.json", "*.safetensors"]),
+        ("org/bin", "v1", ["*.json", "pytorch_model*.bin"]),
+    ]
 
 
 # Weights
@@ -233,8 +231,7 @@ def test_wrong_configs(tmp_path, target, changes, sentence):
 
 
 def test_what_the_config_says_wrongly_can_be_settled(tmp_path, target):
-    flat().write(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(flat().config() | nested([5, 3, 1])))
+    with_weights(tmp_path, {}, **nested([5, 3, 1]))
     draft = convert_eagle3(tmp_path, target, target_hidden_state_indices=[2, 4, 6], norm_before_residual=True)
     assert draft.config.target_hidden_state_indices == [2, 4, 6] and draft.config.norm_before_residual
 
@@ -262,9 +259,13 @@ def test_a_configuration_of_the_target_is_enough(tmp_path, target):
     assert (config.target_num_hidden_layers, config.target_num_key_value_heads, config.target_head_dim) == (8, 2, 8)
 
 
-def test_a_target_on_the_disk_is_enough(tmp_path, target):
+def test_a_copy_of_the_targets_table_is_left_out_where_the_two_can_be_compared(tmp_path, target, caplog):
     table = target.get_input_embeddings().weight.detach()
     flat(embeddings=table.clone()).write(tmp_path / "source")
+    with caplog.at_level(logging.WARNING):
+        draft = convert_eagle3(tmp_path / "source", target.config)
+    assert torch.equal(draft.embed_tokens.weight, table)
+    assert "it is kept, which costs memory" in caplog.text
     for number, size in enumerate(("50GB", "20KB")):
         target.save_pretrained(tmp_path / f"target {number}", max_shard_size=size)
         draft = convert_eagle3(tmp_path / "source", tmp_path / f"target {number}")
@@ -272,28 +273,13 @@ def test_a_target_on_the_disk_is_enough(tmp_path, target):
     assert len(list((tmp_path / "target 1").glob("*.safetensors"))) > 1
 
 
-def test_a_table_that_cannot_be_compared_is_kept(tmp_path, target, caplog):
-    table = target.get_input_embeddings().weight.detach()
-    flat(embeddings=table.clone()).write(tmp_path)
-    with caplog.at_level(logging.WARNING):
-        draft = convert_eagle3(tmp_path, target.config)
-    assert torch.equal(draft.embed_tokens.weight, table)
-    assert "it is kept, which costs memory" in caplog.text
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
-        {"type": "yarn", "factor": 4.0},
-        {"type": "yarn"},
-    ],
-)
+@pytest.mark.parametrize("scaling", [LLAMA3, {"type": "yarn", "factor": 4.0}, {"type": "yarn"}])
 def test_a_longer_target_does_not_change_the_frequencies(tmp_path, target, scaling):
     """The source's own length of 64 sets them, not the 512 that the converted draft takes over."""
-    flat().write(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(flat().config() | {"rope_scaling": scaling}))
-    draft = convert_eagle3(tmp_path, target)
+    draft = convert_eagle3(with_weights(tmp_path, {}, rope_scaling=scaling), target)
     assert draft.config.max_position_embeddings == 512
     rope = {"rope_type": scaling.get("type") or scaling["rope_type"], "rope_theta": 5e4, "factor": 1.0}
     rope |= {"original_max_position_embeddings": 64} | {k: v for k, v in scaling.items() if k != "type"}
@@ -302,13 +288,10 @@ def test_a_longer_target_does_not_change_the_frequencies(tmp_path, target, scali
 
 
 def test_the_dtype_of_the_source_is_kept(tmp_path, target):
-    dtype = torch.float16
-    flat().write(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in weights.items()}
-    write_checkpoint(tmp_path, flat().config(), weights)
-    draft = convert_eagle3(tmp_path, target)
-    assert {parameter.dtype for parameter in draft.parameters()} == {dtype}
-    assert torch.equal(draft.fc.weight, weights["fc.weight"])
+    halves = {name: tensor.half() for name, tensor in flat().weights().items() if tensor.is_floating_point()}
+    halves = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in halves.items()}
+    draft = convert_eagle3(with_weights(tmp_path, halves), target)
+    assert {parameter.dtype for parameter in draft.parameters()} == {torch.float16}
+    assert torch.equal(draft.fc.weight, halves["fc.weight"])
     assert draft.rotary_emb.inv_freq.dtype == torch.float32
     assert convert_eagle3(tmp_path, target, dtype=torch.bfloat16).dtype == torch.bfloat16
