@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
@@ -47,20 +48,6 @@ CONFIGS = {
             "rope_type": "llama3",
             "rope_theta": 500000.0,
             "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    ),
-    "llama-3.1-8b-instruct": LlamaConfig(
-        **SIZES,
-        num_hidden_layers=8,
-        head_dim=8,
-        max_position_embeddings=131072,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
@@ -106,7 +93,7 @@ def write_answers(path: Path) -> None:
 
 
 def test_a_recipe_for_each_target_of_the_paper():
-    assert NAMES == sorted(CONFIGS)
+    assert NAMES == ["llama-3.1-8b-instruct", "llama-3.2-3b-instruct", "qwen3-4b"]
     stages = [yaml.safe_load((RECIPES / name / "train.yaml").read_text())["stages"] for name in NAMES]
     assert stages[0] == stages[1] == stages[2]
     assert {name: target.split("/")[1].lower() for name, target in TARGETS.items()} == {name: name for name in NAMES}
@@ -121,7 +108,7 @@ def test_the_training_files_of_the_small_target_name_options_that_exist(tmp_path
     assert stages == ["core", "core", "contemplation", "joint", "core"]
 
 
-@pytest.mark.parametrize("name", ["llama-3.2-3b-instruct", "qwen3-4b"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_all_stages_train_a_draft_for_the_architecture(name, tmp_path):
     write_target(tmp_path / "target", name)
     write_answers(tmp_path / "answers.jsonl")
@@ -162,59 +149,46 @@ def dry_run(name: str, folder: Path, *options: str, **environment: str) -> list[
     return [shlex.split(line) for line in result.stdout.splitlines()]
 
 
-def test_the_launch_file_goes_from_prompts_to_a_measured_draft(name, tmp_path):
-    commands = dry_run(name, tmp_path)
+CHAT_TEMPLATE_KWARGS = {
+    "qwen3-4b": {"enable_thinking": False},
+    "llama-3.2-3b-instruct": {"date_string": "26 Jul 2024"},
+}
+
+
+def test_the_launch_file_goes_from_prompts_to_a_published_draft(name, tmp_path, capsys):
+    commands = dry_run(name, tmp_path, REPOSITORY="org/draft")
     assert [" ".join(command[:3]) for command in commands] == [
         "confu data prompts",
         f"vllm serve {TARGETS[name]}",
         "confu data serve-regenerate",
         f"touch {name}/answers.complete",
         "accelerate launch --multi_gpu",
-        f"confu evaluate {'--target'}",
+        "confu evaluate --target",
+        f"confu publish {name}/runs/joint",
     ]
-    served = dry_run(name, tmp_path, SERVER="http://elsewhere/v1", REPOSITORY="org/draft", SOURCES="open mine.jsonl")
-    assert ["--server", "http://elsewhere/v1"] == served[1][3:5] and "vllm" not in [command[0] for command in served]
-    assert served[0][3:6] == ["--sources", "open", "mine.jsonl"]
-    assert served[-1] == ["confu", "publish", f"{name}/runs/joint", TARGETS[name], "org/draft"] + [
-        "--card",
-        f"{name}/card.yaml",
-    ]
-
-    assert dry_run(name, tmp_path, "--concurrency", "9")[2][-2:] == ["--concurrency", "9"]
-
-    (tmp_path / name).mkdir()
-    for done in ("prompts.jsonl", "answers.complete"):
-        (tmp_path / name / done).touch()
-    assert [command[0] for command in dry_run(name, tmp_path)] == ["accelerate", "confu"]
-
-
-def test_answers_and_measurement_see_the_same_options_of_the_chat_template(name, tmp_path):
-    def given(**environment: str) -> list[dict | None]:
-        """To `serve-regenerate` and to `evaluate`, the two commands that render prompts."""
-        option = "--chat_template_kwargs"
-        rendering = [
-            command
-            for command in dry_run(name, tmp_path, **environment)
-            if command[:2] in (["confu", "evaluate"], ["confu", "data"]) and command[2] != "prompts"
-        ]
-        assert len(rendering) == 2
-        return [json.loads(command[command.index(option) + 1]) if option in command else None for command in rendering]
-
-    needed = {
-        "qwen3-4b": {"enable_thinking": False},
-        "llama-3.2-3b-instruct": {"date_string": "26 Jul 2024"},
-    }
-    assert given() == [needed.get(name)] * 2
-    if name not in needed:
-        assert given(CHAT_TEMPLATE_KWARGS='{"mood": "good"}') == [{"mood": "good"}] * 2
-
-
-def test_the_commands_of_the_launch_file_take_their_options(name, tmp_path, capsys):
-    for command in dry_run(name, tmp_path, REPOSITORY="org/draft"):
-        if command[0] != "confu":
-            continue
+    for command in (command for command in commands if command[0] == "confu"):
         with pytest.raises(SystemExit) as end:
             cli.main([*command[1:], "--help"])
         assert end.value.code == 0
         printed = capsys.readouterr().out
         assert all(option in printed for option in command if option.startswith("--"))
+    # Answers and measurement render prompts alike.
+    option = "--chat_template_kwargs"
+    for command in (commands[2], commands[5]):
+        given = json.loads(command[command.index(option) + 1]) if option in command else None
+        assert given == CHAT_TEMPLATE_KWARGS.get(name)
+
+
+def test_the_launch_file_takes_settings_and_skips_what_is_done(tmp_path):
+    name = "qwen3-4b"
+    served = dry_run(name, tmp_path, "--concurrency", "9", SERVER="http://elsewhere/v1", SOURCES="open mine.jsonl")
+    assert served[0][3:6] == ["--sources", "open", "mine.jsonl"]
+    assert served[1][3:5] == ["--server", "http://elsewhere/v1"] and served[1][-2:] == ["--concurrency", "9"]
+    (tmp_path / name).mkdir()
+    for done in ("prompts.jsonl", "answers.complete"):
+        (tmp_path / name / done).touch()
+    assert [command[0] for command in dry_run(name, tmp_path)] == ["accelerate", "confu"]
+    (command, _) = dry_run(name, tmp_path, GPUS="1")
+    arguments = launch_command_parser().parse_args(command[2:])
+    assert (arguments.num_processes, arguments.multi_gpu, arguments.module) == (1, False, True)
+    assert arguments.training_script_args[2:] == ["--data", f"{name}/answers.jsonl", "--output_dir", f"{name}/runs"]

@@ -91,8 +91,8 @@ def test_the_loss_falls(target, rows, tmp_path, mode):
         draft,
         train_dataset=rows,
         tokens_per_batch=1024,  # all of them
-        max_steps=20,
-        learning_rate=1e-2,
+        max_steps=12,
+        learning_rate=2e-2,
         stage="core" if mode == "eagle3" else "joint",
     )
     trainer.train()
@@ -100,7 +100,7 @@ def test_the_loss_falls(target, rows, tmp_path, mode):
     assert losses[-1] < 0.8 * losses[0]
     coverage = logged(trainer, "future_coverage")
     assert all(share == 0 for share in coverage) if mode == "eagle3" else min(coverage) > 0.5
-    assert len(logged(trainer, "accuracy_2")) == len(logged(trainer, "tau_greedy")) == 20
+    assert len(logged(trainer, "accuracy_2")) == len(logged(trainer, "tau_greedy")) == 12
     for name, value in weights(draft).items():
         taught = mode != "eagle3" or not name.startswith("future_channel.")
         assert torch.equal(value, before[name]) != taught, name
@@ -340,8 +340,8 @@ class Interruption(TrainerCallback):
 
 @pytest.mark.parametrize(
     "at, settings",
-    [(2, {}), (7, {}), (5, {"stage": "contemplation"}), (3, {"gradient_accumulation_steps": 2})],
-    ids=["in the first epoch", "in the second epoch", "at the end of an epoch", "of accumulated batches"],
+    [(7, {}), (5, {"stage": "contemplation"}), (3, {"gradient_accumulation_steps": 2})],
+    ids=["in the second epoch", "at the end of an epoch", "of accumulated batches"],
 )
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(target, rows, tmp_path, at, settings):
     settings = settings | {

@@ -64,25 +64,18 @@ def warm_start(
     # A norm behind queries and keys sets their size, so the target's projections are of no use without its norms: both
     # are taken over, or neither.
     normalised = getattr(getattr(last, "self_attn", None), "q_norm", None) is not None
-    attention = ["self_attn.v_proj"]
-    if normalised == config.use_qk_norm:
-        attention += ["self_attn.q_proj", "self_attn.k_proj"]
-        if normalised:
-            pairs += [
-                (name, layer.get_submodule(name).weight, _weight(last, name))
-                for name in ("self_attn.q_norm", "self_attn.k_norm")
-            ]
-    else:
-        logger.warning(
-            "Warm start: queries and keys are normalised in the %s and not in the other; their projections are left "
-            "random.",
-            "target" if normalised else "draft",
-        )
-    for name in attention:
-        pairs.append((name, layer.get_submodule(name).weight[:, feature_half], _weight(last, name)))
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        fits = name == "self_attn.v_proj" or normalised == config.use_qk_norm
+        ours = layer.get_submodule(name).weight[:, feature_half]
+        pairs.append((name, ours, _weight(last, name) if fits else None))
+    if normalised and config.use_qk_norm:
+        for name in ("self_attn.q_norm", "self_attn.k_norm"):
+            pairs.append((name, layer.get_submodule(name).weight, _weight(last, name)))
     left = [name for name, ours, theirs in pairs if not _copy(ours, theirs)]
     if left:
-        logger.warning("Warm start: %s of the target have other shapes or no weights; left random.", ", ".join(left))
+        logger.warning(
+            "Warm start: %s of the target have other shapes, other norms or no weights; left random.", ", ".join(left)
+        )
 
     start_future_channel(draft, target, soft_prompt_ids)
     return draft
