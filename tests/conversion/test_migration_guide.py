@@ -30,17 +30,9 @@ def guide(tmp_path, monkeypatch) -> str:
     config = target.config
     target.save_pretrained(tmp_path / "target")
     tokenizer.save_pretrained(tmp_path / "target")
-    layers = config.num_hidden_layers
-    source = Source(
-        "flat",
-        (1, 2, layers - 1),
-        hidden_size=config.hidden_size,
-        target_hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        draft_vocab_size=200,
-        num_target_layers=layers,
-    )
-    source.write(tmp_path / "source", "bin")
+    sizes = {"hidden_size": config.hidden_size, "target_hidden_size": config.hidden_size}
+    sizes |= {"vocab_size": config.vocab_size, "draft_vocab_size": 200}
+    Source("flat", (1, 2, config.num_hidden_layers - 1), **sizes).write(tmp_path / "source", "bin")
     with open(tmp_path / "answers.jsonl", "w") as file:
         for number in range(12):
             print(json.dumps({"prompt": f"question {number}", "answer_ids": [*range(40, 60 + number)]}), file=file)
@@ -78,15 +70,9 @@ def test_the_guide_leads_to_a_trained_draft(guide, monkeypatch, capsys):
         ConFuDraftModel.from_pretrained(f"runs/{name}", dtype=torch.float32)
         for name in ("converted", "migrated/contemplation", "migrated/joint")
     )
+    # The channel of a converted draft is off, and on from its first training; the core learns in the last stage only.
     assert converted.generation_config.confu_contemplation == 0
-    assert not hasattr(warmed.generation_config, "confu_contemplation")  # the channel is used from now on
-    assert not hasattr(trained.generation_config, "confu_contemplation")
-    # Stage contemplation starts the channel from the target and leaves the core alone; then all of it learns.
-    for name in ("fc.weight", "layers.0.self_attn.q_proj.weight"):
-        before, middle, after = (model.get_parameter(name) for model in (converted, warmed, trained))
-        assert torch.equal(before, middle) and not torch.equal(middle, after)
-    soft_prompts = [model.future_channel.soft_prompts for model in (converted, warmed, trained)]
-    assert not torch.allclose(soft_prompts[0], soft_prompts[1], atol=0.05)  # of a text, no longer random
-    assert torch.allclose(soft_prompts[1], soft_prompts[2], atol=0.05) and not torch.equal(*soft_prompts[1:])
+    assert not any(hasattr(draft.generation_config, "confu_contemplation") for draft in (warmed, trained))
+    assert torch.equal(converted.fc.weight, warmed.fc.weight) and not torch.equal(warmed.fc.weight, trained.fc.weight)
     for form in ("exported-for-sglang", "exported"):
         assert torch.equal(load_file(f"{form}/model.safetensors")["fc.weight"], trained.fc.weight)

@@ -1,6 +1,7 @@
 """The model card: metadata that the Hub can read, every fact in its place, and no gap."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -150,17 +151,14 @@ def test_facts_survive_the_file(tmp_path):
 
 
 def test_a_measurement_finds_its_way_into_the_file(tmp_path):
+    FACTS.save(tmp_path / CARD_FILE)
     first, again, other = (
         Evaluation("Mine", "mine", setting, [{"arm": "ConFu", "tau": tau}])
         for setting, tau in (("greedy", 2.0), ("greedy", 2.5), ("sampled", 1.5))
     )
     for evaluation in (first, other, again):  # a second measurement takes the place of the first
         add_evaluation(tmp_path, evaluation)
-    assert CardFacts.load(tmp_path / CARD_FILE) == CardFacts(evaluations=[other, again])
-    FACTS.save(tmp_path / CARD_FILE)
-    add_evaluation(tmp_path, first)
-    assert CardFacts.load(tmp_path / CARD_FILE).evaluations == [*FACTS.evaluations, first]
-    assert CardFacts.load(tmp_path / CARD_FILE).training == FACTS.training
+    assert CardFacts.load(tmp_path / CARD_FILE) == replace(FACTS, evaluations=[*FACTS.evaluations, other, again])
 
 
 def row(**figures) -> dict:
