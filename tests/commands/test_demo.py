@@ -9,6 +9,7 @@ from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import cli
 from transformers_confu.commands import demo
 from transformers_confu.evaluation.answering import Models
+from transformers_confu.evaluation.arguments import EvaluationArguments
 
 
 class Tokenizer:
@@ -72,18 +73,15 @@ def test_a_different_text_is_marked_and_an_error_only_where_rounding_does_not_ex
     assert ("Not explained by rounding" in printed.err) == bool(status)
 
 
-def test_a_draft_that_is_not_there_ends_the_demo_in_one_sentence(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("transformers_confu.evaluation.arguments.EvaluationArguments.load", lambda *_: tiny_pair())
-    assert cli.main(["demo", "--draft", str(tmp_path / "nothing")]) == 1
-    assert "is no folder and cannot be had from the Hub (" in capsys.readouterr().err
-    assert cli.main(["demo", "--draft", str(tmp_path)]) == 1
-    assert "holds no draft that can be read (" in capsys.readouterr().err
-    assert cli.main(["demo", "--runs", "0"]) == 1
-    assert "`runs` is 0; expected at least 1" in capsys.readouterr().err
-
-
-def tiny_pair():
-    return make_tiny_target(), Tokenizer()
+def test_what_is_wrong_ends_the_demo_in_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(EvaluationArguments, "load", lambda *_: (make_tiny_target(), Tokenizer()))
+    for argument, sentence in (
+        (f"--draft={tmp_path / 'nothing'}", "is no folder and cannot be had from the Hub ("),
+        (f"--draft={tmp_path}", "holds no draft that can be read ("),
+        ("--runs=0", "`runs` is 0; expected at least 1"),
+    ):
+        assert cli.main(["demo", argument]) == 1
+        assert sentence in capsys.readouterr().err
 
 
 def test_the_demo_needs_none_of_the_extras():

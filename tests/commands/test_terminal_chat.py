@@ -17,6 +17,7 @@ from transformers_confu.common.answer_text import answer_text
 
 OPTIONS = {"max_new_tokens": 20, "do_sample": False}
 QUESTIONS = ["What?", "And why?", "Sure?"]
+FIRST = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.fixture
@@ -40,8 +41,8 @@ def plain_answer(target, tokenizer, ids: list[int]) -> list[int]:
 def test_answers_are_plain_generates_over_one_cache(models, ends):
     target, tokenizer, draft = models
     if ends:  # whatever token an answer has in its middle ends it
-        first = tokenizer("<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
-        target.generation_config.eos_token_id = [300, plain_answer(target, tokenizer, first)[9]]
+        answer = plain_answer(target, tokenizer, tokenizer(FIRST)["input_ids"])
+        target.generation_config.eos_token_id = [300, answer[9]]
     chat = Chat(target, tokenizer, draft)
     ids: list[int] = []
     for number, question in enumerate(QUESTIONS):
@@ -76,8 +77,7 @@ def test_a_template_that_rewrites_past_answers_starts_over(models):
 def test_reasoning_whose_marks_are_special_tokens_leaves_the_history(models):
     """Without its marks the template could not cut it out, and it would stand in the next prompt as the answer."""
     target, tokenizer, draft = models
-    first = tokenizer("<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
-    answer = plain_answer(target, tokenizer, first)
+    answer = plain_answer(target, tokenizer, tokenizer(FIRST)["input_ids"])
     # Whatever token stands in the middle of the answer is a special one, and past answers are cut behind it.
     mark = next(token for token in tokenizer.convert_ids_to_tokens(answer[5:]) if token.isascii())
     tokenizer.add_special_tokens({"extra_special_tokens": [mark]})
@@ -87,12 +87,8 @@ def test_reasoning_whose_marks_are_special_tokens_leaves_the_history(models):
     chat = Chat(target, tokenizer, draft)
     said = chat.ask("What?", **OPTIONS)
     assert mark in said and said == answer_text(tokenizer, answer, [1])
-    assert mark not in tokenizer.decode(answer, skip_special_tokens=True)
-    prompt = (
-        f"<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n{said.split(mark)[-1]}<|im_end|>\n"
-        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    expected = plain_answer(target, tokenizer, tokenizer(prompt)["input_ids"])
+    rest = f"{said.split(mark)[-1]}<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    expected = plain_answer(target, tokenizer, tokenizer(FIRST + rest)["input_ids"])
     assert chat.ask("Why?", **OPTIONS) == answer_text(tokenizer, expected, [1])
 
 
@@ -117,26 +113,20 @@ def test_a_tokenizer_that_cannot_read_what_it_renders_gets_its_own_ids(models, m
 
 
 def test_an_interrupted_turn_has_not_taken_place(models):
-    target, tokenizer, draft = models
-
     class Stop:
-        def __init__(self, after):
-            self.left = after
+        def __init__(self):
+            self.left = 9
 
         def put(self, value):
             self.left -= 1
             if self.left == 0:
                 raise KeyboardInterrupt
 
-        def end(self):
-            pass
-
-    expected = Chat(target, tokenizer, draft)
-    answers = [expected.ask(question, **OPTIONS) for question in QUESTIONS[:2]]
-    chat = Chat(target, tokenizer, draft)
-    for question, answer in zip(QUESTIONS, answers, strict=False):
+    expected, chat = Chat(*models), Chat(*models)
+    for question in QUESTIONS[:2]:
+        answer = expected.ask(question, **OPTIONS)
         with pytest.raises(KeyboardInterrupt):
-            chat.ask("Something else?", Stop(after=9), **OPTIONS)
+            chat.ask("Something else?", Stop(), **OPTIONS)
         assert chat.ask(question, **OPTIONS) == answer
     assert chat.messages == expected.messages
 
@@ -170,54 +160,45 @@ def type_in(monkeypatch):
     return install
 
 
-def test_the_terminal(models, type_in, capsys):
-    target, tokenizer, draft = models
-    chat = Chat(target, tokenizer, draft)
-    type_in("What?", "", "/rest", "/reset", "What?", "/quit", "never read")
-    converse(chat, **OPTIONS)
-    printed = capsys.readouterr().out
-    assert printed.count("[20 tokens, tau ") == 2
-    assert "/rest is no command. /reset forgets" in printed
-    assert printed.count("Forgotten.") == 1
-    assert [message["content"] for message in chat.messages][::2] == ["What?"]
-    type_in(KeyboardInterrupt())
-    converse(chat)  # ends
-
-
-def test_ctrl_c_stops_an_answer_not_the_chat(models, type_in, monkeypatch, capsys):
+def test_the_terminal(models, type_in, monkeypatch, capsys):
     chat = Chat(*models)
     own = chat.ask
 
     def ask(question, streamer, **options):
-        if question == "long":
+        if question == "long":  # Ctrl-C stops an answer, not the chat
             raise KeyboardInterrupt
         return own(question, streamer, **options)
 
     monkeypatch.setattr(chat, "ask", ask)
-    type_in("long", "short")
+    type_in("What?", "", "/rest", "/reset", "long", "What?", "/quit", "never read")
     converse(chat, **OPTIONS)
     printed = capsys.readouterr().out
-    assert "[stopped; this turn is forgotten]" in printed and "[20 tokens, tau" in printed
+    assert printed.count("[20 tokens, tau ") == 2
+    assert "/rest is no command. /reset forgets" in printed
+    assert printed.count("Forgotten.") == 1 and "[stopped; this turn is forgotten]" in printed
+    assert [message["content"] for message in chat.messages][::2] == ["What?"]
+    type_in(KeyboardInterrupt())
+    converse(chat)  # ends
 
 
 def test_the_command(models, type_in, monkeypatch, capsys):
     target, tokenizer, draft = models
     monkeypatch.setattr(loading, "load_target", lambda *arguments: (target, tokenizer))
     monkeypatch.setattr(chat_module, "load_draft", lambda name, dtype: draft)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     type_in("What?")
     assert cli.main(["chat", "--max-new-tokens", "5", "--temperature", "0.5", "--system", "Be short."]) == 0
     assert "[5 tokens, tau" in capsys.readouterr().out
-    target.config.num_hidden_layers = 9
-    assert cli.main(["chat"]) == 1
-    assert "made for a target with" in capsys.readouterr().err
 
 
-def test_a_target_that_is_not_there_ends_the_command_in_words(tmp_path, capsys):
-    assert cli.main(["chat", "--target", str(tmp_path / "nothing")]) == 1
-    assert str(tmp_path / "nothing") in capsys.readouterr().err
-    assert cli.main(["chat", "--dtype", "nothing"]) == 1
-    assert "expected the name of a torch dtype" in capsys.readouterr().err
-    for option, value in (("temperature", "-0.5"), ("max_new_tokens", "0")):
-        assert cli.main(["chat", f"--{option}", value]) == 1
-        assert f"`{option}` is {value}; it must be at least" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("target", "no/target", "no/target"),
+        ("dtype", "nothing", "expected the name of a torch dtype"),
+        ("temperature", "-0.5", "`temperature` is -0.5; it must be at least 0"),
+        ("max_new_tokens", "0", "`max_new_tokens` is 0; it must be at least 1"),
+    ],
+)
+def test_wrong_options_end_the_command_in_words(option, value, sentence, offline_hub, capsys):
+    assert cli.main(["chat", f"--{option}={value}"]) == 1
+    assert sentence in capsys.readouterr().err

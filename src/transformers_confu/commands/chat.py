@@ -142,8 +142,8 @@ def converse(chat: Chat, **options: Any) -> None:
             print(f"[{tokens} tokens, {tau}{tokens / seconds:.1f} tokens/s]")
 
 
-@dataclass
-class ChatOptions:
+@dataclass(kw_only=True)
+class ChatOptions(TargetOptions):
     """Options of `confu chat`."""
 
     target: str = option("Folder or Hub id, or 'demo' for SmolLM2-135M-Instruct.", "demo")
@@ -154,6 +154,7 @@ class ChatOptions:
     temperature: float = option("0 always takes the likeliest token.", 0.0)
 
     def __post_init__(self):
+        super().__post_init__()
         for name, least in (("max_new_tokens", 1), ("temperature", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {least}.")
@@ -162,14 +163,14 @@ class ChatOptions:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = HfArgumentParser(
-        (ChatOptions, TargetOptions),
+        ChatOptions,
         allow_abbrev=False,
         description="Chat with a target and its draft. Answers stream; behind each stand tau and speed. " + HELP,
     )
-    options, loading = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    (options,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature}
-    target, tokenizer = loading.load(options.target, options.dtype)
+    target, tokenizer = options.load(options.target, options.dtype)
     draft = load_draft(options.draft, target.dtype).to(input_device(target))
     converse(Chat(target, tokenizer, draft, options.system), max_new_tokens=options.max_new_tokens, **sampling)
