@@ -6,16 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import hf_api
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..inference.knobs import ConFuKnobs
 from ..publishing.model_card import CARD_FILE, CardFacts, model_card
 from ..publishing.publish import write_custom_generate
-
-
-# Pickles, the state of optimiser and Trainer, and what only this machine can use.
-_NOT_RELEASED = [*("*.bin", "*.pt", "*.pth", "trainer_state.json"), *("_*", f"{PREFIX_CHECKPOINT_DIR}-*", CARD_FILE)]
 
 
 class ReleasingTrainer(Trainer):
@@ -78,33 +73,13 @@ class ReleasingTrainer(Trainer):
         data.tags = list(dict.fromkeys([*data.tags, *_as_list(tags)]))
         card.save(folder / "README.md")
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As of [`Trainer`], with the draft's code and without pickles; `kwargs` go to `create_model_card`."""
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**kwargs)
-        write_custom_generate(self.args.output_dir, self.hub_model_id)
-        return hf_api().upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=self.args.output_dir,
-            commit_message=commit_message,
-            token=token or self.args.hub_token,
-            run_as_future=not blocking,
-            ignore_patterns=_NOT_RELEASED,
-            revision=revision or self.args.hub_revision,
-        )
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As of [`Trainer`], but as it may be published: with `custom_generate`, without a pickle of the arguments."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            write_custom_generate(folder, self.hub_model_id)
 
     def _base_model(self) -> str | None:
         """The target's id on the Hub, where it is known."""
