@@ -10,7 +10,6 @@ import textwrap
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 
 from . import __version__
 from .common.extras import advice
@@ -153,24 +152,18 @@ def refusal(error: Exception) -> str | None:
     """
     if isinstance(error, ModuleNotFoundError) and (sentence := advice(error)):
         return sentence
-    trace = error.__traceback__
-    while (inner := _outside_standard_library(trace.tb_next)) is not None:
-        trace = inner
-    code = trace.tb_frame.f_code
+    entry = innermost = error.__traceback__
+    while (entry := entry.tb_next) is not None:
+        if not _is_standard_library(entry.tb_frame.f_code.co_filename):
+            innermost = entry
+    code = innermost.tb_frame.f_code
     if not Path(code.co_filename).is_relative_to(Path(__file__).parent):
         return None
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"  # without the number of the error
     # Python itself raises such errors too: an unpacking that does not fit is a ValueError, and a fault of the program.
-    by_statement = code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    by_statement = code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
     return str(error) if by_statement and isinstance(error, (ValueError, RuntimeError, OSError)) else None
-
-
-def _outside_standard_library(trace: TracebackType | None) -> TracebackType | None:
-    """The first entry of a traceback that lies in no file of Python's own."""
-    while trace is not None and _is_standard_library(trace.tb_frame.f_code.co_filename):
-        trace = trace.tb_next
-    return trace
 
 
 def _is_standard_library(file: str) -> bool:

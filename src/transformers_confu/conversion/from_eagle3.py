@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +163,8 @@ def _has_own_embeddings(
 
 def _dtype_of(weights: dict[str, torch.Tensor]) -> torch.dtype:
     """The dtype that holds every weight without loss."""
-    dtype = None
-    for tensor in weights.values():
-        if tensor.is_floating_point():
-            dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
-    return dtype or torch.get_default_dtype()
+    dtypes = [tensor.dtype for tensor in weights.values() if tensor.is_floating_point()]
+    return reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()
 
 
 def _check_names_and_shapes(weights: dict[str, torch.Tensor], draft: ConFuDraftModel) -> None:
@@ -246,13 +244,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", help="folder or Hub id of the EAGLE-3 draft")
     options, positional = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     require_new(options.output)
-    overrides = {
-        "target_hidden_state_indices": options.taps,
-        "norm_output": options.norm_output,
-        "norm_before_residual": options.norm_before_residual,
-        "num_soft_prompts": options.num_soft_prompts,
-        "rotate_soft_prompts": options.rotate_soft_prompts,
-    }
+    names = ("norm_output", "norm_before_residual", "num_soft_prompts", "rotate_soft_prompts")
+    overrides = {name: getattr(options, name) for name in names} | {"target_hidden_state_indices": options.taps}
     draft = convert_eagle3(
         positional.source,
         options.target,
