@@ -315,7 +315,7 @@ def test_a_target_with_other_heads_is_refused_before_the_prompt(llama):
     assert [kwargs["input_ids"].shape[1] for kwargs in lengths] == [4, 1, 1, 1]
 
 
-def test_latent_attention_is_refused(count_forwards):
+def test_latent_attention_has_no_place_for_soft_prompts():
     settings = LLAMA_SIZES | {"num_key_value_heads": 4, "first_k_dense_replace": 5}
     settings |= {
         "q_lora_rank": None,
@@ -325,11 +325,16 @@ def test_latent_attention_is_refused(count_forwards):
         "v_head_dim": 8,
     }
     del settings["head_dim"]
-    target = AutoModelForCausalLM.from_config(transformers.DeepseekV3Config(**settings))
-    forwards = count_forwards(target)
-    with pytest.raises(ValueError, match=r"DeepseekV3ForCausalLM has multi-head latent attention \(`kv_lora_rank`\)"):
-        generate(target, make_tiny_draft(target))
-    assert not forwards
+    config = transformers.DeepseekV3Config(**settings)
+    target = AutoModelForCausalLM.from_config(config).double().eval()
+    with pytest.raises(ValueError, match="DeepseekV3Config caches keys and values of different .* to 0, got 4\\."):
+        make_tiny_draft(target)
+    assert ConFuConfig.from_target(config).num_soft_prompts == 0
+    draft = make_tiny_draft(make_tiny_target())  # one that was made for another target
+    with pytest.raises(ValueError, match=r"caches 1 key/value heads of size 16, and values of 1 heads of size 4, but"):
+        generate(target, draft)
+    text = generate(target, draft, generation_config=with_knobs(target, confu_contemplation=0))
+    assert torch.equal(text, target.generate(PROMPT, max_new_tokens=4))
 
 
 # Targets
@@ -465,16 +470,6 @@ TARGETS = {
             },
         ),
         "Phi3ForCausalLM uses RoPE type 'longrope'",
-    ),
-    "positions in 3 dimensions": (
-        from_config(
-            "Qwen2VL",
-            AutoModelForImageTextToText,
-            text_config=LLAMA_SIZES
-            | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
-            vision_config={"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32},
-        ),
-        "Qwen2VLForConditionalGeneration uses 3-D positions (mrope)",
     ),
     "ids looked up in every layer": (
         changed(hidden_size_per_layer_input=8),

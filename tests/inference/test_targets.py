@@ -59,14 +59,29 @@ FULL_ATTENTION = {"layer_types": ["full_attention"] * 5}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]}
 SHORT, LONGER = {"sliding_window": 4}, {"sliding_window": 13}  # crossed by the prompt; by the text
 
-# Without what is looked up for each token in every layer, and with layers of one shape.
+# Without what is looked up for each token in every layer.
 GEMMA4 = {
+    **SIZES,
+    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
     "hidden_size_per_layer_input": 0,
-    "global_head_dim": 8,
     "num_kv_shared_layers": 0,
-    "num_global_key_value_heads": 2,
-    "attention_k_eq_v": False,
 }
+LATENT = {
+    **SIZES,
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 6,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 2,
+}
+del LATENT["head_dim"]
 
 ARCHITECTURES = {
     # Named in the documentation.
@@ -111,7 +126,12 @@ ARCHITECTURES = {
     # Sliding windows in some layers, or in all.
     "Gemma2, windows": {**SIZES, **MIXED, **SHORT},
     "Gemma3Text, windows": {**SIZES, **MIXED, **LONGER},
-    "Gemma4Text, windows": {**SIZES, **MIXED, **SHORT, **GEMMA4},
+    "Gemma4Text, windows": {**GEMMA4, **SHORT, "per_layer_config": {}},
+    "Gemma4Text, windows and larger heads": {
+        **GEMMA4,
+        **LONGER,
+        "per_layer_config": {layer: {"head_dim": 16, "num_key_value_heads": 1} for layer in (1, 3, 4)},
+    },
     "Qwen2, windows": {**SIZES, **MIXED, **LONGER, "use_sliding_window": True},
     "Qwen3, windows": {**SIZES, **MIXED, **SHORT, "use_sliding_window": True},
     "Mistral, windows": {**SIZES, **SHORT},
@@ -124,10 +144,21 @@ ARCHITECTURES = {
     "Phi3, windows": {**SIZES, **SHORT, "original_max_position_embeddings": 128},
     "Starcoder2, windows": {**SIZES, **LONGER},
     "Mixtral, windows": {**SIZES, **SHORT, "num_local_experts": 4},
+    # Latent attention, with experts; the first without.
+    "DeepseekV2, dense": {**LATENT, "first_k_dense_replace": 5},
+    "DeepseekV3, dense": {**LATENT, "first_k_dense_replace": 5},
+    "DeepseekV2": LATENT,
+    "DeepseekV3": LATENT,
+    "Glm4MoeLite": LATENT | {"mlp_layer_types": ["dense", "dense", "sparse", "sparse", "sparse"]},
 }
 EAGER_ONLY = {"GPTJ", "GptOss", "Gemma2", "Gemma2, windows", "GptOss, windows"}
 # The experts' grouped matrix product has none.
 WITHOUT_FP64 = {"GptOss", "GptOss, windows", "Mixtral", "Mixtral, windows", "Qwen3Moe"}
+WITHOUT_FP64 |= {"DeepseekV2", "DeepseekV3", "Glm4MoeLite"}
+ROTATES_IN_FP32 = {"DeepseekV2, dense"}
+# Their keys, values or layers differ in size.
+WITHOUT_SOFT_PROMPTS = {"Gemma4Text, windows and larger heads", "DeepseekV2", "DeepseekV3", "Glm4MoeLite"}
+WITHOUT_SOFT_PROMPTS |= {"DeepseekV2, dense", "DeepseekV3, dense"}
 
 architectures = pytest.mark.parametrize(
     "name, implementation",
@@ -150,6 +181,10 @@ def make_target(name: str, implementation: str = "sdpa", **changes) -> PreTraine
         target = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     target.generation_config.eos_token_id = None
     return target.to(torch.float32 if name in WITHOUT_FP64 else torch.float64).eval()
+
+
+def make_draft(name: str, target: PreTrainedModel) -> ConFuDraftModel:
+    return make_tiny_draft(target, num_soft_prompts=0 if name in WITHOUT_SOFT_PROMPTS else 4)
 
 
 def assert_same_text(target, draft: ConFuDraftModel, max_new_tokens: int = 24) -> None:
@@ -178,7 +213,7 @@ def assert_same_text(target, draft: ConFuDraftModel, max_new_tokens: int = 24) -
 @architectures
 def test_decoding_is_exact(name, implementation):
     target = make_target(name, implementation)
-    assert_same_text(target, make_tiny_draft(target))
+    assert_same_text(target, make_draft(name, target))
 
 
 TREE = DraftTree.from_parents(
@@ -209,8 +244,10 @@ def future_by_prefix(target, draft: ConFuDraftModel, ids: torch.LongTensor, rout
     cache, with_slots = DynamicCache(), DynamicCache()  # which hold all rows, whatever the windows
     target(ids, cache=cache)
     for index, layer in enumerate(cache.layers):
-        keys, values = draft.future_channel.soft_prompts[index].to(layer.keys)
-        keys, values = torch.cat([keys[None], layer.keys], 2), torch.cat([values[None], layer.values], 2)
+        keys, values = layer.keys, layer.values
+        if draft.config.num_soft_prompts:
+            slots = draft.future_channel.soft_prompts[index].to(keys)
+            keys, values = torch.cat([slots[:1], keys], 2), torch.cat([slots[1:], values], 2)
         with_slots.update(keys, values, index)
     embedding = draft.future_channel.contemplate_token(routed_by)[:, None]
     length, num_slots = ids.shape[1], draft.config.num_soft_prompts
@@ -236,10 +273,11 @@ def future_by_prefix(target, draft: ConFuDraftModel, ids: torch.LongTensor, rout
 def test_a_verified_tree_is_a_forward_over_each_path(name, implementation):
     """Logits, taps and f of every node, against fresh forwards; without contemplate rows the same logits."""
     target = make_target(name, implementation)
-    draft = make_tiny_draft(target)
+    draft = make_draft(name, target)
     runner = TargetRunner(target, draft.config, draft.future_channel)
     # Eager attention and most norms compute in fp32 even in an fp64 model.
-    tolerance = 1e-12 if target.dtype == torch.float64 and implementation == "sdpa" else 1e-4
+    is_fp64 = target.dtype == torch.float64 and implementation == "sdpa" and name not in ROTATES_IN_FP32
+    tolerance = 1e-12 if is_fp64 else 1e-4
 
     def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
         return (actual - expected).abs().max() <= tolerance * expected.abs().max()
@@ -283,7 +321,7 @@ def test_a_verified_tree_is_a_forward_over_each_path(name, implementation):
 NOT_ROTATED = {"GPT2", "OPT", "GPTBigCode", "GPTJ", "SmolLM3", "Cohere2, windows", "Exaone4, windows"}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in WITHOUT_SOFT_PROMPTS])
 @torch.no_grad()
 def test_keys_rotate_as_the_target_rotates_its_own(name):
     """A token that sees only itself has the same states at every position, but for the rotation of its keys."""
@@ -374,6 +412,56 @@ def test_a_target_of_text_and_images_decodes_text():
     )
     target = target.double().eval()
     assert_same_text(target, make_tiny_draft(target, rotate_soft_prompts=True))
+
+
+@pytest.mark.parametrize("name", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
+@pytest.mark.parametrize("windows", [False, True])
+def test_positions_of_three_kinds_in_a_text(name, windows):
+    """What has no image in it has one position for each token, also where a cache and its chat go on."""
+    text = {key: value for key, value in SIZES.items() if key not in ("init_std", "tie_word_embeddings")}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    if windows:
+        if name == "Qwen3VL":
+            pytest.skip("it has none")
+        text |= MIXED | SHORT | {"use_sliding_window": True, "max_window_layers": 0}
+    vision = {"depth": 1, "num_heads": 2, "patch_size": 4, "hidden_size": 16}
+    vision |= {"out_hidden_size": 32, "deepstack_visual_indexes": [], "fullatt_block_indexes": [0], "embed_dim": 16}
+    config_class = getattr(transformers, f"{name}Config")
+    known = type(config_class().vision_config)().to_dict()
+    vision = {key: value for key, value in vision.items() if key in known}
+    special = {"image_token_id": 11, "video_token_id": 12, "vision_start_token_id": 10, "vision_end_token_id": 10}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        target = AutoModelForImageTextToText.from_config(
+            config_class(text_config=text, vision_config=vision, **special)
+        )
+    target.generation_config.eos_token_id = None
+    target = target.double().eval()
+    for rotates in (False, True):
+        draft = make_tiny_draft(target, rotate_soft_prompts=rotates)
+        assert_same_text(target, draft)
+        assert_same_chat(target, draft)
+    # As a processor passes them.
+    kinds = torch.zeros_like(PROMPT)
+    options = {"do_sample": False, "max_new_tokens": 20}
+    assert torch.equal(
+        target.generate(PROMPT, mm_token_type_ids=kinds, **options),
+        target.generate(PROMPT, mm_token_type_ids=kinds, assistant_model=draft, **options),
+    )
+    kinds[0, 2] = 1
+    with pytest.raises(ValueError, match="A ConFu draft cannot pass `mm_token_type_ids`"):
+        target.generate(PROMPT, mm_token_type_ids=kinds, assistant_model=draft, **options)
+
+
+def assert_same_chat(target, draft: ConFuDraftModel) -> None:
+    """Three turns on one cache, the second by plain `generate`."""
+    text, cache = PROMPT, None
+    for turn, assistant in enumerate([draft, None, draft]):
+        # The mask, as else Transformers takes tokens for padding that the text happens to have.
+        options = {"attention_mask": torch.ones_like(text), "do_sample": False, "max_new_tokens": 12}
+        output = target.generate(text, cache=cache, assistant_model=assistant, return_dict_in_generate=True, **options)
+        assert torch.equal(output.sequences, target.generate(text, **options))
+        text, cache = torch.cat([output.sequences, PROMPT[:, turn : turn + 3]], dim=1), output.cache
 
 
 # Precision and place

@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTr
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .cached_rows import layer_windows
-from .configuration_confu import STATIC_ROPE_TYPES, ConFuConfig, rope_of
+from .configuration_confu import STATIC_TARGET_ROPE_TYPES, ConFuConfig, rope_of
 from .soft_prompts import KeyRotation
 
 
@@ -77,11 +77,6 @@ def _check_attention(name: str, target: PreTrainedModel, target_config: PreTrain
             f"{name} masks attention by the order of rows, whatever mask it is given, and the rows of a tree are in "
             "no such order; ConFu needs a target that follows the mask."
         )
-    if getattr(target_config, "kv_lora_rank", None) is not None:
-        raise ValueError(
-            f"{name} has multi-head latent attention (`kv_lora_rank`), which caches something else than keys and "
-            "values of heads, so it has no place for a draft's soft prompts; use a target without it."
-        )
     if getattr(target_config, "n_recurrent_loops", 1) > 1:
         raise ValueError(
             f"{name} runs through layers several times (`n_recurrent_loops={target_config.n_recurrent_loops}`), and "
@@ -105,14 +100,12 @@ def _check_positions(name: str, target_config: PreTrainedConfig) -> None:
         )
     for kind in ("full_attention", "sliding_attention"):
         rope_type = rope_of(target_config, kind).get("rope_type", "default")
-        if rope_type not in STATIC_ROPE_TYPES:
+        if rope_type not in STATIC_TARGET_ROPE_TYPES:
             raise ValueError(
                 f"{name} uses RoPE type '{rope_type}', whose frequencies change with the length of the forward, "
-                f"so cached keys would differ from plain decoding; types that work are {', '.join(STATIC_ROPE_TYPES)}."
+                f"so cached keys would differ from plain decoding; types that work are "
+                f"{', '.join(STATIC_TARGET_ROPE_TYPES)}."
             )
-    rope = rope_of(target_config)
-    if "mrope_section" in rope:
-        raise ValueError(f"{name} uses 3-D positions (mrope), which a draft tree has not; use a text-only target.")
 
 
 def _check_inputs(name: str, target: PreTrainedModel, target_config: PreTrainedConfig) -> None:
@@ -190,17 +183,19 @@ def check_cached_heads(keys: tuple[int, int], values: tuple[int, int], config: C
         of_values = "" if keys == values else f", and values of {values[0]} heads of size {values[1]}"
         raise ValueError(
             f"The target caches {keys[0]} key/value heads of size {keys[1]}{of_values}, but the draft's soft prompts "
-            f"are for {ours[0]} of size {ours[1]}; use the target that the draft was made for."
+            f"are for {ours[0]} of size {ours[1]}; use the target that the draft was made for, or decode without "
+            "soft prompts by `confu_contemplation=0`."
         )
 
 
-def check_cache(cache: Any, config: ConFuConfig, target: PreTrainedModel) -> None:
+def check_cache(cache: Any, config: ConFuConfig, target: PreTrainedModel, contemplates: bool = True) -> None:
     r"""
     Refuse a cache whose rows cannot be moved and dropped one by one, or into which the soft prompts do not fit.
 
     The type of each layer must be `DynamicLayer` itself, or `DynamicSlidingWindowLayer` where the target has that
     window: other subclasses store rows quantised, offloaded or indexed. A cache may be of a class of the user's, but
-    only with the `update` of `DynamicCache`, in whose place the rows of a round are stored.
+    only with the `update` of `DynamicCache`, in whose place the rows of a round are stored. Soft prompts need a place
+    in it only if the call `contemplates`.
     """
     found = f"{'an offloaded' if getattr(cache, 'offloading', False) else 'a'} {type(cache).__name__}"
     if isinstance(cache, DynamicCache) and not cache.offloading:
@@ -219,7 +214,7 @@ def check_cache(cache: Any, config: ConFuConfig, target: PreTrainedModel) -> Non
                 f"have {_in_short(windows)}"
             )
         else:
-            _check_cached_layers(cache, config)
+            _check_cached_layers(cache, config, contemplates)
             return
     raise ValueError(
         f"ConFu decoding needs a plain, non-offloaded DynamicCache that is like the target's layers, got {found}; "
@@ -232,7 +227,7 @@ def _in_short(windows: list[int | None]) -> str:
     return ", ".join(dict.fromkeys(str(window) for window in windows))
 
 
-def _check_cached_layers(cache: DynamicCache, config: ConFuConfig) -> None:
+def _check_cached_layers(cache: DynamicCache, config: ConFuConfig, contemplates: bool) -> None:
     """Compare the rows of a cache that has some with the draft's soft prompts, which become rows of it."""
     filled = [layer for layer in cache.layers if layer.get_seq_length() > 0]
     if filled and len(cache.layers) != config.target_num_hidden_layers:
@@ -241,6 +236,8 @@ def _check_cached_layers(cache: DynamicCache, config: ConFuConfig) -> None:
             f"{len(cache.layers)}, as targets do that run through layers several times or share caches between them; "
             "ConFu needs a target that caches each layer once."
         )
+    if not contemplates or config.num_soft_prompts == 0:
+        return
     for layer in filled:
         keys, values = ((states.shape[1], states.shape[3]) for states in (layer.keys, layer.values))
         check_cached_heads(keys, values, config)
@@ -351,8 +348,10 @@ def _check_lengths(
     position_ids = model_kwargs.get("position_ids")
     shape = None if position_ids is None else tuple(position_ids.shape)
     if shape is None or len(shape) != 2:
-        remedy = "use a text-only target" if shape is not None and len(shape) == 3 else f"pass shape (1, {new})"
-        raise ValueError(f"ConFu needs `position_ids` of shape (batch, length), got {shape}; {remedy}.")
+        raise ValueError(
+            f"ConFu needs `position_ids` of shape (batch, length), got {shape}; pass shape (1, {new}), and use plain "
+            "`generate` for prompts whose images have positions of their own."
+        )
     if shape[0] != 1 or shape[1] < new:
         raise ValueError(
             f"`position_ids` has shape {shape}, but the inputs add {new} tokens; it needs shape (1, {new})."

@@ -10,6 +10,9 @@ from transformers import PreTrainedConfig
 # Kinds of RoPE whose frequencies do not depend on the sequence length, so that a cached key never goes stale.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
+# Those of targets: Gemma 4 rotates only the fast pairs of its layers with full attention, at frequencies that stay.
+STATIC_TARGET_ROPE_TYPES = (*STATIC_ROPE_TYPES, "proportional")
+
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -233,11 +236,12 @@ class ConFuConfig(PreTrainedConfig):
         Args:
             target_config ([`PreTrainedConfig`]): Configuration of the target, `target.config`.
             kwargs: Any field of [`ConFuConfig`], to replace what the target suggests. By default the decoder layer is
-                as wide as one layer of the target, so that it can start from the target's own weights.
+                as wide as one layer of the target, so that it can start from the target's own weights. A target that
+                has no place for soft prompts (see [`cached_heads`]) gets none, and contemplate rows work without.
 
         Raises:
-            ValueError: the target is no decoder-only model, its configuration has no Llama-like sizes, or its layers
-                differ in size.
+            ValueError: the target is no decoder-only model, its configuration has no Llama-like sizes, its layers
+                differ in width, or soft prompts are asked for that it has no place for.
         """
         if target_config.is_encoder_decoder:
             raise ValueError(
@@ -262,10 +266,17 @@ class ConFuConfig(PreTrainedConfig):
                 f"{type(target).__name__} has no {', '.join(f'`{name}`' for name in missing)}; a ConFu draft needs a "
                 "decoder-only target with Llama-like configuration names."
             )
-        num_key_value_heads = num_cached_heads(target)
-        head_dim = size_of(target, "head_dim") or hidden_size // num_heads
+        heads = cached_heads(target)
+        num_key_value_heads, head_dim = heads or (num_heads, hidden_size // num_heads)
+        if heads is None and kwargs.setdefault("num_soft_prompts", 0) > 0:
+            raise ValueError(
+                f"{type(target).__name__} caches keys and values of different sizes, or other sizes in some layers, "
+                "so that there is no place for soft prompts; set `num_soft_prompts` to 0, got "
+                f"{kwargs['num_soft_prompts']}."
+            )
         rope = rope_of(target)
-        if rope.get("rope_type", "default") not in STATIC_ROPE_TYPES or "partial_rotary_factor" in rope:
+        special = {"partial_rotary_factor", "mrope_section"} & rope.keys()
+        if rope.get("rope_type", "default") not in STATIC_ROPE_TYPES or special:
             # The draft's positions are its own affair: plain RoPE with the target's base serves any target.
             rope = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}
         longest = getattr(target, "max_position_embeddings", None)
@@ -310,12 +321,24 @@ def size_of(target_config: PreTrainedConfig, name: str) -> int | None:
     return size[0]
 
 
-def num_cached_heads(target_config: PreTrainedConfig) -> int:
-    """How many key/value heads each layer of a target caches."""
+def cached_heads(target_config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Number and size of the key/value heads that each layer of a target caches; `None` if keys, values or layers
+    differ: latent attention caches other things than heads, and Gemma 4 has larger heads in some layers."""
+    if getattr(target_config, "kv_lora_rank", None) is not None:
+        return None
+    try:
+        num_heads, num_cached, size = (
+            size_of(target_config, name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
+        )
+    except ValueError:
+        return None
+    size = size or target_config.hidden_size // num_heads
+    if (getattr(target_config, "v_head_dim", None) or size) != size:
+        return None
     if target_config.model_type == "falcon":  # computes with fewer heads than it caches, or caches one
         one_head = target_config.multi_query and not target_config.new_decoder_architecture
-        return 1 if one_head else target_config.num_attention_heads
-    return size_of(target_config, "num_key_value_heads") or target_config.num_attention_heads
+        num_cached = 1 if one_head else num_heads
+    return num_cached or num_heads, size
 
 
 def rope_of(target_config: PreTrainedConfig, layer_type: str = "full_attention") -> dict[str, Any]:

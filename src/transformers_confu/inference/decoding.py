@@ -63,17 +63,19 @@ def confu_decode(
     knobs = ConFuKnobs.resolve(generation_config, draft.generation_config)
     check_target(target, draft.config)
     check_evaluation_mode(target)
+    model_kwargs = as_text(target, model_kwargs)
     if model_kwargs.get("position_ids") is None:
         # `generate` makes none for a `forward` that names none; the target then counts rows, and so does this.
         given = [input_ids, model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")]
         length = max(tensor.shape[1] for tensor in given if tensor is not None)
         model_kwargs["position_ids"] = torch.arange(length, device=input_ids.device)[None]
     check_call(draft.config, generation_config, input_ids, synced_gpus, model_kwargs)
-    check_cache(model_kwargs["cache"], draft.config, target)
+    contemplates = knobs.contemplation != 0
+    check_cache(model_kwargs["cache"], draft.config, target, contemplates)
     autocast = autocast_around(target)
     with torch.autocast(input_device(target).type, enabled=False):
         started = time.perf_counter()
-        if contemplates := knobs.contemplation != 0:
+        if contemplates:
             check_future_channel(draft.future_channel, target.dtype)
         self_checked = prove_target(target, draft, contemplates, autocast)
         decoding = _Decoding(
@@ -84,6 +86,24 @@ def confu_decode(
         output = decoding.run(model_kwargs, streamer)
     draft.last_statistics = decoding.statistics
     return output
+
+
+def as_text(target: PreTrainedModel, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    Arguments of a text alone, from those that models of text and images get for it: the kinds of its tokens, all 0,
+    and positions `(kinds of position, 1, length)`, all alike. What says that there are images stays as it is.
+    """
+    if not hasattr(target.config, "vision_config"):
+        return model_kwargs
+    model_kwargs = dict(model_kwargs)
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        kinds = model_kwargs.get(name)
+        if kinds is not None and not bool(kinds.any()):
+            del model_kwargs[name]
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and positions.dim() == 3 and bool((positions == positions[:1]).all()):
+        model_kwargs["position_ids"] = positions[0]
+    return model_kwargs
 
 
 class _Decoding:

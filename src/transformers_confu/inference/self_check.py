@@ -80,7 +80,7 @@ def _prove(target: PreTrainedModel, draft: PreTrainedModel, contemplates: bool, 
     *prefix, root, left, right, leaf = _ordinary_tokens(target.config, count=8)
     texts = torch.tensor([[*prefix, root, left, leaf], [*prefix, root, right, leaf]], device=input_device(target))
     plain, cache, taps = _decode_plainly(target, runner, texts, prompt_length=len(prefix))
-    check_cache(cache, draft.config, target)
+    check_cache(cache, draft.config, target, contemplates)
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:1], layer.values[:1]
 

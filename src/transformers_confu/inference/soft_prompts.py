@@ -46,9 +46,15 @@ class KeyRotation:
                 "`rotate_soft_prompts=False`."
             )
         self.layers = {kind: [layer for layer, of in enumerate(kinds) if of == kind] for kind in ropes}
-        self.shares = {kind: rope.get("partial_rotary_factor", 1.0) for kind, rope in ropes.items()}
+        # "proportional" RoPE leaves a part of each head where it is by frequencies of 0.
+        self.shares = {
+            kind: 1.0 if rope.get("rope_type") == "proportional" else rope.get("partial_rotary_factor", 1.0)
+            for kind, rope in ropes.items()
+        }
         # Models that rotate each type of layer in its own way ask for the type.
         self.asks_for_type = "layer_type" in inspect.signature(self.embedding.forward).parameters
+        # Most rotate queries and keys in one call.
+        self.takes_queries = list(inspect.signature(self.apply).parameters).index("cos") == 2
 
     def __call__(self, keys: torch.Tensor, position_ids: torch.LongTensor) -> torch.Tensor:
         r"""
@@ -83,7 +89,7 @@ class KeyRotation:
         cos, sin = cos[1:] / cos[:1], sin[1:] / cos[:1]
         states = keys.flatten(0, 1).expand(len(positions), -1, -1, -1)  # (B * R, layers * kv_heads, S, hd)
         rotated, kept = states.split([rotary := int(self.shares[kind] * head_dim), head_dim - rotary], dim=-1)
-        _, rotated = self.apply(rotated, rotated, cos, sin)
+        rotated = self.apply(rotated, rotated, cos, sin)[1] if self.takes_queries else self.apply(rotated, cos, sin)
         states = torch.cat([rotated, kept], dim=-1).to(keys.dtype)
         states = states.view(batch_size, num_positions, num_layers, num_heads, num_slots, head_dim)
         return states.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)
@@ -118,8 +124,11 @@ class SlotCache(DynamicCache):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         layer = self.layers[layer_idx]
-        slot_keys, slot_values = self.channel.slots(layer_idx, key_states, self.rotated_keys)
-        keys, values = [key_states, slot_keys], [value_states, slot_values]
+        keys, values = [key_states], [value_states]
+        if self.channel.soft_prompts.numel() > 0:
+            slot_keys, slot_values = self.channel.slots(layer_idx, key_states, self.rotated_keys)
+            keys.append(slot_keys)
+            values.append(slot_values)
         if self.keep:
             return layer.update(torch.cat(keys, dim=-2), torch.cat(values, dim=-2))
         outside = rows_held(layer) - rows_read(layer)

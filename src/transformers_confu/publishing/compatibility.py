@@ -132,9 +132,10 @@ def _check_target(
         if not isinstance(target, PreTrainedModel):
             target = _without_weights(target_config, trust_remote_code)
         check_target(target, config)
-        wanted = ConFuConfig.from_target(target_config)
-        heads = (wanted.target_num_key_value_heads, wanted.target_head_dim)
-        check_cached_heads(heads, heads, config)
+        wanted = ConFuConfig.from_target(target_config, num_soft_prompts=config.num_soft_prompts)
+        if config.num_soft_prompts > 0:
+            heads = (wanted.target_num_key_value_heads, wanted.target_head_dim)
+            check_cached_heads(heads, heads, config)
     except ValueError as error:
         yield Finding(True, str(error))
         found = target_config.get_text_config(decoder=True).vocab_size
