@@ -132,7 +132,7 @@ CALLS = {
     ),
     "positions in 1 dimension": (
         lambda t, d: generate(t, d, position_ids=torch.arange(5)),
-        "ConFu needs `position_ids` of shape (batch, length), got (5,); pass shape (1, 5).",
+        "ConFu needs `position_ids` of shape (batch, length), got (5,); pass shape (1, 5), and use",
     ),
     "positions shorter than the ids": (
         lambda t, d: generate(t, d, position_ids=torch.arange(3)[None]),
