@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 def test_an_installed_wheel_has_all_that_its_commands_read(tmp_path):
     source = tmp_path / "source"  # a build leaves files behind
     shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    shipped = {str(file.relative_to(source / "src")) for file in (source / "src").rglob("*")}
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copyfile(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -40,6 +41,4 @@ def test_an_installed_wheel_has_all_that_its_commands_read(tmp_path):
     for command in ("demo", "publish", "data prompts", "train", "evaluate"):
         assert run("-m", "transformers_confu.cli", *command.split(), "--help").startswith(f"usage: confu {command}")
     installed = {str(file.relative_to(packages)) for file in packages.rglob("*")}
-    shipped = {str(file.relative_to(ROOT / "src")) for file in (ROOT / "src").rglob("*") if file.suffix != ".pyc"}
-    shipped = {name for name in shipped if "__pycache__" not in name and ".egg-info" not in name}
     assert shipped <= installed, shipped - installed

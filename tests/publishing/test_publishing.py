@@ -319,7 +319,7 @@ def test_a_dry_run_asks_for_nothing_it_does_not_need_and_tells_the_gain(command,
     assert (card.data.license, card.data.language, card.data.base_model) == ("mit", ["en", "de"], None)
     assert "Weights: MIT." in card.text and "your-organisation/draft" in card.text
     gain = json.loads((tmp_path / "out" / "generation_config.json").read_text())["confu_future_gain"]
-    told = f"`confu_future_gain` {gain}: tau "
+    told = f"`confu_future_gain` {gain} (standard error "
     assert told in card.text and f"`confu_future_gain={gain}`" in card.text
     said = capsys.readouterr().err
     assert told in said and "of 3 greedy answers" in said

@@ -1,5 +1,6 @@
 """Answers with a draft before it is published: are they plain `generate`'s, and what do future predictions add?"""
 
+import statistics
 from collections.abc import Sequence
 
 from tqdm.auto import tqdm
@@ -77,24 +78,26 @@ def measure_future_gain(
     """
     if getattr(draft.generation_config, "confu_contemplation", None) == 0:
         return "`confu_future_gain` was not measured: the future channel is untrained (`confu_contemplation` is 0)."
-    taus = []
+    taus, variances = [], []
     for rows in (0, GAIN_TREE["confu_tree_size"]):
         config = confu_generation_config(
             target, do_sample=False, max_new_tokens=CHECK_TOKENS, confu_contemplation=rows, **GAIN_TREE
         )
-        emitted = []  # by each round of each answer
+        emitted: list[int] = []  # by each round of each answer
         for prompt in tqdm(prompts, desc=f"Measuring the gain, C = {rows}", unit="answer"):
             inputs = encode(prompt, tokenizer).to(target.device)
             target.generate(**inputs, assistant_model=draft, generation_config=config)
             emitted += draft.last_statistics.emitted
-        if not emitted:
-            return "`confu_future_gain` was not measured: every answer ended with its first token."
-        taus.append(sum(emitted) / len(emitted))
+        if len(emitted) < 2:
+            return "`confu_future_gain` was not measured: the answers ended before their second round."
+        taus.append(statistics.mean(emitted))
+        variances.append(statistics.variance(emitted) / len(emitted))
     gain = round(taus[1] - taus[0], 2)
     draft.generation_config.confu_future_gain = gain
     return (
-        f"`confu_future_gain` {gain}: tau {taus[1]:.2f} with future predictions, {taus[0]:.2f} without, over "
-        f"{len(emitted)} rounds of {len(prompts)} greedy answers of up to {CHECK_TOKENS} tokens, by trees of 16 nodes."
+        f"`confu_future_gain` {gain} (standard error {sum(variances) ** 0.5:.2f}; more prompts make it smaller): tau "
+        f"{taus[1]:.2f} with future predictions, {taus[0]:.2f} without, over {len(emitted)} rounds of {len(prompts)} "
+        f"greedy answers of up to {CHECK_TOKENS} tokens, by trees of {GAIN_TREE['confu_tree_size']} nodes."
     )
 
 
