@@ -15,9 +15,10 @@ from transformers.utils import logging
 from ..common.answer_text import answer_text, end_token_ids
 from ..common.loading import load_draft
 from ..common.texts import first_difference
+from ..inference.knobs import confu_generation_config
 from ..inference.target import input_device
 from .arguments import EvaluationArguments
-from .arms import Arm, Setting, drafts_of, generate_kwargs
+from .arms import PROMPT_LOOKUP_TOKENS, Arm, Setting, drafts_of
 from .machine import peak_memory, reset_peak_memory, synchronise
 from .questions import Question
 
@@ -73,7 +74,7 @@ class Models:
     def encode(self, *texts: str) -> list[int]:
         """Token ids of a conversation (user, assistant, user, ...) in the target's chat template, up to the answer."""
         messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
-        options: Any = self.arguments.chat_template_kwargs or {}  # no text any more, since the arguments have read it
+        options: Any = self.arguments.chat_template_kwargs or {}
         try:
             return self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=False, **options
@@ -86,7 +87,18 @@ class Models:
 
     def calls(self, setting: Setting, arms: list[Arm]) -> Calls:
         """How `generate` is called for each arm."""
-        return {arm: generate_kwargs(arm, setting, self.target, self.assistants) for arm in arms}
+        calls: Calls = {}
+        for arm in arms:
+            options: dict[str, Any] = {"max_new_tokens": setting.max_new_tokens, "do_sample": setting.temperature > 0}
+            if setting.temperature > 0:
+                # The plain law at that temperature: what targets cut off by themselves differs.
+                options |= {"temperature": setting.temperature, "top_k": 0, "top_p": 1.0}
+            if arm.kind == "prompt_lookup":
+                options["prompt_lookup_num_tokens"] = PROMPT_LOOKUP_TOKENS
+            calls[arm] = {"generation_config": confu_generation_config(self.target, **options, **arm.knobs)}
+            if arm.kind in ("draft", "assistant"):
+                calls[arm]["assistant_model"] = self.assistants[arm.draft]
+        return calls
 
     def warm_up(self, calls: Calls) -> None:
         """What is allocated or compiled on first use is not timed."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
-from ..inference.knobs import ConFuKnobs, confu_generation_config
+from ..inference.knobs import ConFuKnobs
 from .arguments import EvaluationArguments
 
 
@@ -68,18 +68,14 @@ class Arm:
 
 def labels(arms: Iterable[Arm]) -> dict[Arm, str]:
     """Names that tell arms apart; draft, depth and branching are part of them only if they differ between arms."""
-    arms = list(dict.fromkeys(arms))
-    drafted = [arm for arm in arms if arm.kind == "draft"]
+    names = {arm: arm.mode for arm in arms}
+    drafted = [arm for arm in names if arm.kind == "draft"]
     varies = {name for name in ("draft", *TREE_KNOBS) if len({getattr(arm, name) for arm in drafted} - {None}) > 1}
-    names = {}
-    for arm in arms:
-        names[arm] = arm.mode
-        if arm.kind == "draft":
-            size = "automatic" if arm.tree_size is None else f"N = {arm.tree_size}"
-            names[arm] = (f"{arm.draft}: " if "draft" in varies else "") + f"{arm.mode}, {size}"
-            for name in ("depth", "branching"):
-                if name in varies and arm.tree_size is not None:
-                    names[arm] += f", {name} {getattr(arm, name)}"
+    for arm in drafted:
+        parts = [arm.mode, "automatic" if arm.tree_size is None else f"N = {arm.tree_size}"]
+        if arm.tree_size is not None:
+            parts += [f"{name} {getattr(arm, name)}" for name in ("depth", "branching") if name in varies]
+        names[arm] = (f"{arm.draft}: " if "draft" in varies else "") + ", ".join(parts)
     return names
 
 
@@ -152,21 +148,3 @@ def _draft_arms(draft: Draft, tree: tuple[int | None, ...], budgets: list[str], 
             rows = min(rows, knobs.tree_size)
         arms.append(Arm("draft", draft.name, knobs.tree_size, knobs.depth, knobs.branching, rows))
     return arms
-
-
-def generate_kwargs(
-    arm: Arm, setting: Setting, target: PreTrainedModel, assistants: dict[str, PreTrainedModel]
-) -> dict[str, Any]:
-    """Keyword arguments of `generate` for an arm; `assistants` holds drafts by name, and the assistant model as ""."""
-    options: dict[str, Any] = {"max_new_tokens": setting.max_new_tokens, "do_sample": setting.temperature > 0}
-    if setting.temperature > 0:
-        # The plain law at that temperature: what a target's own settings cut off differs from target to target.
-        options |= {"temperature": setting.temperature, "top_k": 0, "top_p": 1.0}
-    if arm.kind == "prompt_lookup":
-        options["prompt_lookup_num_tokens"] = PROMPT_LOOKUP_TOKENS
-    if arm.kind == "draft":
-        options |= arm.knobs
-    kwargs = {"generation_config": confu_generation_config(target, **options)}
-    if arm.kind in ("draft", "assistant"):
-        kwargs["assistant_model"] = assistants[arm.draft]
-    return kwargs

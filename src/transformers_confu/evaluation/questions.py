@@ -37,12 +37,10 @@ class Question:
 
 def load_questions(source: str | Path | None) -> list[Question]:
     r"""
-    Read a file of questions.
+    Read a file of questions, or what [`fetch`] makes of its URL.
 
-    Args:
-        source (`str` or `Path`, *optional*): A `.txt` file of one prompt a line, or a JSONL file (also `.gz`) whose
-            rows hold `question_id`, `category` and `turns`, as Spec-Bench's do, or `prompt` and optionally `id` and
-            `category`; or the URL of either, as [`fetch`] takes it.
+    It is a `.txt` file of one prompt a line, or a JSONL file (also `.gz`) whose rows hold `question_id`, `category`
+    and `turns`, as Spec-Bench's do, or `prompt` and optionally `id` and `category`.
 
     Raises:
         ValueError: a row that is neither, an empty turn, an id that comes twice, or no question at all.
@@ -115,12 +113,8 @@ def stratified(questions: Iterable[Question], num_per_group: int | None) -> list
 
 def fetch(source: str | Path | None) -> Path:
     r"""
-    The path of a file of questions: `source` itself, or, for a URL, the copy that `datasets` downloads, decompresses
-    and keeps.
-
-    Args:
-        source (`str` or `Path`, *optional*): A path, an `https://` URL, or `hf://datasets/<repository>/<file>` on the
-            Hub. Without it, Spec-Bench as its authors publish it.
+    The path of a file of questions: `source` itself; of an `https://` or `hf://datasets/<repository>/<file>` URL the
+    copy that `datasets` downloads, decompresses and keeps; without a source Spec-Bench as its authors publish it.
 
     Raises:
         ValueError: it cannot be fetched.

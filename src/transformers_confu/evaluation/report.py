@@ -36,15 +36,14 @@ from .tables import (
 
 MARK = "<!-- Written by `confu report` from here on; what stands above this line is kept. -->"
 COUNTING = [
-    "Tokens are generated token ids up to and including EOS or the limit, the same for every arm. Time is that of the "
-    "whole call of `generate`, prefill included. All arms run in one process with the same attention kernel and kind "
-    "of cache, and take turns on every question in a new random order.",
-    "tau is tokens emitted in rounds / rounds, over all rounds of all texts. What the first forward, prefill, emits "
-    "is in neither. It is the tau of a tree, decoded for real. The `tau_greedy` that `confu train` logs is another "
-    "figure: teacher-forced, on the answers in the training data, and of a chain, the draft's first choice at each "
-    "step. A tree keeps several choices, so its tau is higher at the same depth; compare each with its own kind only.",
-    "Turns follow the target's own chat template and an arm's own earlier answers. Where texts depart (bf16), later "
-    "turns have other prompts: a departure is looked for up to the first.",
+    "Tokens are generated token ids up to and including EOS or the limit. Time is that of the whole call of "
+    "`generate`, prefill included. All arms run in one process with the same attention kernel and kind of cache, and "
+    "take turns on every question in a new random order. Turns follow the target's own chat template and an arm's own "
+    "earlier answers; where texts depart (bf16), later turns have other prompts.",
+    "tau is tokens emitted in rounds / rounds, over all rounds of all texts; what prefill emits is in neither. It is "
+    "the tau of a tree, decoded for real. The `tau_greedy` that `confu train` logs is another figure: teacher-forced, "
+    "on the answers in the training data, and of a chain, the draft's first choice at each step. A tree keeps several "
+    "choices, so its tau is higher at the same depth; compare each with its own kind only.",
     "Spec-Bench's own harness counts otherwise: engine tokens against re-tokenised text, EOS overshoot of some "
     "methods, a limit of length for one method and not for plain generation, rounds that are one short, stale times "
     "after an error, one chat template for every model, and as speed-up the mean of the questions' rates over the "
