@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from helpers import make_tiny_draft, make_tiny_target, rotate
 from transformers_confu import ConFuDraftModel
 from transformers_confu.inference.draft_tree import DraftTree
+from transformers_confu.inference.growing_cache import let_grow
 from transformers_confu.inference.target import TargetRunner
 from transformers_confu.training.anchors import Anchors, AnchorSampling
 from transformers_confu.training.batch import TokenBatch, draft_rows
@@ -26,6 +27,7 @@ STEPS, DECAY = 4, 0.7
 PAIRS = {
     "llama": ("llama", {}),
     "qwen3": ("qwen3", {}),
+    "windows": ("windows", {}),
     "own width and embeddings": ("llama", {"hidden_size": 24, "num_key_value_heads": 1, "head_dim": 10}),
     "five taps, f of two states": (
         "llama",
@@ -120,6 +122,10 @@ class NaiveTarget:
     futures: torch.Tensor | None  # (T, future_size): of the contemplate row behind each token
 
 
+def additive(sees: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(1, 1, *sees.shape, dtype=dtype).masked_fill(~sees, float("-inf"))
+
+
 def run_naive_target(
     target: PreTrainedModel, draft: ConFuDraftModel, input_ids: torch.LongTensor, routed_by: torch.LongTensor | None
 ) -> NaiveTarget:
@@ -137,7 +143,12 @@ def run_naive_target(
         sees[i, slots : slots + i + 1] = True
         sees[length + i, : slots + i + 1] = True
         sees[length + i, slots + length + i] = True
-    mask = torch.zeros(sees.shape, dtype=target.dtype).masked_fill(~sees, float("-inf"))
+    masks = {"full_attention": additive(sees, target.dtype)}
+    if (window := getattr(target.config, "sliding_window", None)) is not None:
+        for i in range(length):
+            sees[i, slots : slots + max(i + 1 - window, 0)] = False
+            sees[length + i, slots : slots + max(i + 2 - window, 0)] = False
+        masks["sliding_attention"] = additive(sees, target.dtype)
 
     def futures_of_all(root: int | None) -> torch.Tensor:
         # The slots are the only past; where a key stands in memory means nothing to attention.
@@ -149,7 +160,7 @@ def run_naive_target(
                 [target.get_input_embeddings()(input_ids), channel.contemplate_token(taps[0, routed_by])[None]], dim=1
             ),
             position_ids=torch.cat([token, token + 1])[None],
-            attention_mask=mask[None, None],
+            attention_mask=masks if len(masks) > 1 else masks["full_attention"],
             cache=past,
             output_hidden_states=True,
         )
@@ -376,6 +387,7 @@ def test_training_and_decoding_foresee_the_same(name, monkeypatch):
     chain = ids[:, root : root + depth + 1]
     parents = torch.arange(depth + 1)[None].sub(1).clamp(min=0)
     tree = DraftTree.from_parents(chain, parents, torch.zeros(chain.shape))
+    let_grow(cache)
     of_nodes = runner.verify(
         tree, torch.arange(depth + 1)[None], routed_by, cache, torch.tensor([root]), visible
     ).futures[0]

@@ -151,7 +151,7 @@ def _copy(ours: torch.Tensor, theirs: torch.Tensor | None) -> bool:
 
 def _keys_and_values(target: PreTrainedModel, token_ids: torch.LongTensor, first: int) -> torch.Tensor:
     """Cached keys and values of a text from position `first` on: `(layers, 2, num_key_value_heads, length, hd)`."""
-    cache = DynamicCache(config=target.config)
+    cache = DynamicCache()  # of all rows, also where layers have windows
     position_ids = torch.arange(first, first + len(token_ids), device=target.device)[None]
     target(input_ids=token_ids[None].to(target.device), position_ids=position_ids, cache=cache, use_cache=True)
     return torch.stack([torch.stack([layer.keys[0], layer.values[0]]).float().cpu() for layer in cache.layers])

@@ -77,7 +77,7 @@ def read_batch(
             # Padding is on the right, where no real row sees it, and causal masking alone is cheaper.
             attention_mask=None if bool(batch.attention_mask.all()) else batch.attention_mask,
             position_ids=batch.position_ids,
-            cache=DynamicCache(config=target.config) if keep_cache else None,
+            cache=DynamicCache() if keep_cache else None,  # of all rows, also where layers have windows
             use_cache=keep_cache,
             output_hidden_states=sorted(hidden_states),
             **runner.asked_of_all,
