@@ -167,6 +167,26 @@ def test_answers_of_another_target_are_refused(saved_target, tmp_path):
     main([run, "--allow_other_target=true"])
 
 
+def test_no_stopwatch_decides_how_weights_are_laid_out(saved_target, tmp_path, monkeypatch):
+    """Processes that decide it by their own measurement would not agree, and DDP ends with an error."""
+    monkeypatch.setattr("transformers_confu.common.loading.column_major_pays", lambda: True)
+    monkeypatch.setattr("transformers_confu.training.train._loaded_target", {})
+    strides = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            ConFuTrainer,
+            "train",
+            lambda self, **kwargs: strides.extend(
+                parameter.is_contiguous()
+                for model in (self.model, self.target_model)
+                for parameter in model.parameters()
+            ),
+        )
+        stages = [{"stage": "core"}, {"stage": "joint"}]
+        main([write_run(tmp_path, saved_target, stages=stages, output_dir=str(tmp_path / "runs"), eval_rows=0)])
+    assert strides and all(strides)
+
+
 # Stages
 
 

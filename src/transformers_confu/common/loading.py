@@ -91,6 +91,7 @@ def load_target(
     device: torch.device | str | None = None,
     device_map: dict[str, Any] | str | None = None,
     trust_remote_code: bool = False,
+    few_rows: bool = True,
     **model_kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
@@ -103,6 +104,8 @@ def load_target(
         device_map: As of `from_pretrained`, also as JSON, for a target that is split or offloaded. In place of
             `device`.
         trust_remote_code: Whether to run the code that comes with the checkpoint.
+        few_rows: Whether it will see few rows at a time, as in decoding: where this CPU gains by it, fp32 weights are
+            then laid out for that. Not for training, in which all processes must lay them out alike.
         model_kwargs: More arguments of `from_pretrained`, such as `quantization_config`.
 
     Raises:
@@ -119,7 +122,7 @@ def load_target(
         target = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **model_kwargs
         )
-    if few_rows_are_slow(target):
+    if few_rows and few_rows_are_slow(target):
         use_column_major_weights(target)
         print(f"{name}: weights laid out column by column, which this CPU multiplies faster.", file=sys.stderr)
     return target.eval(), load_tokenizer(path, trust_remote_code)
@@ -177,13 +180,14 @@ def default_draft() -> str:
     return DEMO_DRAFT
 
 
-def load_draft(name: str | Path, dtype: torch.dtype | None = None) -> ConFuDraftModel:
+def load_draft(name: str | Path, dtype: torch.dtype | None = None, few_rows: bool = True) -> ConFuDraftModel:
     """
     Load a draft in eval mode.
 
     Args:
         name: A folder or a Hub id.
         dtype: `None` is that of its config.
+        few_rows: See [`load_target`].
 
     Raises:
         ValueError: there is nothing of that name, or no draft, or one with damaged weights or an impossible config.
@@ -191,7 +195,7 @@ def load_draft(name: str | Path, dtype: torch.dtype | None = None) -> ConFuDraft
     try:
         with refusals(name, "draft"):
             draft = ConFuDraftModel.from_pretrained(name, dtype=dtype)
-        if few_rows_are_slow(draft):
+        if few_rows and few_rows_are_slow(draft):
             use_column_major_weights(draft)
         return draft
     except ValueError as error:

@@ -220,7 +220,7 @@ def load_target_once(
     if key not in _loaded_target:
         _loaded_target.clear()  # there may be no room for two
         gc.collect()  # of trainers, which hold it in cycles
-        _loaded_target[key] = load_target(*how)
+        _loaded_target[key] = load_target(*how, few_rows=False)
     return _loaded_target[key]
 
 
@@ -259,7 +259,7 @@ def draft_of_run(
         if training.stage == "core":  # its channel stays untrained, as that of a converted draft is
             draft.generation_config.confu_contemplation = 0
     else:
-        draft = load_draft(arguments.draft, torch.float32)
+        draft = load_draft(arguments.draft, torch.float32, few_rows=False)
         check_form(draft, arguments)
         if training.stage != "core" and is_channel_untrained(draft):  # of a converted draft, or one of stage core
             size = draft.config.num_soft_prompts

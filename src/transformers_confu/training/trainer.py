@@ -149,7 +149,7 @@ class ConFuTrainer(ReleasingTrainer):
             )
         model = draft_to_train(model)
         if isinstance(target_model, str):
-            target_model, _ = load_target(target_model, default_dtype(args.device), args.device)
+            target_model, _ = load_target(target_model, default_dtype(args.device), args.device, few_rows=False)
         self.target_model = freeze(target_model)
         check_target(self.target_model, model.config)
         if processing_class is not None:
