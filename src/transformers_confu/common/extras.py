@@ -5,7 +5,7 @@ from types import ModuleType
 
 
 EXTRAS = {
-    "train": ("datasets", "pyarrow", "aiohttp"),
+    "train": ("datasets", "pyarrow", "aiohttp", "urllib3"),
     "eval": ("pandas", "matplotlib", "evaluate"),
     "demo": ("gguf",),
 }

@@ -1,5 +1,6 @@
 """Conversations on their way to answers: planned, answered turn by turn, written as one row each, and gone on with."""
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -181,9 +182,8 @@ class RegenerationReport:
         unfinished: written ones whose last answer was cut at `max_new_tokens`.
         stopped: written ones that ended before their last turn.
         tokens: answer tokens written by this call.
-        seconds: time that this call took.
+        seconds: from the start of the call to the last written answer.
         retokenized: written ones whose ids were made from text, since the server returned none.
-        retries: requests repeated after a busy, failing or unreachable server.
         refused: conversations that the server refused, by its reason.
     """
 
@@ -196,12 +196,8 @@ class RegenerationReport:
     tokens: int = 0
     seconds: float = 0.0
     retokenized: int = 0
-    retries: int = 0
     refused: Counter = field(default_factory=Counter)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+    _start: float = field(default_factory=time.perf_counter, repr=False)
 
     def count(self, conversation: Conversation) -> None:
         self.written += 1
@@ -209,11 +205,13 @@ class RegenerationReport:
         self.stopped += len(conversation.answer_ids) < conversation.turns
         self.tokens += sum(map(len, conversation.answer_ids))
         self.retokenized += conversation.is_retokenized
+        self.seconds = time.perf_counter() - self._start
 
     def __str__(self) -> str:
+        rate = self.tokens / self.seconds if self.seconds else 0.0
         lines = [
             f"prompts: {self.prompts:,}, of which too long: {self.too_long:,}, answered before: {self.resumed:,}",
-            f"answers written: {self.written:,} ({self.tokens:,} tokens, {self.tokens_per_second:,.0f} tokens/s), "
+            f"answers written: {self.written:,} ({self.tokens:,} tokens, {rate:,.0f} tokens/s), "
             f"of which cut at the maximum length: {self.unfinished:,}",
         ]
         if self.stopped:
@@ -223,10 +221,9 @@ class RegenerationReport:
                 f"answers whose ids were made from text, since the server returns none: {self.retokenized:,}; their "
                 "tokens may differ from those the target chose"
             )
-        lines += [f"prompts refused ({reason}): {number:,}" for reason, number in self.refused.items()]
-        if self.retries:
-            lines.append(f"requests repeated: {self.retries:,}")
-        return "\n".join(lines)
+        return "\n".join(
+            lines + [f"prompts refused ({reason}): {number:,}" for reason, number in self.refused.items()]
+        )
 
 
 @dataclass(kw_only=True)

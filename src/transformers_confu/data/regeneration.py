@@ -9,7 +9,6 @@ said. Half of the answers are greedy and half sampled by default; they are kept 
 
 import hashlib
 import json
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,14 +78,15 @@ def regenerate(
     Raises:
         ValueError: a setting or a prompt is invalid, or the output holds answers that this call would not write.
     """
-    start = time.perf_counter()
     path = check_output(
         output_path, max_new_tokens=max_new_tokens, batch_size=batch_size, max_prompt_length=max_prompt_length
     )
     _check_target(target, max_prompt_length + max_new_tokens)
     conversations = plan_conversations(prompts, temperatures)
+    report = RegenerationReport(prompts=len(conversations))
     lengths = {conversation.id: len(conversation.next_prompt(tokenizer)) for conversation in conversations}
     fitting = [conversation for conversation in conversations if lengths[conversation.id] <= max_prompt_length]
+    report.too_long = len(conversations) - len(fitting)
     fitting.sort(key=lambda conversation: (conversation.temperature, -lengths[conversation.id]))
     batches = _batches(fitting, batch_size)
     name = target.config.name_or_path
@@ -108,16 +108,14 @@ def regenerate(
     if answered:
         file.keep(resumed)
 
-    report = RegenerationReport(len(conversations), len(conversations) - len(fitting), resumed)
+    report.resumed = resumed
     with tqdm(total=len(fitting), initial=resumed, unit="answer", desc="Regenerating") as progress:
         for batch in batches:
             _answer(target, tokenizer, batch, max_new_tokens, max_prompt_length, seed)
             file.append(conversation.row(made_with) for conversation in batch)
             for conversation in batch:
                 report.count(conversation)
-            report.seconds = time.perf_counter() - start
             progress.update(len(batch))
-            progress.set_postfix_str(f"{report.tokens_per_second:,.0f} tokens/s", refresh=False)
     return report
 
 

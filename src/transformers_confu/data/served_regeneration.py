@@ -10,19 +10,17 @@ come back where the server knows `return_token_ids` (vLLM from 0.10.2 on, recent
 tokenised again, which may differ from the tokens the target chose, so such rows say `"retokenized": true`.
 """
 
-import asyncio
 import hashlib
 import json
 import os
-import random
-import time
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-import aiohttp
+import urllib3
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -43,9 +41,10 @@ from .rows import load_rows
 
 logger = logging.get_logger(__name__)
 
-# Seconds before the first retry; doubled for each further one.
-_FIRST_WAIT = 1.0
-_LONGEST_WAIT = 60.0
+# The wait before the third attempt is twice this, and doubles from there on.
+_WAIT_SECONDS = 1.0
+_LONGEST_WAIT_SECONDS = 60.0
+_ASK_AGAIN = (408, 429, *range(500, 600))
 # So many refused prompts before any answer mean that the requests are wrong, not the prompts.
 _REFUSALS_AT_START = 10
 
@@ -101,184 +100,155 @@ def regenerate_served(
         output_path, max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length, concurrency=concurrency
     )
     conversations = plan_conversations(rows, temperatures)
-    run = _Run(
-        server.rstrip("/"),
-        tokenizer,
-        JsonLines(path),
-        RegenerationReport(prompts=len(conversations)),
-        max_prompt_length=max_prompt_length,
-        max_retries=max_retries,
-        request={"max_tokens": max_new_tokens, "return_token_ids": True, "skip_special_tokens": False}
-        | dict(extra_body or {}),
-        made_with={"model": model, "max_new_tokens": max_new_tokens, "seed": seed}
-        | ({"extra_body": dict(extra_body)} if extra_body else {}),
-    )
-    start = time.perf_counter()
-    try:
-        _run_to_end(run.answer_all(conversations, concurrency, timeout, api_key))
-    finally:
-        run.report.seconds = time.perf_counter() - start
-    return run.report
+    client = _Client(server.rstrip("/"), concurrency, timeout, max_retries, api_key)
+    made_with: dict[str, Any] = {"model": model or client.only_model(), "max_new_tokens": max_new_tokens, "seed": seed}
+    if extra_body:
+        made_with["extra_body"] = dict(extra_body)
+    request = {
+        "model": made_with["model"],
+        "max_tokens": max_new_tokens,
+        "return_token_ids": True,
+        "skip_special_tokens": False,
+        **(extra_body or {}),
+    }
+    file = JsonLines(path)
+    answered = set(find_answered(file, conversations, made_with))
+    report = RegenerationReport(prompts=len(conversations), resumed=len(answered))
+    waiting = [conversation for conversation in conversations if conversation.id not in answered]
+    tokenizer_lock = Lock()  # a fast tokenizer may be set up by one call while another uses it
 
+    def answer(conversation: Conversation) -> tuple[Conversation, str | None]:
+        """The conversation, answered as far as it can be, and why the server refuses its next turn if it does."""
+        goes_on = True
+        while goes_on:
+            with tokenizer_lock:
+                prompt_ids = conversation.next_prompt(tokenizer)
+            if len(prompt_ids) > max_prompt_length:
+                break
+            digest = hashlib.sha256(json.dumps([seed, conversation.id, prompt_ids]).encode()).digest()
+            drawn: dict[str, Any] = {
+                "temperature": conversation.temperature,
+                "seed": int.from_bytes(digest[:4], "big") >> 1,
+            }
+            try:
+                reply = client.ask("POST", "/completions", {"prompt": prompt_ids, **drawn, **request})
+            except _Refused as refusal:
+                return conversation, str(refusal)
+            with tokenizer_lock:
+                goes_on = _add_reply(conversation, prompt_ids, reply, tokenizer, server)
+        return conversation, None
 
-def _run_to_end(work: Coroutine[Any, Any, None]) -> None:
-    """As `asyncio.run`, and also where a loop runs already, as in a notebook."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(work)
-        return
-    loop = asyncio.new_event_loop()
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        done = pool.submit(loop.run_until_complete, work)
-        try:
-            done.result()
-        except BaseException:
-            if not done.done():  # interrupted here, while the thread goes on
-                loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
-            raise
-        finally:
-            pool.submit(loop.close)
+    # Threads and no event loop, so that it runs in notebooks too. When this process is stopped they end at once.
+    with ThreadPool(concurrency) as pool:
+        done = pool.imap_unordered(answer, waiting)
+        for conversation, refusal in tqdm(done, total=len(waiting), unit="answer", desc="Regenerating"):
+            if conversation.answer_ids:
+                file.append([conversation.row(made_with)])
+                report.count(conversation)
+            elif refusal is None:
+                report.too_long += 1
+            if refusal is not None:
+                report.refused[refusal] += 1
+                if not (report.written or report.resumed) and (
+                    report.refused.total() >= min(_REFUSALS_AT_START, report.prompts)
+                ):
+                    raise ValueError(f"{server} refuses the requests: {refusal}")
+                logger.warning("The server refuses prompt %r: %s", conversation.id, refusal)
+    return report
 
 
 class _Refused(Exception):
     """The server will not answer this request, however often it is sent."""
 
 
-@dataclass
-class _Run:
-    """One call: what all of its requests share."""
+class _Client:
+    """Requests to a server, each repeated while the server is busy, fails or cannot be reached."""
 
-    server: str
-    tokenizer: PreTrainedTokenizerBase
-    file: JsonLines
-    report: RegenerationReport
-    max_prompt_length: int
-    max_retries: int
-    request: dict[str, Any]
-    made_with: dict[str, Any]
-
-    async def answer_all(
-        self, conversations: list[Conversation], concurrency: int, timeout: float, api_key: str | None
-    ) -> None:
-        async with aiohttp.ClientSession(
+    def __init__(self, server: str, concurrency: int, timeout: float, max_retries: int, api_key: str | None):
+        self.server = server
+        self.attempts = max_retries + 1
+        self.pool = urllib3.PoolManager(
+            maxsize=concurrency,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=aiohttp.ClientTimeout(total=timeout),
-            connector=aiohttp.TCPConnector(limit=concurrency),
-        ) as self.session:
-            if self.made_with["model"] is None:
-                self.made_with["model"] = await self._only_model()
-            answered = set(find_answered(self.file, conversations, self.made_with))
-            self.report.resumed = len(answered)
-            waiting = iter([conversation for conversation in conversations if conversation.id not in answered])
-            with tqdm(
-                total=len(conversations), initial=len(answered), unit="answer", desc="Regenerating"
-            ) as self.progress:
-                # A task takes the next conversation when it is done with one; the first error ends them all.
-                try:
-                    async with asyncio.TaskGroup() as tasks:
-                        for _ in range(min(concurrency, len(conversations))):
-                            tasks.create_task(self._work(waiting))
-                except ExceptionGroup as errors:
-                    raise errors.exceptions[0] from None
+            timeout=timeout,
+            retries=urllib3.Retry(
+                max_retries,
+                allowed_methods=None,
+                status_forcelist=_ASK_AGAIN,
+                raise_on_status=False,
+                backoff_factor=_WAIT_SECONDS,
+                backoff_max=_LONGEST_WAIT_SECONDS,
+                backoff_jitter=_WAIT_SECONDS,
+            ),
+        )
 
-    async def _work(self, waiting: Iterator[Conversation]) -> None:
-        for conversation in waiting:
-            while await self._answer(conversation):
-                pass
-            if conversation.answer_ids:
-                self.file.append([conversation.row(self.made_with)])
-                self.report.count(conversation)
-            self.progress.update()
+    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """
+        The JSON of the reply.
 
-    async def _answer(self, conversation: Conversation) -> bool:
-        """Answer one turn, if the prompt is not too long and the server does not refuse it; whether to go on."""
-        prompt_ids = conversation.next_prompt(self.tokenizer)
-        if len(prompt_ids) > self.max_prompt_length:
-            self.report.too_long += not conversation.answer_ids
-            return False
-        digest = hashlib.sha256(json.dumps([self.made_with["seed"], conversation.id, prompt_ids]).encode()).digest()
-        body = {
-            "model": self.made_with["model"],
-            "prompt": prompt_ids,
-            "temperature": conversation.temperature,
-            "seed": int.from_bytes(digest[:4], "big") >> 1,
-            **self.request,
-        }
+        Raises:
+            _Refused: the server does not take this request.
+            ValueError: it lets nobody in, or its reply is no JSON.
+            ConnectionError: it stayed busy, failing or out of reach.
+        """
         try:
-            reply = await self._request("POST", "/completions", body)
-        except _Refused as refusal:
-            self.report.refused[str(refusal)] += 1
-            if not (self.report.written or self.report.resumed) and (
-                self.report.refused.total() >= min(_REFUSALS_AT_START, self.report.prompts)
-            ):
-                raise ValueError(f"{self.server} refuses the requests: {refusal}") from refusal
-            logger.warning("The server refuses prompt %r: %s", conversation.id, refusal)
-            return False
-        try:
-            choice = reply["choices"][0]
-            text, is_finished = choice["text"], choice["finish_reason"] == "stop"
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(
-                f"{self.server}/completions replied {json.dumps(reply):.200}, expected `choices` with `text` and "
-                f"`finish_reason` as in OpenAI's completions."
-            ) from error
-        conversation.is_retokenized |= choice.get("token_ids") is None
-        return conversation.add(prompt_ids, self._answer_ids(choice, text, is_finished), is_finished, self.tokenizer)
-
-    def _answer_ids(self, choice: Mapping[str, Any], text: str, is_finished: bool) -> list[int]:
-        """Ids of the answer, the token that ended it included."""
-        ids = choice.get("token_ids")
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] if ids is None else list(ids)
-        if ids and max(ids) >= len(self.tokenizer):
-            raise ValueError(
-                f"{self.server} answers with token {max(ids)}, and the tokenizer has {len(self.tokenizer)}: give the "
-                f"tokenizer of the served model."
+            response = self.pool.request(method, self.server + path, json=body)
+            problem = f"HTTP {response.status}: {response.data.decode(errors='replace')[:300]}"
+        except urllib3.exceptions.HTTPError as error:
+            response, problem = None, str(error)
+        if response is None or response.status in _ASK_AGAIN:
+            raise ConnectionError(
+                f"{self.server}{path} gave no answer in {self.attempts} attempts ({problem}). Answers so far are in "
+                "the output; repeat the call to go on."
             )
-        # Some servers leave the token out that ended the answer. It is named as `stop_reason` (vLLM) or `matched_stop`
-        # (SGLang) where it is another one than EOS.
-        if is_finished and (not ids or ids[-1] not in self.tokenizer.all_special_ids):
-            named = [choice.get(name) for name in ("stop_reason", "matched_stop")]
-            end = next((token for token in named if type(token) is int), self.tokenizer.eos_token_id)
-            if end is not None and ids[-1:] != [end]:
-                ids.append(end)
-        return ids
-
-    async def _only_model(self) -> str:
+        if response.status in (401, 403, 404):
+            raise ValueError(f"{self.server}{path} refuses access or does not exist, {problem}")
+        if response.status >= 400:
+            raise _Refused(problem)
         try:
-            reply = await self._request("GET", "/models")
-            models = [entry["id"] for entry in reply["data"]]
+            return response.json()
+        except ValueError as error:
+            raise ValueError(f"{self.server}{path} replied with something else than JSON, {problem}") from error
+
+    def only_model(self) -> str:
+        try:
+            models = [entry["id"] for entry in self.ask("GET", "/models")["data"]]
         except (_Refused, KeyError, TypeError) as error:
             raise ValueError(f"{self.server} does not list its models ({error}): name one with `model`.") from error
         if len(models) != 1:
             raise ValueError(f"{self.server} serves {', '.join(models) or 'no model'}: name one with `model`.")
         return models[0]
 
-    async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON reply; repeats a request while the server is busy, fails or cannot be reached."""
-        problem = ""
-        for attempt in range(self.max_retries + 1):
-            wait = min(_FIRST_WAIT * 2**attempt, _LONGEST_WAIT) * random.uniform(0.5, 1.0)
-            try:
-                async with self.session.request(method, self.server + path, json=body) as response:
-                    if response.status < 400:
-                        return await response.json(content_type=None)
-                    problem = f"HTTP {response.status}: {(await response.text())[:300]}"
-                    if response.status in (401, 403, 404):
-                        raise ValueError(f"{self.server}{path} refuses access or does not exist, {problem}")
-                    if response.status not in (408, 429) and response.status < 500:
-                        raise _Refused(problem)
-                    if (asked := response.headers.get("Retry-After", "")).isdecimal():
-                        wait = max(wait, min(float(asked), _LONGEST_WAIT))
-            except (aiohttp.ClientError, TimeoutError, json.JSONDecodeError) as error:
-                problem = f"{type(error).__name__} {error}".strip()
-            if attempt < self.max_retries:
-                self.report.retries += 1
-                await asyncio.sleep(wait)
-        raise ConnectionError(
-            f"{self.server}{path} gave no answer in {self.max_retries + 1} attempts ({problem}). Answers so far are "
-            f"in the output; repeat the call to go on."
+
+def _add_reply(
+    conversation: Conversation, prompt_ids: list[int], reply: Any, tokenizer: PreTrainedTokenizerBase, server: str
+) -> bool:
+    """Take the answer in a server's reply; whether there is a further turn."""
+    try:
+        choice = reply["choices"][0]
+        text, is_finished = choice["text"], choice["finish_reason"] == "stop"
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"{server}/completions replied {json.dumps(reply):.200}, expected `choices` with `text` and "
+            f"`finish_reason` as in OpenAI's completions."
+        ) from error
+    ids = choice.get("token_ids")
+    if ids is None:
+        conversation.is_retokenized = True
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if ids and max(ids) >= len(tokenizer):
+        raise ValueError(
+            f"{server} answers with token {max(ids)}, and the tokenizer has {len(tokenizer)}: give the tokenizer of "
+            "the served model."
         )
+    # Some servers leave the token out that ended the answer. It is named as `stop_reason` (vLLM) or `matched_stop`
+    # (SGLang) where it is another one than EOS.
+    if is_finished and (not ids or ids[-1] not in tokenizer.all_special_ids):
+        named = [choice.get(name) for name in ("stop_reason", "matched_stop")]
+        end = next((token for token in named if type(token) is int), tokenizer.eos_token_id)
+        if end is not None and ids[-1:] != [end]:
+            ids = [*ids, end]
+    return conversation.add(prompt_ids, ids, is_finished, tokenizer)
 
 
 @dataclass(kw_only=True)
