@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuDraftModel, confu_generation_config
-from transformers_confu.inference import decoding, round_costs
+from transformers_confu.inference import decoding, measured_costs, round_costs
+from transformers_confu.inference.cached_rows import crop
 from transformers_confu.inference.draft_tree import DraftTree, TreeGrower
-from transformers_confu.inference.growing_cache import GrowingLayer, room_to_grow
+from transformers_confu.inference.growing_cache import GrowingLayer, let_grow, room_to_grow
 from transformers_confu.inference.knobs import ConFuKnobs
 from transformers_confu.inference.measured_costs import measure_round_costs
 from transformers_confu.inference.round_costs import DRAFT_ROWS, TARGET_ROWS, RoundCosts, costs_path, in_steps
@@ -426,6 +427,54 @@ def test_a_growing_layer_is_a_dynamic_layer(operations):
             assert torch.equal(plain.keys, grown.keys) and torch.equal(plain.values, grown.values)
     assert type(cache.layers[0]) is DynamicLayer and cache.layers[0].keys.is_contiguous()
     assert torch.equal(cache.layers[0].keys, plain.keys) and torch.equal(cache.layers[0].values, plain.values)
+
+
+@given(st.integers(2, 9), st.integers(1, 30), st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), max_size=12))
+@settings(deadline=None, max_examples=60)
+def test_a_growing_layer_with_a_window_reads_the_last_rows_of_the_text(window, prompt, rounds):
+    """Each round adds rows, of which the first are refused or become text; against the whole text, kept in a list."""
+    generator = torch.Generator().manual_seed(0)
+
+    def states(rows: int) -> torch.Tensor:
+        return torch.randn(1, 2, rows, 3, generator=generator)
+
+    text = states(prompt)
+    plain = DynamicSlidingWindowLayer(window)
+    cache = DynamicCache()
+    cache.layers = [plain]
+    plain.update(text, -text)
+    with room_to_grow(cache):
+        for added, kept in rounds:
+            new = states(added)
+            keys, values = cache.layers[0].update(new, -new)
+            expected = torch.cat([text[..., max(text.shape[-2] - window + 1, 0) :, :], new], dim=-2)
+            assert torch.equal(keys, expected) and torch.equal(values, -expected)
+            assert cache.get_seq_length() == text.shape[-2] + added
+            text = torch.cat([text, new[..., :kept, :]], dim=-2)
+            crop(cache, text.shape[-2])
+            assert cache.get_seq_length() == text.shape[-2]
+    assert cache.layers == [plain] and plain.get_seq_length() == text.shape[-2] and not plain.record_past
+    assert torch.equal(plain.keys, text[..., max(text.shape[-2] - window + 1, 0) :, :])
+    # And it goes on as any such layer.
+    new = states(1)
+    keys, _ = plain.update(new, -new)
+    assert torch.equal(keys, torch.cat([text, new], dim=-2)[..., -window:, :])
+
+
+@pytest.mark.parametrize("kind", ["llama", "windows"])
+def test_measured_rounds_leave_the_text_as_it_was(kind, monkeypatch):
+    """Else later ones would be measured behind less text."""
+    target = make_tiny_target(kind)
+    draft, caches = make_tiny_draft(target), []
+    monkeypatch.setattr(measured_costs, "let_grow", lambda cache: (caches.append(cache), let_grow(cache)))
+    rounds = measured_costs._target_rounds(target, draft)
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in caches[0].layers]
+    for _ in range(3):
+        for run in rounds.values():
+            with torch.no_grad():
+                run()
+    for layer, (keys, values) in zip(caches[0].layers, before, strict=True):
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
 
 
 def test_a_text_is_not_copied_when_it_grows():
