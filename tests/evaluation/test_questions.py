@@ -7,7 +7,6 @@ from unittest import mock
 import pytest
 
 from transformers_confu.common.spec_bench import SPEC_BENCH_URL
-from transformers_confu.data.prompts import EVALUATION_SETS
 from transformers_confu.evaluation.questions import Question, fetch, load_questions, stratified
 
 
@@ -44,6 +43,7 @@ ONE = {"question_id": 1, "category": "qa", "turns": ["a"]}
 @pytest.mark.parametrize(
     "rows, message",
     [
+        (None, "There is no file .*nowhere.jsonl; give a JSONL file"),
         ([], "holds no question"),
         ([ONE, "{"], "line 2 is not JSON"),
         ([ONE, ONE], "holds question 1 twice; make the ids unique"),
@@ -56,12 +56,7 @@ ONE = {"question_id": 1, "category": "qa", "turns": ["a"]}
 )
 def test_bad_files_are_refused_in_one_sentence(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
-        load_questions(write(tmp_path, rows))
-
-
-def test_a_missing_file(tmp_path):
-    with pytest.raises(ValueError, match="There is no file .*nowhere.jsonl; give a JSONL file"):
-        load_questions(tmp_path / "nowhere.jsonl")
+        load_questions(write(tmp_path, rows) if rows is not None else tmp_path / "nowhere.jsonl")
 
 
 def test_every_group_gives_as_many_and_its_categories_take_turns():
@@ -76,6 +71,7 @@ def test_every_group_gives_as_many_and_its_categories_take_turns():
 
 
 def test_urls_are_downloaded_and_a_failure_says_what_to_do(tmp_path):
+    assert re.search("/Spec-Bench/[0-9a-f]{40}/", SPEC_BENCH_URL)  # one commit, whatever its authors change
     path = write(tmp_path, [ONE])
     assert fetch(str(path)) == path
     way = "datasets.DownloadManager.download_and_extract"
@@ -103,8 +99,3 @@ def test_the_encoding_of_prompts(tmp_path):
     path.write_bytes("Grüße".encode("latin-1"))
     with pytest.raises(ValueError, match=r"prompts.txt is not UTF-8 \(.*\); save it as such."):
         load_questions(path)
-
-
-def test_spec_bench_is_what_training_prompts_are_kept_clear_of():
-    assert re.search("/Spec-Bench/[0-9a-f]{40}/", SPEC_BENCH_URL)  # one commit, whatever its authors change
-    assert SPEC_BENCH_URL in EVALUATION_SETS
