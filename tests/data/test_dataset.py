@@ -33,22 +33,12 @@ PLAIN_TEMPLATE = (
 )
 
 
-def marked_template(before: str, after: str) -> str:
-    """A template whose generation block holds the content and `before`; `after` follows the block."""
-    return (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
-        "{{ m['content'] }}" + before + "{% endgeneration %}" + after + "{% else %}{{ m['content'] }}<|im_end|>\n"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-
-
-TEMPLATES = {
-    "plain": PLAIN_TEMPLATE,
-    "marked, newline inside": marked_template("<|im_end|>\n", ""),
-    "marked, spaces inside": marked_template("<|im_end|>  ", "\n"),
-    "marked, newline outside": marked_template("<|im_end|>", "\n"),
-    "marked, end of turn outside": marked_template("", "<|im_end|>\n"),
-}
+# With the markers that TRL reads, and white space behind the end of a turn.
+MARKED_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}<|im_end|>  {% endgeneration %}\n{% else %}{{ m['content'] }}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @cache
@@ -78,7 +68,7 @@ def labelled_texts(tokenizer: PreTrainedTokenizerFast, row: dict) -> list[str]:
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
-@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, MARKED_TEMPLATE], ids=["plain", "marked"])
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_labels_are_the_answers_with_their_end_of_turn(template, trim_offsets, data):
@@ -99,15 +89,6 @@ def test_labels_are_the_answers_with_their_end_of_turn(template, trim_offsets, d
 
     assert labelled_texts(tokenizer, row) == [answer + "<|im_end|>" for _, answer in turns]
     assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
-
-
-def test_given_end_of_turn_ids_extend_a_span():
-    tokenizer = byte_tokenizer(marked_template("", "<|im_start|>\n"))
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    end = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    for eos_token_ids, expected in ((None, "b"), ([end], "b<|im_start|>")):
-        row = prepare_dataset([{"messages": messages}], tokenizer, 100, eos_token_ids=eos_token_ids)[0]
-        assert labelled_texts(tokenizer, row) == [expected]
 
 
 def test_answer_ids_are_kept_as_they_are():
@@ -157,27 +138,59 @@ def test_many_rows_keep_their_order_and_prepared_rows_pass_through():
     assert prepare_dataset(dataset, byte_tokenizer(), 8).to_list() == dataset.to_list()
 
 
+USER = {"role": "user", "content": "a"}
+ANSWER = {"role": "assistant", "content": "b"}
+CALLS_TEMPLATE = PLAIN_TEMPLATE.replace(
+    "<|im_end|>\n", "{% for c in m.tool_calls or [] %}{{ 'call ' + c.arguments }}{% endfor %}<|im_end|>\n"
+)
+HINT_TEMPLATE = PLAIN_TEMPLATE.replace("assistant\n{% endif", "assistant\n<hint>{% endif")
+ANSWERED = {"prompt": "a", "answer_ids": [1]}
+
+
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("row", "template", "message"),
     [
-        ({"text": "a"}, r"Row 0: it has the fields \['text'\], expected 'messages'"),
-        ({"prompt": "hello"}, "a prompt without 'answer_ids': .* answer the prompts first"),
-        ({"turns": ["hello"]}, "a prompt without 'answer_ids': .* answer the prompts first"),
-        ({"conversations": [{"from": "human", "value": "hello"}]}, "ShareGPT's form"),
-        ({"messages": "hello"}, "expected a non-empty list of messages"),
-        ({"messages": [{"content": "hello"}]}, "expected a message with a role"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "first message is the assistant's"),
-        ({"prompt": 3, "answer_ids": [1]}, "'prompt' is 3"),
-        ({"prompt": "a", "answer_ids": [999_999]}, "another tokenizer"),
-        ({"prompt": "a", "answer_ids": [1.5]}, "not integers"),
-        ({"input_ids": [1, 2], "labels": [2]}, "2 input_ids and 1 labels"),
-        ({"input_ids": [1, 2], "labels": [2, -100]}, "labels are not shifted"),
-        ({"input_ids": [1, -2], "labels": [-100, -2]}, "expected ids from 0"),
+        ({"text": "a"}, PLAIN_TEMPLATE, r"Row 0: it has the fields \['text'\], expected 'messages'"),
+        ({"prompt": "hello"}, PLAIN_TEMPLATE, "a prompt without 'answer_ids': .* answer the prompts first"),
+        ({"conversations": [{"from": "human", "value": "hello"}]}, PLAIN_TEMPLATE, "ShareGPT's form"),
+        ({"messages": "hello"}, PLAIN_TEMPLATE, "expected a non-empty list of messages"),
+        ({"messages": [{"content": "hello"}]}, PLAIN_TEMPLATE, "expected a message with a role"),
+        ({"messages": [{**USER, "content": None}]}, PLAIN_TEMPLATE, "expected a message with a role and a content"),
+        ({"messages": [{**USER, "content": 3}]}, PLAIN_TEMPLATE, "the content 3, expected text or a list of text"),
+        ({"messages": [{**USER, "content": [{"type": "image"}]}]}, PLAIN_TEMPLATE, "parts of type 'text' only"),
+        ({"messages": [{"role": "human", "content": "a"}]}, PLAIN_TEMPLATE, "the role 'human', expected roles such"),
+        ({"messages": [ANSWER]}, PLAIN_TEMPLATE, "first message is the assistant's"),
+        ({"prompt": 3, "answer_ids": [1]}, PLAIN_TEMPLATE, "'prompt' is 3"),
+        ({"prompt": "a", "answer_ids": [999_999]}, PLAIN_TEMPLATE, "another tokenizer"),
+        ({"prompt": "a", "answer_ids": [1.5]}, PLAIN_TEMPLATE, "not integers"),
+        ({"input_ids": [1, 2], "labels": [2]}, PLAIN_TEMPLATE, "2 input_ids and 1 labels"),
+        ({"input_ids": [1, 2], "labels": [2, -100]}, PLAIN_TEMPLATE, "labels are not shifted"),
+        ({"messages": [USER], "tools": 3}, PLAIN_TEMPLATE, "'tools' is 3, expected a list of JSON schemas"),
+        ({"messages": [USER], "tools": "[{"}, PLAIN_TEMPLATE, r"'tools' is '\[\{', which is not valid JSON"),
+        ({**ANSWERED, "chat_template_kwargs": "[1]"}, PLAIN_TEMPLATE, r"_kwargs' is \[1\], expected an object"),
+        ({**ANSWERED, "chat_template_kwargs": {"tokenize": False}}, PLAIN_TEMPLATE, "names tokenize, which is not"),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f"}]}]},
+            PLAIN_TEMPLATE,
+            "template leaves 'tool_calls' out, so the draft would learn empty answers",
+        ),
+        (
+            {"messages": [{**USER, "tool_calls": [{"arguments": {"x": 1}}]}]},
+            CALLS_TEMPLATE,
+            "Row 0: .*refuses the messages: .*concatenate",
+        ),
+        (ANSWERED, "{{ raise_exception('must alternate') }}", "Row 0: .*refuses the messages: must alternate"),
+        (ANSWERED, None, "chat_template"),
+        (
+            {"messages": [USER, ANSWER]},
+            HINT_TEMPLATE,
+            "behind messages 0 to 0 is not what it renders before message 1",
+        ),
     ],
 )
-def test_malformed_rows_are_refused(row, message):
+def test_malformed_rows_are_refused(row, template, message):
     with pytest.raises(ValueError, match=message):
-        prepare_dataset([row], byte_tokenizer(), 100)
+        prepare_dataset([row], byte_tokenizer(template), 100)
 
 
 # Like Qwen3's: reasoning of earlier turns is dropped, the newest answer always has some.
@@ -191,16 +204,8 @@ REASONING_TEMPLATE = (
 )
 
 
-@pytest.mark.parametrize("marked", [False, True])
-def test_answers_of_a_template_that_rewrites_history_become_rows_of_their_own(marked):
-    template = REASONING_TEMPLATE
-    if marked:
-        template = template.replace(
-            "\n{% if m['role'] != 'assistant'", "\n{%+ generation %}{% if m['role'] != 'assistant'"
-        )
-        template = template.replace("<|im_end|>\n{% endfor", "<|im_end|>{% endgeneration %}{{ '\\n' }}{% endfor")
-        # Markers around users' turns too, so that only the newest span may count.
-    tokenizer = byte_tokenizer(template)
+def test_answers_of_a_template_that_rewrites_history_become_rows_of_their_own():
+    tokenizer = byte_tokenizer(REASONING_TEMPLATE)
     contents = ["q", "<think>hm</think>a", "r", "<think>so</think>b"]
     messages = [
         {"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, contents, strict=True)
@@ -218,11 +223,6 @@ def test_answers_of_a_template_that_rewrites_history_become_rows_of_their_own(ma
     ]
     assert (report.rows_in, report.rows_split_off, report.rows_kept, report.rows_dropped) == (1, 1, 2, 0)
     assert "2 made of 1" in str(report) and "rows of their own: 1" in str(report)
-
-
-def test_prepared_rows_may_carry_what_they_were_made_of():
-    row = {"id": "c/0", "input_ids": [3, 4, 5], "labels": [-100, 4, 5], "answer_ids": [4, 5]}
-    assert prepare_dataset([row], byte_tokenizer(), 10)["input_ids"] == [[3, 4, 5]]
 
 
 def answered(tokenizer, said, **fields):
@@ -295,7 +295,7 @@ def test_options_of_the_template_come_with_the_row():
         {"messages": [question, answer], "tools": None, "chat_template_kwargs": None},
         {"messages": [question, {**answer, "tool_calls": None}], "chat_template_kwargs": off},
         {"messages": [question, answer], "tools": tools, "chat_template_kwargs": off},
-        {"prompt": "q", "answer_ids": ids, "tools": json.dumps(tools), "chat_template_kwargs": off},
+        {"prompt": "q", "answer_ids": ids, "tools": json.dumps(tools), "chat_template_kwargs": json.dumps(off)},
     ]
     dataset = prepare_dataset(rows, tokenizer, 1000)
     assert [labelled_texts(tokenizer, row) for row in dataset] == [
@@ -306,24 +306,6 @@ def test_options_of_the_template_come_with_the_row():
     ]
     texts = [tokenizer.decode(row["input_ids"]).rstrip("\n") for row in dataset]
     assert texts[0] == texts[1] and texts[2] == texts[3] == "<tools>1</tools>" + texts[0]
-
-
-def test_a_generation_prompt_that_no_answer_follows_is_refused():
-    template = PLAIN_TEMPLATE.replace("assistant\n{% endif", "assistant\n<hint>{% endif")
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    with pytest.raises(ValueError, match=r"behind messages 0 to 0 is not .* before message 1.* generation"):
-        prepare_dataset([{"messages": messages}], byte_tokenizer(template), 100)
-
-
-def test_a_template_that_refuses_the_messages_is_named():
-    template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match=r"Row 0: .*refuses the messages: roles must alternate"):
-        prepare_dataset([{"prompt": "a", "answer_ids": [1]}], byte_tokenizer(template), 100)
-
-
-def test_a_missing_template_is_named():
-    with pytest.raises(ValueError, match="chat_template"):
-        prepare_dataset([{"prompt": "a", "answer_ids": [1]}], byte_tokenizer(None), 100)
 
 
 def test_nothing_left_is_an_error():
@@ -385,7 +367,8 @@ def test_splits_that_leave_one_side_empty_are_refused():
 
 def test_rows_are_tokenised_once_for_all_stages_and_again_when_anything_changes(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(RowEncoder, "__call__", counting(RowEncoder.__call__, calls))
+    encode = RowEncoder.__call__
+    monkeypatch.setattr(RowEncoder, "__call__", lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs))
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows_of_prompts(["first", "second"])))
     tokenizer = copy.deepcopy(byte_tokenizer())
@@ -395,23 +378,13 @@ def test_rows_are_tokenised_once_for_all_stages_and_again_when_anything_changes(
     again = prepare_dataset([str(path)], tokenizer, 50)
     assert len(calls) == 1 and again.to_list() == first.to_list()
     assert again.cache_files == first.cache_files
-    for number, changed in enumerate(
-        ({"max_length": 49}, {"eos_token_ids": [5]}, {"vocab_size": 300}, {"made_by": "x"})
-    ):
+    for number, changed in enumerate(({"max_length": 49}, {"vocab_size": 300}, {"made_by": "x"})):
         prepare_dataset(path, tokenizer, **({"max_length": 50} | changed))
         assert len(calls) == 2 + number
     tokenizer.chat_template = PLAIN_TEMPLATE.replace("im_start", "start")
     assert prepare_dataset(path, tokenizer, 50).to_list() != first.to_list()
     path.write_text(json.dumps(rows_of_prompts(["third"])[0]))
     assert len(prepare_dataset(path, tokenizer, 50)) == 1
-
-
-def counting(function, calls):
-    def counted(self, *args, **kwargs):
-        calls.append(1)
-        return function(self, *args, **kwargs)
-
-    return counted
 
 
 @pytest.mark.slow
@@ -442,10 +415,7 @@ print(len(dataset), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_nulls_in_a_message_do_not_shift_the_labels():
-    template = marked_template("<|im_end|>", "\n").replace(
-        "{{ m['content'] }}", "{{ m['content'] }}{{ m.tool_calls }}"
-    )
-    tokenizer = byte_tokenizer(template)
+    tokenizer = byte_tokenizer(MARKED_TEMPLATE.replace("m['content'] }}<", "m['content'] }}{{ m.tool_calls }}<"))
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     question = {"role": "user", "content": "weather?"}
     messages = [question, call, {"role": "tool", "content": "sun"}, {"role": "assistant", "content": "It is sunny."}]
@@ -453,19 +423,6 @@ def test_nulls_in_a_message_do_not_shift_the_labels():
     for said in (messages, without_content):
         row = prepare_dataset([{"messages": said}], tokenizer, 1000)[0]
         assert labelled_texts(tokenizer, row) == ["[{'name': 'f'}]<|im_end|>", "It is sunny.<|im_end|>"]
-
-
-def test_a_template_that_the_tokenizer_renders_otherwise_is_refused():
-    class Other(PreTrainedTokenizerFast):
-        def apply_chat_template(self, *args, **kwargs):
-            rendered = super().apply_chat_template(*args, **kwargs)
-            return "." + rendered if isinstance(rendered, str) else rendered
-
-    tokenizer = Other(tokenizer_object=byte_tokenizer().backend_tokenizer)
-    tokenizer.chat_template = marked_template("<|im_end|>", "\n")
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(ValueError, match="is rendered otherwise than the tokenizer renders it"):
-        prepare_dataset([{"messages": messages}], tokenizer, 100)
 
 
 def test_ids_are_those_of_the_tokenizers_own_chat_template():
@@ -507,45 +464,12 @@ def test_nulls_that_arrow_adds_to_tools_are_not_rendered(tmp_path):
         assert tokenizer.decode(row["input_ids"][:-1]) == f"{[tool]}qc{call}r"
 
 
-def test_a_date_in_a_template_does_not_follow_the_clock(monkeypatch):
+def test_a_date_in_a_template_does_not_follow_the_clock():
     template = "{% set today = strftime_now('%d %b %Y') if strftime_now is defined %}{{ today }}" + PLAIN_TEMPLATE
-    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
-    for marked in (template, template.replace(PLAIN_TEMPLATE, marked_template("<|im_end|>", ""))):
-        tokenizer = byte_tokenizer(marked)
-        text = tokenizer.decode(prepare_dataset(rows, tokenizer, 100)[0]["input_ids"])
-        assert text.startswith(TEMPLATE_DATE.strftime("%d %b %Y") + "<|im_start|>user")
-        assert tokenizer.decode(encode_prompt("a", tokenizer)).startswith(TEMPLATE_DATE.strftime("%d %b %Y"))
-
-
-def test_text_parts_are_joined():
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    rows = [{"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]}]
-    assert labelled_texts(byte_tokenizer(), prepare_dataset(rows, byte_tokenizer(), 100)[0]) == ["ab<|im_end|>"]
-
-
-USER = {"role": "user", "content": "a"}
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"tools": 3}, "'tools' is 3, expected a list of JSON schemas"),
-        ({"tools": "[{"}, r"'tools' is '\[\{', which is not valid JSON"),
-        ({"chat_template_kwargs": "[1]"}, r"'chat_template_kwargs' is \[1\], expected an object"),
-        ({"chat_template_kwargs": {"tokenize": False}}, "'chat_template_kwargs' names tokenize, which is not"),
-        ({"messages": [{"role": "user", "content": 3}]}, "the content 3, expected text or a list of text parts"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "expected parts of type 'text' only"),
-        ({"messages": [{"role": "user", "content": None}]}, "expected a message with a role and a content"),
-        ({"messages": [{"role": "human", "content": "a"}]}, "the role 'human', expected roles such as 'user'"),
-        ({"messages": [{**USER, "tool_calls": [{"arguments": {"x": 1}}]}]}, "refuses the messages: .*concatenate"),
-    ],
-)
-def test_fields_of_a_wrong_kind_are_named(row, message):
-    template = PLAIN_TEMPLATE.replace(
-        "<|im_end|>\n", "{% for c in m.tool_calls or [] %}{{ 'call ' + c.arguments }}{% endfor %}<|im_end|>\n"
-    )
-    with pytest.raises(ValueError, match=f"Row 0: .*{message}"):
-        prepare_dataset([{"messages": [USER], **row}], byte_tokenizer(template), 100)
+    tokenizer = byte_tokenizer(template)
+    prepared = prepare_dataset([{"messages": [USER, ANSWER]}], tokenizer, 100)[0]["input_ids"]
+    for ids in (prepared, encode_prompt("a", tokenizer)):
+        assert tokenizer.decode(ids).startswith(TEMPLATE_DATE.strftime("%d %b %Y") + "<|im_start|>user")
 
 
 def test_malformed_rows_may_be_skipped():
@@ -556,18 +480,15 @@ def test_malformed_rows_may_be_skipped():
     assert (report.rows_in, report.rows_dropped) == (4, 2)
 
 
-def test_prompts_and_completions_are_conversations():
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": messages[:1], "completion": messages[1:]}]
-    expected = prepare_dataset([{"messages": messages}], byte_tokenizer(), 100)[0]
-    for row in rows:
+def test_other_forms_of_a_conversation():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": ""}]
+    expected = prepare_dataset([{"messages": [USER, ANSWER]}], byte_tokenizer(), 100)[0]
+    for row in (
+        {"prompt": "a", "completion": "b"},
+        {"prompt": [USER], "completion": [ANSWER]},
+        {"messages": [{"role": "user", "content": parts}, ANSWER]},
+    ):
         assert prepare_dataset([row], byte_tokenizer(), 100)[0] == expected
-
-
-def test_a_template_that_drops_tool_calls_is_refused():
-    messages = [USER, {"role": "assistant", "tool_calls": [{"name": "f"}]}]
-    with pytest.raises(ValueError, match="template leaves 'tool_calls' out, so the draft would learn empty answers"):
-        prepare_dataset([{"messages": messages}], byte_tokenizer(), 100)
 
 
 def test_a_row_that_another_process_refuses_is_told_like_any_other():
@@ -575,13 +496,6 @@ def test_a_row_that_another_process_refuses_is_told_like_any_other():
     with pytest.raises(ValueError, match="Row 2: answer_ids span 999999") as caught:
         prepare_dataset(rows, byte_tokenizer(), 100, num_proc=2)
     assert caught.traceback[-1].path.name == "dataset.py"  # the command line tells what this package raises
-
-
-def test_options_of_a_template_may_be_json():
-    tokenizer = byte_tokenizer(REASONING_TEMPLATE)
-    options = {"chat_template_kwargs": '{"enable_thinking": false}', "prompt": "q", "answer_ids": [1]}
-    text = tokenizer.decode(prepare_dataset([options], tokenizer, 1000)[0]["input_ids"])
-    assert text.endswith("assistant\n<think></think>" + tokenizer.decode([1]))
 
 
 def test_a_dataset_of_several_splits_is_refused():

@@ -3,14 +3,12 @@
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from functools import cache
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 
 # Some templates print today's date. Here they always print this one: data that changed at midnight could not be
@@ -21,7 +19,6 @@ TEMPLATE_DATE = datetime(2026, 1, 1)
 TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")
 
 _DATE_CALL = re.compile(r"""strftime_now\(\s*("[^"]*"|'[^']*')\s*\)""")
-_GENERATION_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _NOT_OPTIONS = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs"}
 
 Messages = list[dict[str, Any]]
@@ -127,10 +124,11 @@ class ChatTemplate:
                 f"'chat_template_kwargs' names {', '.join(reserved)}, which is not for the template to decide: leave "
                 "it out."
             )
-        self.template = tokenizer.get_chat_template(tools=self.tools)
-        if "strftime_now" in self.template:
-            fixed = _DATE_CALL.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[1][1:-1])), self.template)
-            self.options["chat_template"] = self.template = fixed
+        template = tokenizer.get_chat_template(tools=self.tools)
+        if "strftime_now" in template:
+            self.options["chat_template"] = _DATE_CALL.sub(
+                lambda call: repr(TEMPLATE_DATE.strftime(call[1][1:-1])), template
+            )
 
     def encode(self, messages: Messages) -> list[int]:
         """Ids of a prompt, up to where the assistant begins to write."""
@@ -141,7 +139,8 @@ class ChatTemplate:
         Ids of a conversation, and the spans of them that the assistant wrote.
 
         One such pair, or one for each answer if the template renders an earlier answer otherwise than the newest.
-        Whether a span holds the token that ends the turn depends on the template; so does a line break behind it.
+        A span begins behind the generation prompt and ends where the template's text for the answer ends, behind the
+        token that ends the turn and perhaps a line break.
 
         Raises:
             ValueError: an answer cannot be found in the text, or the tokenizer does not tell where its tokens lie.
@@ -151,21 +150,26 @@ class ChatTemplate:
                 f"'messages' need a fast tokenizer to find the assistant's tokens, got {type(self.tokenizer).__name__}"
                 ": load a fast one, or pass 'prompt' and 'answer_ids'."
             )
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if 0 in answers:
+        if messages[0]["role"] == "assistant":
             raise ValueError("its first message is the assistant's, expected a user's or system's message before it.")
-
-        @cache
-        def render(number: int, add_generation_prompt: bool = False) -> str:
-            """The text of the first messages."""
-            return self._apply(messages[:number], tokenize=False, add_generation_prompt=add_generation_prompt)
-
-        whole = len(messages)
-        self._check_tool_calls(messages, render(whole))
-        if all(render(whole).startswith(render(index + 1)) for index in answers):
-            return [self._encode_spans(messages, self._spans(messages, render, answers))]
-        parts = [(messages[: index + 1], index) for index in answers]
-        return [self._encode_spans(part, self._spans(part, render, [index])[-1:]) for part, index in parts]
+        text = self._apply(messages, tokenize=False)
+        self._check_tool_calls(messages, text)
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        spans, is_one_text = [], True
+        for index in answers:
+            before = self._apply(messages[:index], tokenize=False, add_generation_prompt=True)
+            after = self._apply(messages[: index + 1], tokenize=False)
+            if not after.startswith(before):
+                raise ValueError(
+                    f"the chat template's generation prompt behind messages 0 to {index - 1} is not what it renders "
+                    f"before message {index}, so the assistant's text cannot be found: pass rows of 'prompt' and "
+                    "'answer_ids'."
+                )
+            spans.append((len(before), len(after)))
+            is_one_text &= text.startswith(after)
+        if is_one_text:
+            return [self._encode_spans(messages, spans)]
+        return [self._encode_spans(messages[: index + 1], [span]) for index, span in zip(answers, spans, strict=True)]
 
     def _check_tool_calls(self, messages: Messages, text: str) -> None:
         calls = [message for message in messages if message["role"] == "assistant" and "tool_calls" in message]
@@ -194,35 +198,6 @@ class ChatTemplate:
             messages, tokenize=True, return_dict=True, tokenizer_kwargs={"return_offsets_mapping": True}
         )
         return encoded["input_ids"], list(_token_spans(spans, encoded["offset_mapping"]))
-
-    def _spans(self, messages: Messages, render: Callable[..., str], answers: list[int]) -> list[Span]:
-        """Spans of characters of the rendered `messages` that hold those numbered `answers`."""
-        text = render(len(messages))
-        if _GENERATION_MARKER.search(self.template):
-            # `apply_chat_template(return_assistant_tokens_mask=True)` reads the same spans, but labels everything up
-            # to the end of the text when the last character of a span belongs to no token, which tokenizers that trim
-            # white space from their offsets produce. So the spans are taken here and mapped by `_token_spans`.
-            options = self.tokenizer.special_tokens_map | self.options | {"chat_template": self.template}
-            (rendered,), (spans,) = render_jinja_template(
-                [messages], tools=self.tools, return_assistant_tokens_mask=True, **options
-            )
-            if rendered != text:
-                raise ValueError(
-                    "the chat template with {% generation %} markers is rendered otherwise than the tokenizer renders "
-                    "it, so the assistant's text cannot be found: pass rows of 'prompt' and 'answer_ids'."
-                )
-            return spans
-        spans = []
-        for index in answers:
-            before, after = render(index, add_generation_prompt=True), render(index + 1)
-            if not (after.startswith(before) and text.startswith(after)):
-                raise ValueError(
-                    f"the chat template's generation prompt behind messages 0 to {index - 1} is not what it renders "
-                    f"before message {index}, so the assistant's text cannot be found: add {{% generation %}} markers "
-                    f"to the template, or pass rows of 'prompt' and 'answer_ids'."
-                )
-            spans.append((len(before), len(after)))
-        return spans
 
 
 def _parsed(value: Any, name: str, kind: type) -> Any:

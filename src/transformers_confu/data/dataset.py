@@ -75,7 +75,6 @@ def prepare_dataset(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     *,
-    eos_token_ids: Sequence[int] | None = None,
     vocab_size: int | None = None,
     made_by: str | None = None,
     skip_malformed: bool = False,
@@ -88,9 +87,9 @@ def prepare_dataset(
     A row is one of
 
     - `{"messages": [{"role", "content"}, ...]}`: rendered by the chat template; every assistant turn is labelled, its
-      end-of-turn token included, the line break a template puts behind it not. Templates need no `{% generation %}`
-      markers. Where a template renders an earlier turn otherwise than the newest (Qwen3's drops its reasoning), each
-      answer becomes a row of its own, with the text before it as the target saw it.
+      end-of-turn token included, the line break a template puts behind it not. Where a template renders an earlier
+      turn otherwise than the newest (Qwen3's drops its reasoning), each answer becomes a row of its own, with the text
+      before it as the target saw it.
     - an answered conversation as `regenerate` writes it: `messages` and, for each answer, its `answer_ids` and the
       `prompt_ids` before it (rendered again if not given). Ids are taken as they are: text that is tokenised again
       may give other tokens than the target chose.
@@ -110,8 +109,6 @@ def prepare_dataset(
         rows: A source that `load_rows` reads, a dataset, or several sources or rows.
         tokenizer: The target's. Rows with `messages` alone need a fast one (character offsets).
         max_length: Longest row, in tokens.
-        eos_token_ids: Ids that end a turn; used where a template's `{% generation %}` block stops just before
-            them. Defaults to the tokenizer's `eos_token_id`; pass the target's list where its turns end otherwise.
         vocab_size: The target's vocabulary size, the bound of given ids. Defaults to the tokenizer's.
         made_by: Refuse answers that say they were made by another target than this `fingerprint_of_target`.
         skip_malformed: Leave malformed rows out, each with a warning, rather than end at the first.
@@ -123,12 +120,9 @@ def prepare_dataset(
     """
     if max_length < 2:
         raise ValueError(f"max_length is {max_length}, expected at least 2 tokens: one to read, one to predict.")
-    if eos_token_ids is None:
-        eos_token_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoder = RowEncoder(
         tokenizer,
         max_length,
-        sorted(eos_token_ids),
         len(tokenizer) if vocab_size is None else vocab_size,
         made_by,
         skip_malformed,

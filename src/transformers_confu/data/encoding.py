@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from . import chat_template
-from .chat_template import TEMPLATE_FIELDS, ChatTemplate, Messages, Span, check_messages, encode_prompt
+from .chat_template import TEMPLATE_FIELDS, ChatTemplate, Messages, check_messages, encode_prompt
 
 
 logger = logging.get_logger(__name__)
@@ -53,7 +53,6 @@ class RowEncoder:
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
-    eos_token_ids: list[int]
     vocab_size: int
     made_by: str | None
     skip_malformed: bool = False
@@ -68,7 +67,7 @@ class RowEncoder:
             state = tokenizer.get_vocab()
         parts = (
             *(type(tokenizer).__name__, state, tokenizer.chat_template, tokenizer.special_tokens_map),
-            *(self.max_length, self.eos_token_ids, self.vocab_size, self.made_by, self.skip_malformed),
+            *(self.max_length, self.vocab_size, self.made_by, self.skip_malformed),
             transformers.__version__,
             *_CODE,
         )
@@ -174,23 +173,13 @@ class RowEncoder:
         rows = []
         for input_ids, spans in ChatTemplate(self.tokenizer, *template_options).label(check_messages(messages)):
             labels = [IGNORE_INDEX] * len(input_ids)
-            for span in spans:
-                first, last = self._with_end_of_turn(input_ids, span)
+            for first, last in spans:
+                # Without the line break that templates put behind the end of a turn: the target does not write it.
+                while last > first and not self.tokenizer.decode([input_ids[last - 1]]).strip():
+                    last -= 1
                 labels[first:last] = input_ids[first:last]
             rows.append((input_ids, labels))
         return rows
-
-    def _with_end_of_turn(self, input_ids: list[int], span: Span) -> Span:
-        """The span up to behind its end-of-turn token, without the template's line break."""
-        first, last = span
-        stripped = last
-        while stripped > first and not self.tokenizer.decode([input_ids[stripped - 1]]).strip():
-            stripped -= 1
-        if stripped > first and input_ids[stripped - 1] in self.eos_token_ids:
-            return first, stripped
-        if last < len(input_ids) and input_ids[last] in self.eos_token_ids:
-            return first, last + 1  # white space before it is the assistant's own
-        return first, stripped
 
     def _prompt_hash(self, row: Mapping[str, Any]) -> str:
         """Of the first user turn; of a row that is ids alone, the hash it comes with or that of its first prompt."""

@@ -237,7 +237,6 @@ def prepare(
             arguments.data,
             tokenizer,
             arguments.max_length,
-            eos_token_ids=end_token_ids(target) or None,
             vocab_size=target.config.get_text_config(decoder=True).vocab_size,
             made_by=None if arguments.allow_other_target else fingerprint_of_target(target, torch.bfloat16),
             report=report,
