@@ -114,16 +114,16 @@ def test_rows_are_kept_cut_and_dropped(tmp_path):
         {"prompt": "  What is a good first question?  "},
         {"turns": ["Say something about cats.", "Now about dogs.", "", "And birds."]},
         {"turns": ["Say something about ants.", "Now about bees.", "Wasps?", "Flies?", "Gnats?"]},
-        {"turns": ["A short beginning here", "x" * 101, "And then?"]},
+        {"turns": ["A short beginning here", "x" * 6001, "And then?"]},
         {"prompt": "what is a GOOD first question"},
         {"prompt": "too short"},
-        {"prompt": "y" * 101},
+        {"prompt": "y" * 6001},
         {"turns": ["Something else entirely.", "Name the capital of France, please, now."]},
         {"text": "no prompt at all"},
         {"prompt": "Rows may state their origin.", "source": "elsewhere", "license": "CC0-1.0"},
     ]
     overlap = EvaluationOverlap(["the capital of France, please"])
-    taken, report = build_prompts([write(tmp_path / "mine.jsonl", rows)], overlap, max_characters=100)
+    taken, report = build_prompts([write(tmp_path / "mine.jsonl", rows)], overlap)
     assert sorted(taken, key=lambda row: row["id"]) == [
         {"id": "mine-000000", "source": "mine", "license": "MIT", "prompt": "What is a good first question?"},
         {
@@ -146,7 +146,7 @@ def test_rows_are_kept_cut_and_dropped(tmp_path):
             "prompt": "Rows may state their origin.",
         },
     ]
-    assert report.read == {"mine": 9, "elsewhere": 1} and report.kept == {"mine": 4, "elsewhere": 1}
+    assert report.kept == {"mine": 4, "elsewhere": 1}
     assert report.dropped["mine"] == {
         "there already": 1,
         "too short": 1,
@@ -154,7 +154,7 @@ def test_rows_are_kept_cut_and_dropped(tmp_path):
         "in an evaluation set": 1,
         "no prompt": 1,
     }
-    assert "| elsewhere | CC0-1.0 | someone, https://example.org | 1 | 1 |  |" in str(report)
+    assert "| elsewhere | CC0-1.0 | someone, https://example.org | 1 |  |" in str(report)
 
 
 def test_drawing_is_bounded_and_repeats(tmp_path):

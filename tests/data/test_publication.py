@@ -9,7 +9,6 @@ from test_dataset import answered, byte_tokenizer, labelled_texts
 
 from transformers_confu.data.dataset import is_held_out, prepare_dataset, split_by_prompt
 from transformers_confu.data.encoding import prompt_hash
-from transformers_confu.data.prompts import EvaluationOverlap
 from transformers_confu.data.publication import main, publish_answers, write_card
 
 
@@ -57,7 +56,7 @@ def test_answers_become_shards_that_are_added_and_never_rewritten(tmp_path):
         file.write('{"id": "p999", "prom')
     more = write(tmp_path / "b.jsonl", plain_rows(range(5), seed=2, **ORIGIN))
     report = publish_answers([answers, more], folder)
-    assert report.added.total() == 8 and report.left_out == {"there already": 200}
+    assert report.added.total() == 8 and report.skipped == 200
     after = shards(folder)
     assert {name: after[name] for name in before} == before and "train-00001.parquet" in after
     assert publish_answers([answers, more], folder).added.total() == 0
@@ -80,7 +79,7 @@ def test_greedy_answers_of_another_seed_are_the_same_answers(tmp_path):
     rows = {seed: plain_rows(range(3), temperature=0.0, seed=seed, **ORIGIN) for seed in (1, 2)}
     files = [write(tmp_path / f"{seed}.jsonl", rows[seed]) for seed in rows]
     report = publish_answers(files, tmp_path / "corpus")
-    assert report.added.total() == 3 and report.left_out == {"there already": 3}
+    assert report.added.total() == 3 and report.skipped == 3
 
 
 def test_training_reads_the_folder_and_holds_the_same_prompts_out(tmp_path):
@@ -132,14 +131,6 @@ def test_the_card_counts_and_names_sources(tmp_path):
     (folder / "card.yaml").write_text("titel: x\n")
     with pytest.raises(ValueError, match=r"card\.yaml has the entries titel, expected title, target"):
         write_card(folder)
-
-
-def test_answers_to_evaluation_questions_are_left_out(tmp_path):
-    rows = plain_rows(range(3), **ORIGIN)
-    rows[1]["prompt"] = "Please: who wrote the play Faust"
-    overlap = EvaluationOverlap(["Who wrote the play Faust?"])
-    report = publish_answers([write(tmp_path / "a.jsonl", rows)], tmp_path / "corpus", evaluation=overlap)
-    assert report.added.total() == 2 and report.left_out == {"holds an evaluation question": 1}
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,10 @@ OVERLAP_WORDS = 13
 # A shorter question counts when a prompt holds all of it, a very short one only when it is the whole turn.
 _SHORT_QUESTION = 5
 
+# Of a turn; the least applies to the first alone.
+MIN_CHARACTERS = 12
+MAX_CHARACTERS = 6000
+
 _USERS = {"user", "human", "prompter"}
 
 EVALUATION_SETS = [SPEC_BENCH_URL, "openai/gsm8k:main:test", "openai/openai_humaneval:test"]
@@ -148,11 +152,6 @@ class EvaluationOverlap:
         )
 
 
-def questions_of(sources: Iterable[str]) -> list[str]:
-    """The user's turns of files or Hub datasets of evaluation questions."""
-    return [turn for source in sources for row in load_rows(source) for turn in user_turns(row)]
-
-
 def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower())
 
@@ -166,27 +165,21 @@ class PromptReport:
     """What `build_prompts` took from where.
 
     Attributes:
-        read, kept: rows by source.
-        dropped: rows by source and reason.
-        licenses: of each source, as the rows that were kept state it.
-        credits: of each source.
+        origins: licence and credit of each source, as the rows that were read state them.
+        kept: rows of each source that became prompts.
+        dropped: rows of each source that did not, by reason.
     """
 
-    read: Counter = field(default_factory=Counter)
+    origins: dict[str, tuple[str, str]] = field(default_factory=dict)
     kept: Counter = field(default_factory=Counter)
     dropped: dict[str, Counter] = field(default_factory=dict)
-    licenses: dict[str, str] = field(default_factory=dict)
-    credits: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """A table in Markdown, for the model card too."""
-        lines = ["| source | licence | credit | rows | prompts | left out |", "|---|---|---|---|---|---|"]
-        for name in self.credits:
+        lines = ["| source | licence | credit | prompts | left out |", "|---|---|---|---|---|"]
+        for name, (license_, credit) in self.origins.items():
             reasons = ", ".join(f"{reason} {number:,}" for reason, number in self.dropped[name].most_common())
-            lines.append(
-                f"| {name} | {self.licenses[name]} | {self.credits[name]} | {self.read[name]:,} | "
-                f"{self.kept[name]:,} | {reasons} |"
-            )
+            lines.append(f"| {name} | {license_} | {credit} | {self.kept[name]:,} | {reasons} |")
         return "\n".join(lines)
 
 
@@ -197,8 +190,6 @@ def build_prompts(
     max_prompts: int | None = None,
     max_per_source: int | None = None,
     max_turns: int = 4,
-    min_characters: int = 12,
-    max_characters: int = 6000,
     seed: int = 0,
 ) -> tuple[list[dict[str, Any]], PromptReport]:
     """
@@ -215,7 +206,6 @@ def build_prompts(
         max_prompts: most rows, drawn from all that passed.
         max_per_source: most rows of one source, drawn likewise.
         max_turns: turns of a conversation; further ones are cut.
-        min_characters, max_characters: of a turn; the least applies to the first.
         seed: of the drawing and of the order.
 
     Raises:
@@ -232,16 +222,13 @@ def build_prompts(
             except (ValueError, KeyError) as error:
                 raise ValueError(f"Row {index} of {source.data}: {error}") from error
             name, license_ = row.get("source") or source.name, row.get("license") or source.license
-            report.read[name] += 1
-            report.credits.setdefault(name, source.credit)
-            report.licenses.setdefault(name, license_)
-            words = " ".join(_words(turns[0])) if turns else ""
-            if reason := _reason_to_drop(turns, words in seen, evaluation, min_characters, max_characters):
-                report.dropped.setdefault(name, Counter())[reason] += 1
+            report.origins.setdefault(name, (license_, source.credit))
+            dropped = report.dropped.setdefault(name, Counter())
+            if reason := _reason_to_drop(turns, seen, evaluation):
+                dropped[reason] += 1
                 continue
-            report.dropped.setdefault(name, Counter())
-            seen.add(words)
-            unfit = (place for place, turn in enumerate(turns) if not turn or len(turn) > max_characters)
+            seen.add(" ".join(_words(turns[0])))
+            unfit = (place for place, turn in enumerate(turns) if not turn or len(turn) > MAX_CHARACTERS)
             turns = turns[: next(unfit, None)]
             prompt = {"prompt": turns[0]} if len(turns) == 1 else {"turns": turns}
             taken.append({"id": f"{source.name}-{index:06d}", "source": name, "license": license_} | prompt)
@@ -251,18 +238,16 @@ def build_prompts(
     return rows, report
 
 
-def _reason_to_drop(
-    turns: list[str], is_known: bool, evaluation: EvaluationOverlap, min_characters: int, max_characters: int
-) -> str | None:
+def _reason_to_drop(turns: list[str], seen: set[str], evaluation: EvaluationOverlap) -> str | None:
     if not turns:
         return "no prompt"
-    if len(turns[0]) < min_characters:
+    if len(turns[0]) < MIN_CHARACTERS:
         return "too short"
-    if len(turns[0]) > max_characters:
+    if len(turns[0]) > MAX_CHARACTERS:
         return "too long"
     if any(turn in evaluation for turn in turns):
         return "in an evaluation set"
-    return "there already" if is_known else None
+    return "there already" if " ".join(_words(turns[0])) in seen else None
 
 
 def _draw(rows: list[dict[str, Any]], most: int | None, seed: str, report: PromptReport) -> list[dict[str, Any]]:
@@ -289,8 +274,6 @@ class PromptArguments:
     max_prompts: int | None = field(default=None, metadata={"help": "Most prompts, drawn from all."})
     max_per_source: int | None = field(default=None, metadata={"help": "Most prompts of one source."})
     max_turns: int = field(default=4, metadata={"help": "User's turns of a conversation."})
-    min_characters: int = field(default=12, metadata={"help": "Shortest first turn."})
-    max_characters: int = field(default=6000, metadata={"help": "Longest turn."})
     seed: int = field(default=0, metadata={"help": "Seed of drawing and order."})
 
 
@@ -300,8 +283,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(arguments.output)
     if output.suffix != ".jsonl":
         raise ValueError(f"output is {output}, expected a .jsonl file.")
-    questions = questions_of(arguments.evaluation)
-    settings = {name: value for name, value in vars(arguments).items() if name.startswith(("max", "min", "seed"))}
+    questions = [turn for source in arguments.evaluation for row in load_rows(source) for turn in user_turns(row)]
+    settings = {name: getattr(arguments, name) for name in ("max_prompts", "max_per_source", "max_turns", "seed")}
     rows, report = build_prompts(find_sources(arguments.sources), EvaluationOverlap(questions), **settings)
     provenance = (
         f"# Prompts of {output.name}\n\n{len(rows):,} prompts, seed {arguments.seed}.\n\n{report}\n\n"

@@ -26,7 +26,7 @@ from ..common.jsonl import JsonLines
 from .chat_template import TEMPLATE_FIELDS, check_messages
 from .dataset import HELD_OUT_SHARE, is_held_out
 from .encoding import prompt_hash
-from .prompts import SOURCES, EvaluationOverlap, questions_of
+from .prompts import SOURCES
 from .rows import load_rows
 
 
@@ -103,14 +103,14 @@ The licences are those of the prompts. The answers are the target's.
 
 @dataclass
 class PublicationReport:
-    """What one call of `publish_answers` did: `added` rows by split, and rows left out by reason."""
+    """What one call of `publish_answers` did: rows `added` by split, and those `skipped` as they were there."""
 
     added: Counter = field(default_factory=Counter)
-    left_out: Counter = field(default_factory=Counter)
+    skipped: int = 0
 
     def __str__(self) -> str:
         lines = [f"rows added to {split}: {self.added[split]:,}" for split in SPLITS]
-        return "\n".join(lines + [f"left out, {reason}: {number:,}" for reason, number in self.left_out.items()])
+        return "\n".join([*lines, f"skipped, there already: {self.skipped:,}"])
 
 
 def publish_answers(
@@ -118,7 +118,6 @@ def publish_answers(
     folder: str | Path,
     *,
     prompts: Iterable[Mapping[str, Any]] = (),
-    evaluation: EvaluationOverlap | None = None,
 ) -> PublicationReport:
     """
     Add answers to a folder of Parquet shards, and write its card anew.
@@ -130,7 +129,6 @@ def publish_answers(
         answers: `.jsonl` files of `regenerate` or `regenerate_served`. An incomplete last line is ignored.
         folder: Made if missing.
         prompts: Rows of `id`, `source`, `license` and perhaps `category`, for answers that do not hold them.
-        evaluation: Leave answers to prompts that hold one of these questions out.
 
     Raises:
         ValueError: an answer is malformed, its source is unknown, or it is of another target than the others.
@@ -162,11 +160,7 @@ def publish_answers(
                     )
                 key = (row["id"], row["temperature"], row["seed"])
                 if key in seen:
-                    report.left_out["there already"] += 1
-                elif evaluation and any(
-                    message["content"] in evaluation for message in row["messages"] if message["role"] == "user"
-                ):
-                    report.left_out["holds an evaluation question"] += 1
+                    report.skipped += 1
                 else:
                     seen.add(key)
                     yield row
@@ -329,20 +323,11 @@ class PublicationArguments:
         default=None,
         metadata={"help": "Rows with 'id', 'source' and 'license', for answers that do not name their source."},
     )
-    evaluation: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Files or Hub datasets of questions; answers to prompts that hold one are left out."},
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `publish_answers` from the command line; `argv` defaults to the process's arguments."""
     (arguments,) = HfArgumentParser(PublicationArguments).parse_args_into_dataclasses(args=argv)
-    report = publish_answers(
-        arguments.answers,
-        arguments.output,
-        prompts=load_rows(arguments.prompts) if arguments.prompts else (),
-        evaluation=EvaluationOverlap(questions_of(arguments.evaluation)) if arguments.evaluation else None,
-    )
-    print(report)
+    prompts = load_rows(arguments.prompts) if arguments.prompts else ()
+    print(publish_answers(arguments.answers, arguments.output, prompts=prompts))
     print(f"Its card is {Path(arguments.output) / 'README.md'}; credits of sources go into card.yaml beside it.")
