@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import venv
 from pathlib import Path
 
@@ -30,15 +31,21 @@ def test_an_installed_wheel_has_all_that_its_commands_read(tmp_path):
     subprocess.run([*pip, "install", "--no-deps", "--target", str(packages), str(wheel)], check=True)
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # those of this environment
 
-    def run(*arguments: str) -> str:
-        python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
-        result = subprocess.run([str(python), *arguments], capture_output=True, text=True, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+    program = """
+        import transformers_confu
+        from transformers_confu.cli import main
 
-    assert str(packages) in run("-c", "import transformers_confu; print(transformers_confu.__file__)")
-    assert "  demo\n" in run("-m", "transformers_confu.cli", "--help")
-    for command in ("demo", "publish", "data prompts", "train", "evaluate"):
-        assert run("-m", "transformers_confu.cli", *command.split(), "--help").startswith(f"usage: confu {command}")
+        print(transformers_confu.__file__)
+        for command in ("", "demo", "publish", "data prompts", "train", "evaluate"):
+            try:
+                main([*command.split(), "--help"])
+            except SystemExit as end:
+                assert end.code == 0, command
+    """
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    command = [str(python), "-c", textwrap.dedent(program)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(str(packages)) and result.stdout.count("usage: confu ") == 6
     installed = {str(file.relative_to(packages)) for file in packages.rglob("*")}
     assert shipped <= installed, shipped - installed
