@@ -48,7 +48,7 @@ class Table:
     folded: bool = False
 
     def cells(self) -> pd.DataFrame:
-        """The cells as text."""
+        """The cells as text, without empty columns."""
 
         def text(cell: Any) -> str:
             if isinstance(cell, Interval | float):
@@ -56,7 +56,8 @@ class Table:
             return "" if cell is None else f"{cell:,}" if isinstance(cell, int) else str(cell)
 
         frame = pd.DataFrame(self.rows, dtype=object).map(text)
-        return frame.drop(columns=[key for key in KEYS if key in frame and frame[key].nunique() == 1])
+        same = [key for key in KEYS if key in frame and frame[key].nunique() == 1]
+        return frame.loc[:, (frame != "").any()].drop(columns=same)
 
 
 def _rows(
@@ -114,7 +115,7 @@ def group_table(comparisons: list[Comparison]) -> Table:
     }
 
     def cells(c: Comparison, name: str) -> list[Row]:
-        if name == c.plain:
+        if name == c.plain or len(c.groups) == 1:
             return []
         return [
             {"figure": title} | {group: c.interval(figure(c, group)[name], group) for group in c.groups}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import datasets
 import evaluate
+import numpy as np
 
 
 _DESCRIPTION = """
@@ -28,31 +29,29 @@ Examples:
 """
 
 
+COLUMNS = {"tokens": "int64", "seconds": "float64", "baseline_tokens": "int64", "baseline_seconds": "float64"}
+
+
 class ConfuSpeedup(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
-        kinds = {"tokens": "int64", "seconds": "float64", "baseline_tokens": "int64", "baseline_seconds": "float64"}
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation="",
             inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()}),
+            features=datasets.Features({name: datasets.Value(kind) for name, kind in COLUMNS.items()}),
         )
 
     def _compute(self, **columns: Sequence[float]) -> dict[str, float]:
         for name, values in columns.items():
-            if any(value <= 0 for value in values):
+            if min(values) <= 0:
                 raise ValueError(f"`{name}` holds {min(values)}; every question needs tokens and a time above 0.")
-        tokens, seconds = columns["tokens"], columns["seconds"]
-        baseline_tokens, baseline_seconds = columns["baseline_tokens"], columns["baseline_seconds"]
-        rate = sum(tokens) / sum(seconds)
-        baseline = sum(baseline_tokens) / sum(baseline_seconds)
-        ratios = [
-            (own / spent) / (others / taken)
-            for own, spent, others, taken in zip(tokens, seconds, baseline_tokens, baseline_seconds, strict=True)
-        ]
+        given = {name: np.array(values) for name, values in columns.items()}
+        tokens, seconds, other_tokens, other_seconds = (given[name] for name in COLUMNS)
+        rate, baseline = tokens.sum() / seconds.sum(), other_tokens.sum() / other_seconds.sum()
+        ratios = (tokens / seconds) / (other_tokens / other_seconds)
         return {
-            "speedup_total": rate / baseline,
-            "speedup_mean": sum(ratios) / len(ratios),
-            "tokens_per_second": rate,
-            "baseline_tokens_per_second": baseline,
+            "speedup_total": float(rate / baseline),
+            "speedup_mean": float(ratios.mean()),
+            "tokens_per_second": float(rate),
+            "baseline_tokens_per_second": float(baseline),
         }
