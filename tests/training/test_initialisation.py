@@ -118,47 +118,35 @@ def test_soft_prompts_need_as_many_tokens():
     assert warm_start(target, TOKENS, no_prompts, torch.tensor([], dtype=torch.long)) is not None
 
 
-class WithoutWeight(nn.Module):
-    """A quantised linear layer, as far as its attributes go: packed numbers and no weight."""
+class OtherLinear(nn.Module):
+    """A quantised or offloaded linear layer, as far as its attributes go: packed numbers, and some `weight`."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, make_weight):
         super().__init__()
         self._packed = linear.weight.detach().clone()
+        if make_weight is not None:
+            setattr(self, "weight", make_weight(self._packed))  # noqa: B010 - a parameter or a method
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden_states, self._packed)
 
 
-class WithWeightMethod(WithoutWeight):
-    """As PyTorch's own quantised layers: the weight is a method."""
-
-    def weight(self) -> torch.Tensor:
-        return self._packed
-
-
-class WithScaledWeight(WithoutWeight):
-    """FP8: a floating-point weight that means nothing without its scale."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__(linear)
-        self.weight = nn.Parameter((self._packed * 100).to(torch.float8_e4m3fn), requires_grad=False)
-
-
-class WithMetaWeight(WithoutWeight):
-    """Offloaded: the weight is elsewhere."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__(linear)
-        self.weight = nn.Parameter(linear.weight.to("meta"))
-
-
-@pytest.mark.parametrize("kind", [WithoutWeight, WithWeightMethod, WithScaledWeight, WithMetaWeight])
-def test_quantised_and_offloaded_layers_are_left_out_with_a_warning(kind, caplog):
+@pytest.mark.parametrize(
+    "make_weight",
+    [
+        None,
+        lambda packed: lambda: packed,  # as PyTorch's own quantised layers: the weight is a method
+        lambda packed: nn.Parameter((packed * 100).to(torch.float8_e4m3fn), requires_grad=False),  # needs its scale
+        lambda packed: nn.Parameter(packed.to("meta")),  # the weight is elsewhere
+    ],
+    ids=["no weight", "method", "fp8", "offloaded"],
+)
+def test_quantised_and_offloaded_layers_are_left_out_with_a_warning(make_weight, caplog):
     target = make_tiny_target(dtype=torch.float32)
     last = target.model.layers[-1]
-    last.self_attn.q_proj = kind(last.self_attn.q_proj)
-    last.mlp.down_proj = kind(last.mlp.down_proj)
-    target.lm_head = kind(target.lm_head)
+    last.self_attn.q_proj = OtherLinear(last.self_attn.q_proj, make_weight)
+    last.mlp.down_proj = OtherLinear(last.mlp.down_proj, make_weight)
+    target.lm_head = OtherLinear(target.lm_head, make_weight)
     with caplog.at_level(logging.WARNING):
         draft = warm_start(target, TOKENS, config_for(target), soft_prompt_ids=torch.tensor([4, 8, 15]))
     (record,) = caplog.records

@@ -307,16 +307,6 @@ def test_a_padded_batch_is_the_sum_of_its_texts(name, mode):
     assert_same(objective_of(target, draft, batch, anchors), expected)
 
 
-@pytest.mark.parametrize("mode", ["anchors", "eagle3"])
-def test_a_batch_without_rows_teaches_nothing(mode):
-    target, draft = make_pair()
-    batch = make_batch(make_text((4, 1)), make_text((6, 0)))
-    objective = objective_of(target, draft, batch, anchors_of(batch) if mode == "anchors" else None)
-    assert objective.loss_sum == 0 and not any(count.any() for count in objective.counts.values())
-    objective.loss_sum.backward()
-    assert all((parameter.grad == 0).all() for parameter in draft.parameters())
-
-
 @torch.no_grad()
 def test_a_target_that_computes_all_logits_gives_the_same_loss(monkeypatch):
     target, draft = make_pair()

@@ -493,11 +493,12 @@ def test_a_sharding_that_accelerate_was_told_of_is_refused(target, rows, tmp_pat
         make_trainer(target, tmp_path, train_dataset=rows)
 
 
-def test_rows_without_answers_count_nothing(target, rows, tmp_path):
+def test_a_dataset_given_later_is_checked_too(target, rows, tmp_path):
+    trainer = make_trainer(target, tmp_path, eval_dataset=rows)
     silent = rows.map(lambda row: {"labels": [-100] * len(row["labels"])})
-    for stage in ("contemplation", "joint"):
-        trainer = make_trainer(target, tmp_path, stage=stage, eval_dataset=rows)
-        assert trainer.evaluate(silent)["eval_loss"] == 0
+    with pytest.raises(ValueError, match="None of the 10 rows of `eval_dataset` holds two answer tokens in a row"):
+        trainer.evaluate(silent)
+    assert trainer.evaluate(concatenate_datasets([silent, rows]))["eval_loss"] == trainer.evaluate()["eval_loss"]
 
 
 def test_the_decay_of_steps_reaches_the_loss(target, rows, tmp_path):

@@ -13,7 +13,7 @@ from ..inference.target import TargetRunner
 from .anchors import Anchors
 from .batch import TokenBatch
 from .metrics import no_counts
-from .objective import Objective, contemplate_rows, expert_load, nothing_taught
+from .objective import Objective, contemplate_rows, expert_load
 from .teacher import read_batch
 
 
@@ -23,8 +23,6 @@ def compute_foresight(draft: ConFuDraftModel, runner: TargetRunner, batch: Token
 
     Arguments as in [`~objective.compute_live`]; the counts of the result have one step, the token after the next.
     """
-    if not anchors.exists.any():
-        return nothing_taught(draft, num_steps=1)
     outputs = read_batch(
         runner,
         batch,

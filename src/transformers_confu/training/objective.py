@@ -54,8 +54,6 @@ def compute_live(
         anchors ([`Anchors`], *optional*): Without them the draft trains in EAGLE-3 mode.
         recipe ([`Recipe`]).
     """
-    if not batch.draft_rows.any():
-        return nothing_taught(draft, recipe.num_steps)
     outputs = read_batch(
         runner,
         batch,
@@ -66,12 +64,6 @@ def compute_live(
     teaching = teach(draft, runner.taps(outputs.hidden_states), outputs.logits)
     futures = None if anchors is None else contemplate(runner, batch, teaching.taps, outputs.cache, anchors)
     return compute_objective(draft, runner.embed, batch, teaching, anchors, futures, recipe)
-
-
-def nothing_taught(draft: ConFuDraftModel, num_steps: int) -> Objective:
-    """Of a batch without a draft row: zero, yet with a gradient for every parameter."""
-    zero = sum(parameter.sum() * 0.0 for parameter in draft.parameters() if parameter.requires_grad)
-    return Objective(zero, no_counts(draft.config, num_steps))
 
 
 def contemplate(
@@ -111,8 +103,6 @@ def compute_objective(
             Where the batch contemplates, and what comes of it. Without them the draft trains in EAGLE-3 mode.
         recipe ([`Recipe`]).
     """
-    if not batch.draft_rows.any():
-        return nothing_taught(draft, recipe.num_steps)
     rows, row_exists = _padded_index(batch.draft_rows)  # (B, R)
 
     features = draft.fuse_taps(teaching.taps)  # (B, T, H)

@@ -192,7 +192,7 @@ class ConFuTrainer(ReleasingTrainer):
     # Data
 
     def _checked(self, dataset: Any, name: str, args: ConFuTrainingArguments) -> Dataset:
-        """A dataset that can be trained on."""
+        """A dataset that can be trained on, without the rows that cannot."""
         dataset = check_dataset(dataset, self.target_model, name, args.num_steps)
         try:
             self._sampler(dataset, args, shuffle=False)
@@ -236,7 +236,7 @@ class ConFuTrainer(ReleasingTrainer):
             dataset = self.eval_dataset[dataset]
         if dataset is None:
             raise ValueError("Evaluation needs an `eval_dataset`; make one with `prepare_dataset`.")
-        return self._loader(dataset, shuffle=False)
+        return self._loader(self._checked(dataset, "eval_dataset", self.args), shuffle=False)
 
     def _loader(self, dataset: Dataset, shuffle: bool) -> DataLoader:
         args = self.args
