@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command; its exit status: 0 if the two fit, 1 if not."""
     parser = ArgumentParser(
         description="Say whether a draft fits a target, and what to do if not. Only the target's configuration and "
-        "tokenizer are read; a target of any size is checked in seconds.",
+        "tokenizer are read; a target of any size is checked in seconds."
     )
     parser.add_argument("target", help="folder or Hub id of the target, or 'demo'")
     parser.add_argument("draft", help="folder or Hub id of the ConFu draft")

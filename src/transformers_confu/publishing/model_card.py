@@ -211,11 +211,7 @@ def add_evaluation(folder: str | os.PathLike, evaluation: Evaluation) -> None:
 
 
 def model_card(
-    facts: CardFacts,
-    config: ConFuConfig,
-    repo_id: str,
-    knobs: dict[str, int] | None = None,
-    check: str = "",
+    facts: CardFacts, config: ConFuConfig, repo_id: str, knobs: dict[str, int] | None = None, check: str = ""
 ) -> ModelCard:
     """
     The card of a draft.

@@ -15,25 +15,13 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from transformers import (
-    AutoModel,
-    GenerationConfig,
-    HfArgumentParser,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModel, GenerationConfig, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..common.demo_target import HUB_ID
 from ..common.files import share
 from ..common.jsonl import read_jsonl
-from ..common.loading import (
-    TargetOptions,
-    dtype_named,
-    load_draft,
-    load_target_config,
-    load_tokenizer,
-)
+from ..common.loading import TargetOptions, dtype_named, load_draft, load_target_config, load_tokenizer
 from ..common.option_files import option
 from ..inference.configuration_confu import ConFuConfig
 from ..inference.custom_generate import generate
@@ -168,11 +156,7 @@ def named(facts: CardFacts, target_name: str) -> CardFacts:
 
 
 def check_arguments(
-    repo_id: str | None,
-    facts: CardFacts,
-    dry_run: str | os.PathLike | None,
-    revision: str | None,
-    create_pr: bool,
+    repo_id: str | None, facts: CardFacts, dry_run: str | os.PathLike | None, revision: str | None, create_pr: bool
 ) -> None:
     """Refuse what cannot be published, before any work."""
     if dry_run is None and repo_id is None:
