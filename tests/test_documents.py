@@ -205,6 +205,16 @@ def test_commands_in_the_text_exist(path, reach):
         assert {word for word in words if word.startswith("--")} <= known, span
 
 
+def test_the_table_of_options_names_only_those_that_exist(reach):
+    text = (ROOT / "docs/command_line.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `confu ([a-z -]+)` \| (.*)$", text, re.MULTILINE))
+    assert set(rows) == set(COMMANDS)
+    for name, options in rows.items():
+        parser, _ = reach(name.split())
+        known = {option for action in parser._actions for option in action.option_strings}
+        assert set(re.findall(r"`(--\w+)`", options)) <= known, name
+
+
 @documents
 def test_links_lead_somewhere(path):
     for link in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
