@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 
 from transformers_confu.training import ConFuDataCollator
 from transformers_confu.training.batch import TokenBatch, TokenBatchSampler
@@ -93,10 +92,3 @@ def test_rows_and_batches_are_shuffled_between_epochs():
 def test_too_few_rows_for_the_processes_are_refused():
     with pytest.raises(ValueError, match="3 rows of these lengths cannot be shared evenly by 2 processes.* out 1"):
         TokenBatchSampler([9, 9, 9], 9, num_processes=2)
-
-
-def test_rows_reach_a_data_loader():
-    rows = [{"input_ids": [1] * length, "labels": [1] * length} for length in (3, 30, 4, 31, 5)]
-    sampler = TokenBatchSampler([len(row["input_ids"]) for row in rows], 64)
-    loader = DataLoader(rows, batch_sampler=sampler, collate_fn=ConFuDataCollator())
-    assert sorted(tuple(batch["input_ids"].shape) for batch in loader) == [(2, 31), (3, 5)]

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from commands import weights_of, write_run
+from helpers import make_tiny_target
+from transformers_confu.training.teacher import freeze, shard
 from transformers_confu.training.train import main
 
 
@@ -54,3 +57,16 @@ def test_two_processes_are_one(saved_target, tmp_path):
             assert history(two, name) == history(one, name)
         torch.testing.assert_close(*(torch.tensor(history(folder, "loss")) for folder in (two, one)))
         assert (two / "checkpoint-3" / "rng_state_1.pth").exists()
+
+
+def test_the_layers_of_a_target_are_sharded_once_and_nothing_else():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        target = freeze(make_tiny_target())
+        for _ in range(2):  # by two stages of one command
+            shard(target, torch.device("cpu"))
+        layers = set(target.get_decoder().layers.parameters())
+        for name, parameter in target.named_parameters():
+            assert isinstance(parameter, DTensor) == (parameter in layers), name
+    finally:
+        torch.distributed.destroy_process_group()

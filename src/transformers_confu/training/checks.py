@@ -84,13 +84,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel)
 
 def check_dataset(dataset: Dataset, target: PreTrainedModel, name: str, num_steps: int) -> Dataset:
     """
-    Refuse data that the target cannot read or the draft cannot learn from.
-
-    Args:
-        dataset: From `prepare_dataset`.
-        target: The target.
-        name: What the caller calls the dataset.
-        num_steps: TTT steps.
+    Refuse data, called `name`, that the target cannot read or the draft cannot learn from in so many TTT steps.
 
     Returns:
         The dataset, without the rows that have nothing to learn from; they are reported.

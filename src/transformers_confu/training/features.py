@@ -138,14 +138,7 @@ class KeptFeatures:
             )
 
     def compute(self, batch: TokenBatch, anchors: Anchors | None, recipe: Recipe) -> Objective:
-        """
-        Loss and counts of a batch.
-
-        Args:
-            batch: Texts.
-            anchors: Those that `sampling` draws for these rows; `None` without it.
-            recipe: See [`Recipe`].
-        """
+        """As [`compute_live`], at the anchors that `sampling` draws for these rows, or none without it."""
         draft = self.draft
         if any(key not in self.rows for key in batch.row_keys):
             self._write(batch, anchors)

@@ -48,11 +48,8 @@ def compute_live(
     Gradients pass through the target to soft prompts and `[con]`, from the contemplate rows only.
 
     Args:
-        draft ([`ConFuDraftModel`]): Trained.
-        runner ([`TargetRunner`]): Of the frozen target, in its own dtype.
-        batch ([`TokenBatch`]): Texts.
-        anchors ([`Anchors`], *optional*): Without them the draft trains in EAGLE-3 mode.
-        recipe ([`Recipe`]).
+        runner: Of the frozen target, in its own dtype.
+        anchors: Where the batch contemplates. Without them the draft trains in EAGLE-3 mode.
     """
     outputs = read_batch(
         runner,
@@ -94,14 +91,12 @@ def compute_objective(
     recipe: Recipe,
 ) -> Objective:
     r"""
+    The objective of a batch about which the target has spoken; arguments as of [`compute_live`], and:
+
     Args:
-        draft ([`ConFuDraftModel`]): Trained.
         embed: The target's input embeddings, for a draft that has none of its own.
-        batch ([`TokenBatch`]): Texts.
-        teaching ([`Teaching`]): What the target says about it.
-        anchors ([`Anchors`], *optional*), futures (`torch.FloatTensor` of shape `(batch, anchors, future_size)`):
-            Where the batch contemplates, and what comes of it. Without them the draft trains in EAGLE-3 mode.
-        recipe ([`Recipe`]).
+        futures (`torch.FloatTensor` of shape `(batch, anchors, future_size)`, *optional*): What comes of contemplation
+            at the anchors.
     """
     rows, row_exists = _padded_index(batch.draft_rows)  # (B, R)
 

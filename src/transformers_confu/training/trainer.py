@@ -45,12 +45,6 @@ class ObjectiveModule(nn.Module):
     The objective of a batch as the forward of a module that holds the draft.
 
     It is what accelerate wraps, so that the gradients of several processes meet; the target is no part of it.
-
-    Args:
-        draft ([`ConFuDraftModel`]): Trained.
-        target ([`PreTrainedModel`]): Frozen.
-        args ([`ConFuTrainingArguments`]).
-        features ([`KeptFeatures`], *optional*): What the target says, where it need not be asked again.
     """
 
     def __init__(
