@@ -29,6 +29,8 @@ def test_collator_pads_on_the_right(pad_token_id):
     keys = TokenBatch.of(batch).row_keys
     assert len(set(keys)) == 3 and TokenBatch.of(ConFuDataCollator(5)(rows[2:])).row_keys == keys[2:]
     assert TokenBatch.of(ConFuDataCollator()([rows[2] | {"labels": [-100]}])).row_keys == keys[2:]
+    other = rows[1] | {"labels": [-100, -100, *rows[1]["labels"][2:]]}
+    assert TokenBatch.of(ConFuDataCollator()([other])).row_keys != keys[1:2]
 
 
 def test_collator_refuses_unequal_columns():
