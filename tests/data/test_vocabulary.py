@@ -19,18 +19,14 @@ def test_counts_are_those_of_the_labels(rows):
     assert counts.tolist() == expected
 
 
-def test_counts_of_more_rows_than_a_chunk():
-    rows = [{"input_ids": [1, 2], "labels": [-100, index % 3]} for index in range(2501)]
-    assert count_assistant_tokens(Dataset.from_list(rows), vocab_size=4).tolist() == [834, 834, 833, 0]
+def test_counts_of_more_rows_than_a_chunk_and_ids_outside():
+    dataset = Dataset.from_list([{"input_ids": [1, 2], "labels": [-100, index % 3]} for index in range(2501)])
+    assert count_assistant_tokens(dataset, vocab_size=4).tolist() == [834, 834, 833, 0]
+    with pytest.raises(ValueError, match="span 0 to 2, expected -100 or ids from 0 to 1"):
+        count_assistant_tokens(dataset, vocab_size=2)
 
 
-@pytest.mark.parametrize("label", [-1, 8])
-def test_counting_refuses_ids_outside(label):
-    with pytest.raises(ValueError, match="expected -100 or ids from 0 to 7"):
-        count_assistant_tokens(Dataset.from_dict({"labels": [[label, 3]]}), vocab_size=8)
-
-
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_vocabulary_equals_the_naive_one(data):
     counts = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=30).filter(any))
@@ -46,7 +42,9 @@ def test_vocabulary_equals_the_naive_one(data):
         chosen.append(best)
     chosen.sort()
 
-    vocabulary = build_draft_vocabulary(torch.tensor(counts), size, always_include=iter(forced))
+    given = torch.tensor(counts)
+    vocabulary = build_draft_vocabulary(given, size, always_include=iter(forced))
+    assert given.tolist() == counts  # as it was
     assert vocabulary.token_ids.tolist() == chosen
     assert [index + offset for index, offset in enumerate(vocabulary.d2t.tolist())] == chosen
     assert [token for token, inside in enumerate(vocabulary.t2d.tolist()) if inside] == chosen
@@ -56,27 +54,16 @@ def test_vocabulary_equals_the_naive_one(data):
     assert vocabulary.coverage == pytest.approx(sum(counts[token] for token in chosen) / sum(counts))
 
 
-def test_counts_are_not_changed():
-    counts = torch.tensor([3, 0, 1])
-    build_draft_vocabulary(counts, 2, always_include=[1])
-    assert counts.tolist() == [3, 0, 1]
-
-
 @pytest.mark.parametrize(
     ("counts", "size", "forced", "message"),
     [
-        (torch.tensor([1, 2]), 3, (), "draft_vocab_size is 3, expected 1 to 2"),
-        (torch.tensor([1, 2]), 0, (), "draft_vocab_size is 0"),
-        (torch.tensor([1, 2]), -1, (), "draft_vocab_size is -1"),
-        (torch.tensor([1, -2]), 1, (), "negative"),
-        (torch.tensor([0, 0]), 1, (), "no token at all"),
-        (torch.tensor([1.0, 2.0]), 1, (), "expected int64"),
-        (torch.tensor([[1, 2]]), 1, (), r"shape \(1, 2\)"),
-        (torch.tensor([1, 2]), 1, (2,), "always_include spans 2 to 2"),
-        (torch.tensor([1, 2]), 1, (-1,), "always_include spans -1"),
-        (torch.tensor([1, 2]), 1, (0, 1), "always_include holds 2 ids, expected at most"),
+        ([1, 2], 3, (), "draft_vocab_size is 3, expected 1 to 2"),
+        ([1, 2], 0, (), "draft_vocab_size is 0"),
+        ([0, 0], 1, (), "no token at all"),
+        ([1, 2], 1, (2,), "always_include holds 1 ids, from 2 to 2"),
+        ([1, 2], 1, (0, 1), "always_include holds 2 ids, .* expected at most draft_vocab_size = 1"),
     ],
 )
 def test_building_refuses_bad_input(counts, size, forced, message):
     with pytest.raises(ValueError, match=message):
-        build_draft_vocabulary(counts, size, forced)
+        build_draft_vocabulary(torch.tensor(counts), size, forced)

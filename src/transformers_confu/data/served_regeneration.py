@@ -41,6 +41,7 @@ from .rows import load_rows
 
 logger = logging.get_logger(__name__)
 
+_ATTEMPTS = 9
 # The wait before the third attempt is twice this, and doubles from there on.
 _WAIT_SECONDS = 1.0
 _LONGEST_WAIT_SECONDS = 60.0
@@ -62,7 +63,6 @@ def regenerate_served(
     seed: int = 0,
     concurrency: int = 64,
     timeout: float = 600.0,
-    max_retries: int = 8,
     api_key: str | None = None,
     extra_body: Mapping[str, Any] | None = None,
 ) -> RegenerationReport:
@@ -85,9 +85,8 @@ def regenerate_served(
         temperatures: One or more; 0 means greedy.
         seed: Of the sampling, as far as the server heeds it.
         concurrency: Requests under way at once.
-        timeout: Seconds until a request counts as failed.
-        max_retries: How often one request is repeated, with growing waits, while the server is busy (429), fails (5xx)
-            or cannot be reached.
+        timeout: Seconds until a request counts as failed. Failed ones are repeated, with growing waits, as are those
+            that find the server busy (429), failing (5xx) or out of reach.
         api_key: Sent as bearer token if given.
         extra_body: Further fields of each request, such as `{"top_p": 0.9}`.
 
@@ -100,7 +99,7 @@ def regenerate_served(
         output_path, max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length, concurrency=concurrency
     )
     conversations = plan_conversations(rows, temperatures)
-    client = _Client(server.rstrip("/"), concurrency, timeout, max_retries, api_key)
+    client = _Client(server.rstrip("/"), concurrency, timeout, api_key)
     made_with: dict[str, Any] = {"model": model or client.only_model(), "max_new_tokens": max_new_tokens, "seed": seed}
     if extra_body:
         made_with["extra_body"] = dict(extra_body)
@@ -164,15 +163,14 @@ class _Refused(Exception):
 class _Client:
     """Requests to a server, each repeated while the server is busy, fails or cannot be reached."""
 
-    def __init__(self, server: str, concurrency: int, timeout: float, max_retries: int, api_key: str | None):
+    def __init__(self, server: str, concurrency: int, timeout: float, api_key: str | None):
         self.server = server
-        self.attempts = max_retries + 1
         self.pool = urllib3.PoolManager(
             maxsize=concurrency,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=timeout,
             retries=urllib3.Retry(
-                max_retries,
+                _ATTEMPTS - 1,
                 allowed_methods=None,
                 status_forcelist=_ASK_AGAIN,
                 raise_on_status=False,
@@ -198,7 +196,7 @@ class _Client:
             response, problem = None, str(error)
         if response is None or response.status in _ASK_AGAIN:
             raise ConnectionError(
-                f"{self.server}{path} gave no answer in {self.attempts} attempts ({problem}). Answers so far are in "
+                f"{self.server}{path} gave no answer in {_ATTEMPTS} attempts ({problem}). Answers so far are in "
                 "the output; repeat the call to go on."
             )
         if response.status in (401, 403, 404):
@@ -253,7 +251,7 @@ def _add_reply(
 
 @dataclass(kw_only=True)
 class ServedRegenerationArguments(AnswerArguments):
-    """Arguments of the command line."""
+    """Arguments of the command line; a server that asks for a key gets that of the environment, `OPENAI_API_KEY`."""
 
     server: str = field(metadata={"help": "Base URL of the server, such as http://localhost:8000/v1."})
     tokenizer: str = field(metadata={"help": "Model id or folder of the served model's tokenizer."})
@@ -262,10 +260,6 @@ class ServedRegenerationArguments(AnswerArguments):
     max_prompt_length: int = field(default=2048, metadata={"help": "Longer prompts (in tokens) are skipped."})
     concurrency: int = field(default=64, metadata={"help": "Requests under way at once."})
     timeout: float = field(default=600.0, metadata={"help": "Seconds until a request counts as failed."})
-    max_retries: int = field(default=8, metadata={"help": "How often one request is repeated."})
-    api_key_variable: str = field(
-        default="OPENAI_API_KEY", metadata={"help": "Environment variable that holds the server's key, if it has one."}
-    )
     chat_template_kwargs: str | None = field(
         default=None,
         metadata={"help": "Options of the chat template as JSON, for rows without: '{\"enable_thinking\": false}'."},
@@ -280,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = HfArgumentParser(ServedRegenerationArguments).parse_args_into_dataclasses(args=argv)
     settings = dict(vars(arguments))
     server, tokenizer, prompts, output = (settings.pop(name) for name in ("server", "tokenizer", "prompts", "output"))
-    settings["api_key"] = os.environ.get(settings.pop("api_key_variable"))
+    settings["api_key"] = os.environ.get("OPENAI_API_KEY")
     rows: Iterable[Mapping[str, Any]] = load_rows(prompts)
     if options := settings.pop("chat_template_kwargs"):
         options = json_option("chat_template_kwargs", options)

@@ -67,28 +67,20 @@ def build_draft_vocabulary(
             cannot propose them loses the last round of each answer.
 
     Raises:
-        ValueError: a size, count or id is out of range, or nothing was counted.
+        ValueError: the size or an id is out of range, or nothing was counted.
     """
-    if counts.ndim != 1 or counts.dtype != torch.long:
-        raise ValueError(f"counts is {counts.dtype} of shape {tuple(counts.shape)}, expected int64 of shape [V].")
-    vocab_size = counts.numel()
+    vocab_size, total, forced = counts.numel(), int(counts.sum()), sorted(set(always_include))
     if not 1 <= draft_vocab_size <= vocab_size:
         raise ValueError(
             f"draft_vocab_size is {draft_vocab_size}, expected 1 to {vocab_size}, the target's vocabulary size."
         )
-    total = int(counts.sum())
-    if int(counts.min()) < 0 or total == 0:
+    if total == 0:
+        raise ValueError("counts holds no token at all, expected occurrences of assistant tokens.")
+    if len(forced) > draft_vocab_size or (forced and not 0 <= forced[0] <= forced[-1] < vocab_size):
         raise ValueError(
-            "counts holds a negative number or no token at all, expected occurrences of assistant tokens."
+            f"always_include holds {len(forced)} ids, from {forced[0]} to {forced[-1]}; expected at most "
+            f"draft_vocab_size = {draft_vocab_size}, from 0 to {vocab_size - 1}."
         )
-    forced = sorted(set(always_include))
-    if forced and not 0 <= forced[0] <= forced[-1] < vocab_size:
-        raise ValueError(f"always_include spans {forced[0]} to {forced[-1]}, expected ids from 0 to {vocab_size - 1}.")
-    if len(forced) > draft_vocab_size:
-        raise ValueError(
-            f"always_include holds {len(forced)} ids, expected at most draft_vocab_size = {draft_vocab_size}."
-        )
-
     rank = counts.clone()
     rank[forced] = counts.max() + 1
     # Stable: of equal counts the lower id stays first, on every device and version.
