@@ -243,12 +243,13 @@ def test_the_gain_is_the_difference_of_two_counts(draft, target, tokenizer, monk
     """Counted from outside: verifications of trees, and lengths of texts."""
     verified, verify = [], TargetRunner.verify
 
-    def count(*args, **options):
-        verified.append(1)
-        return verify(*args, **options)
+    def count(runner, tree, *args, **options):
+        verified.append(tree.tokens.tolist())
+        return verify(runner, tree, *args, **options)
 
     monkeypatch.setattr(TargetRunner, "verify", count)
     inputs, taus = [encode(prompt, tokenizer) for prompt in PROMPTS], []
+    trees = []
     for rows in (0, 16):
         knobs = {"confu_tree_size": 16, "confu_depth": 4, "confu_branching": 8, "confu_contemplation": rows}
         config = confu_generation_config(target, max_new_tokens=16, do_sample=False, **knobs)
@@ -257,9 +258,11 @@ def test_the_gain_is_the_difference_of_two_counts(draft, target, tokenizer, monk
         texts = [target.generate(**one, assistant_model=draft, generation_config=config) for one in inputs]
         tokens = sum(text.shape[1] - one["input_ids"].shape[1] - 1 for one, text in zip(inputs, texts, strict=True))
         taus.append(tokens / len(verified))
+        trees += verified
     rounds = len(verified)
+    verified.clear()
     said = measure_future_gain(target, draft, tokenizer, PROMPTS)
-    assert taus[0] != taus[1]
+    assert taus[0] != taus[1] and trees == verified
     assert draft.generation_config.confu_future_gain == round(taus[1] - taus[0], 2)
     assert (
         f"tau {taus[1]:.2f} with future predictions, {taus[0]:.2f} without, over {rounds} rounds of 2 greedy" in said
@@ -300,7 +303,7 @@ def test_the_command_publishes_with_knobs_and_warns_once(command, server, capsys
     (tmp_path / "draft" / "LICENSE").write_text("Mine.")
     assert command("--token", "hf_good", "--private", "--confu-tree-size", "9", "--confu_contemplation", "0") == 0
     printed = capsys.readouterr()
-    assert printed.out.startswith("https://huggingface.co/org/draft/commit/") and "tau" not in printed.err
+    assert printed.out.startswith("https://huggingface.co/org/draft/commit/") and "gain" not in printed.err
     files = server.branches["org/draft", "main"]
     assert files.keys() == FILES and server.private["org/draft"] is True
     assert files["LICENSE"] == b"Mine."

@@ -29,16 +29,10 @@ from ..inference.round_costs import kept_costs
 
 @dataclass(frozen=True)
 class Finding:
-    r"""
-    One thing that does not fit.
-
-    Args:
-        is_error (`bool`): The two cannot work together; else they do, perhaps not well.
-        sentence (`str`): What was found, what was expected, and what to do.
-    """
+    """One thing that does not fit: an error if the two cannot work together; else they do, perhaps not well."""
 
     is_error: bool
-    sentence: str
+    sentence: str  # what was found, what was expected, and what to do
 
     def __str__(self) -> str:
         return f"{'error' if self.is_error else 'warning'}: {self.sentence}"
@@ -93,18 +87,15 @@ def _load_draft(draft: str | Path) -> tuple[ConFuDraftModel | None, list[Finding
         return None, [Finding(True, str(error))]
     # Drafts that predict every token may come without a map.
     optional = {"d2t", "t2d"} if model.config.draft_vocab_size == model.config.vocab_size else set()
-    findings = []
+    sentences = []
     if missing := set(info["missing_keys"]) - optional:
-        findings.append(Finding(True, f"{draft} lacks the weights {some(missing)}; save the draft again."))
+        sentences.append(f"{draft} lacks the weights {some(missing)}; save the draft again.")
     if unexpected := set(info["unexpected_keys"]):
-        findings.append(
-            Finding(True, f"{draft} holds the weights {some(unexpected)}, for which its config has no use.")
-        )
+        sentences.append(f"{draft} holds the weights {some(unexpected)}, for which its config has no use.")
     if mismatched := info["mismatched_keys"]:
         shapes = [f"{name} is {tuple(found)}, expected {tuple(expected)}" for name, found, expected in mismatched]
-        findings.append(
-            Finding(True, f"The weights in {draft} have other shapes than its config says: {'; '.join(shapes[:6])}.")
-        )
+        sentences.append(f"The weights in {draft} have other shapes than its config says: {'; '.join(shapes[:6])}.")
+    findings = [Finding(True, sentence) for sentence in sentences]
     return (None if findings else model), findings
 
 
