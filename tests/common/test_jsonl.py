@@ -20,13 +20,6 @@ def test_a_torn_last_line_is_dropped_and_the_file_goes_on(tmp_path):
     assert path.read_text(encoding="utf-8") == '{"a": 1}\n{"a": "é"}\n{"a": 4}\n'
 
 
-def test_lines_can_be_given_up(tmp_path):
-    file = JsonLines(tmp_path / "rows.jsonl")
-    file.append([{"a": number} for number in range(4)])
-    file.keep(2)
-    assert [row["a"] for _, row in file.rows()] == [0, 1]
-
-
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [

@@ -78,21 +78,19 @@ class JsonLines:
                 if line.endswith(b"\n"):
                     yield number, parse_json_object(line, self.path, number)
 
-    def keep(self, num_lines: int | None = None) -> None:
-        """Cut the file behind its first `num_lines` lines, by default behind its last whole one."""
+    def _cut_torn_line(self) -> None:
         if self.path.exists():
             with open(self.path, "r+b") as file:
-                lines = [line for line in file if line.endswith(b"\n")]
-                size = sum(map(len, lines[:num_lines]))
+                size = sum(len(line) for line in file if line.endswith(b"\n"))
                 if cut := file.seek(0, 2) - size:
                     file.truncate(size)
-                    logger.warning("Removed %d bytes of incomplete lines from the end of %s.", cut, self.path)
+                    logger.warning("Removed %d bytes of an incomplete line from the end of %s.", cut, self.path)
         self._is_whole = True
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write rows at once: either all of them reach the file or, if the process dies, its reader drops the last."""
         if not self._is_whole:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.keep()
+            self._cut_torn_line()
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -143,15 +143,16 @@ def check_output(output_path: str | Path, **least_one: int) -> Path:
     return Path(output_path)
 
 
-def find_answered(file: JsonLines, conversations: Iterable[Conversation], made_with: Mapping[str, Any]) -> list[Any]:
+def find_unanswered(
+    file: JsonLines, conversations: Iterable[Conversation], made_with: Mapping[str, Any]
+) -> list[Conversation]:
     """
-    Ids of the conversations that an earlier call has answered, in the order of the file.
+    The conversations that an earlier call has not answered, in their order.
 
     Raises:
         ValueError: the file holds an answer that this call would not write.
     """
     unanswered = {conversation.id: conversation for conversation in conversations}
-    answered = []
     for number, row in file.rows():
         conversation = unanswered.pop(row.get("id"), None)
         if conversation is None or not conversation.is_answered_by(row):
@@ -166,8 +167,7 @@ def find_answered(file: JsonLines, conversations: Iterable[Conversation], made_w
                 f"{file.path}, line {number} was made with other settings ({changed}): repeat the earlier call with "
                 "its target and settings, or choose another output."
             )
-        answered.append(row["id"])
-    return answered
+    return list(unanswered.values())
 
 
 @dataclass

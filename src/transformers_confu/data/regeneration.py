@@ -11,6 +11,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from .answers import (
     Conversation,
     RegenerationReport,
     check_output,
-    find_answered,
+    find_unanswered,
     plan_conversations,
 )
 from .fingerprints import fingerprint_of_target
@@ -61,8 +63,8 @@ def regenerate(
     token that ended it; `finished` is False if the last one was cut at `max_new_tokens`; `made_with` holds name and
     hash of the target, its settings and the seed. `prepare_dataset` takes these rows as they are.
 
-    An interrupted call is resumed by the same call: batches that were not written whole are answered again. The global
-    random state is not touched.
+    An interrupted call is resumed by the same call, with the draws of an uninterrupted one as long as it writes whole
+    batches. The global random state is not touched.
 
     Args:
         target: The model in evaluation mode, with full attention; see `check_target`.
@@ -88,7 +90,6 @@ def regenerate(
     fitting = [conversation for conversation in conversations if lengths[conversation.id] <= max_prompt_length]
     report.too_long = len(conversations) - len(fitting)
     fitting.sort(key=lambda conversation: (conversation.temperature, -lengths[conversation.id]))
-    batches = _batches(fitting, batch_size)
     name = target.config.name_or_path
     made_with = {
         "target_name": Path(name).name if Path(name).exists() else name,  # no paths of this machine
@@ -99,35 +100,17 @@ def regenerate(
         "seed": seed,
     }
     file = JsonLines(path)
-    answered = find_answered(file, fitting, made_with)
-    if answered != [conversation.id for conversation in fitting[: len(answered)]]:
-        raise ValueError(f"{path} holds its answers in another order than this call writes: choose another output.")
-    resumed = 0
-    while batches and resumed + len(batches[0]) <= len(answered):
-        resumed += len(batches.pop(0))
-    if answered:
-        file.keep(resumed)
-
-    report.resumed = resumed
-    with tqdm(total=len(fitting), initial=resumed, unit="answer", desc="Regenerating") as progress:
-        for batch in batches:
-            _answer(target, tokenizer, batch, max_new_tokens, max_prompt_length, seed)
-            file.append(conversation.row(made_with) for conversation in batch)
-            for conversation in batch:
-                report.count(conversation)
-            progress.update(len(batch))
+    waiting = find_unanswered(file, fitting, made_with)
+    report.resumed = len(fitting) - len(waiting)
+    with tqdm(total=len(waiting), unit="answer", desc="Regenerating") as progress:
+        for _, group in groupby(waiting, key=attrgetter("temperature")):
+            while batch := list(islice(group, batch_size)):
+                _answer(target, tokenizer, batch, max_new_tokens, max_prompt_length, seed)
+                file.append(conversation.row(made_with) for conversation in batch)
+                for conversation in batch:
+                    report.count(conversation)
+                progress.update(len(batch))
     return report
-
-
-def _batches(conversations: list[Conversation], batch_size: int) -> list[list[Conversation]]:
-    """Consecutive conversations of one temperature."""
-    batches: list[list[Conversation]] = []
-    for conversation in conversations:
-        is_full = not batches or len(batches[-1]) == batch_size
-        if is_full or batches[-1][0].temperature != conversation.temperature:
-            batches.append([])
-        batches[-1].append(conversation)
-    return batches
 
 
 def _answer(

@@ -33,7 +33,7 @@ from .answers import (
     Conversation,
     RegenerationReport,
     check_output,
-    find_answered,
+    find_unanswered,
     plan_conversations,
 )
 from .rows import load_rows
@@ -111,9 +111,8 @@ def regenerate_served(
         **(extra_body or {}),
     }
     file = JsonLines(path)
-    answered = set(find_answered(file, conversations, made_with))
-    report = RegenerationReport(prompts=len(conversations), resumed=len(answered))
-    waiting = [conversation for conversation in conversations if conversation.id not in answered]
+    waiting = find_unanswered(file, conversations, made_with)
+    report = RegenerationReport(prompts=len(conversations), resumed=len(conversations) - len(waiting))
     tokenizer_lock = Lock()  # a fast tokenizer may be set up by one call while another uses it
 
     def answer(conversation: Conversation) -> tuple[Conversation, str | None]:
