@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from transformers_confu import cli
+from transformers_confu.evaluation import report
 from transformers_confu.evaluation.figures import comparisons_of
 from transformers_confu.evaluation.records import RecordFile
 from transformers_confu.publishing.model_card import CARD_FILE, CardFacts
@@ -13,6 +14,7 @@ from transformers_confu.publishing.model_card import CARD_FILE, CardFacts
 
 def test_a_report_hands_its_figures_to_the_draft(options, tmp_path, monkeypatch, tiny_folders):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "draw", lambda *data, **options: None)  # pictures take their time
     another = options | {
         "drafts": [f"mine={tiny_folders['draft']}", f"theirs={tiny_folders['draft']}"],
         "max_turns": 1,

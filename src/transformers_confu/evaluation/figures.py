@@ -182,7 +182,6 @@ def _counts(answer: dict[str, Any]) -> dict[str, Any]:
         "tokens": sum(len(turn["token_ids"]) for turn in turns),
         "seconds": sum(turn["seconds"] for turn in turns),
         "peak": max(turn["peak_memory_bytes"] for turn in turns),
-        "skipped": answer["skipped_turns"],
         "departs": answer["departure"] is not None,
         **{name: (answer["departure"] or {}).get(name, np.nan) for name in ("position", "gap")},
     }
