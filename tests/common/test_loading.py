@@ -111,10 +111,7 @@ def test_a_target_with_code_of_its_own_is_loaded_only_if_allowed(target_folder):
     )
     path = target_folder / "config.json"
     config = json.loads(path.read_text())
-    auto_map = {
-        "AutoConfig": "configuration_mine.MineConfig",
-        "AutoModelForCausalLM": "modeling_mine.MineForCausalLM",
-    }
+    auto_map = {"AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
     path.write_text(json.dumps(config | {"model_type": "mine", "auto_map": auto_map}))
     for refused in (lambda: load_target(str(target_folder), "float32"), lambda: load_target_config(target_folder)):
         with pytest.raises(ValueError, match="comes with code of its own. Read it, .* --trust_remote_code"):
