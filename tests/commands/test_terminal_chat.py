@@ -61,20 +61,7 @@ def test_answers_are_plain_generates_over_one_cache(models, ends):
     assert chat.ask("And why?", **OPTIONS) and draft.last_statistics.draft_state == "new"
 
 
-def test_a_template_that_rewrites_past_answers_starts_over(models):
-    target, tokenizer, draft = models
-    tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'][-4:]")
-    chat = Chat(target, tokenizer, draft)
-    for question in QUESTIONS[:2]:
-        ids = tokenizer.apply_chat_template(
-            [*chat.messages, {"role": "user", "content": question}], add_generation_prompt=True
-        )["input_ids"]
-        expected = plain_answer(target, tokenizer, ids)
-        assert chat.ask(question, **OPTIONS) == answer_text(tokenizer, expected, [1])
-        assert draft.last_statistics.draft_state == "new"
-
-
-def test_reasoning_whose_marks_are_special_tokens_leaves_the_history(models):
+def test_a_template_that_cuts_reasoning_out_starts_over_though_its_marks_are_special_tokens(models):
     """Without its marks the template could not cut it out, and it would stand in the next prompt as the answer."""
     target, tokenizer, draft = models
     answer = plain_answer(target, tokenizer, tokenizer(FIRST)["input_ids"])
@@ -90,6 +77,7 @@ def test_reasoning_whose_marks_are_special_tokens_leaves_the_history(models):
     rest = f"{said.split(mark)[-1]}<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     expected = plain_answer(target, tokenizer, tokenizer(FIRST + rest)["input_ids"])
     assert chat.ask("Why?", **OPTIONS) == answer_text(tokenizer, expected, [1])
+    assert draft.last_statistics.draft_state == "new"
 
 
 def test_a_tokenizer_that_cannot_read_what_it_renders_gets_its_own_ids(models, monkeypatch):

@@ -26,7 +26,7 @@ from ..inference.measured_costs import CONTEXT
 from .answering import Models
 from .arguments import EvaluationArguments
 from .arms import Arm, Draft, Setting, comparisons, drafts_of
-from .costs import INSTRUMENTED_TOKENS, forward_curve, mixture_costs
+from .costs import forward_curve, mixture_costs
 from .machine import describe_machine
 from .questions import Question, load_questions, stratified
 from .records import RecordFile
@@ -37,7 +37,7 @@ NOT_IDENTITY = (
     "output", "report", "runs", "costs", "questions", "num_per_group", "drafts", "eagle3_drafts", "device",
     "trust_remote_code",
 )  # fmt: skip
-COST_CONTEXT = 256  # tokens of context in the call that times the mixtures
+COST_CONTEXT = 64  # tokens of context, at most, in the call that times the mixtures
 
 
 def measure(arguments: EvaluationArguments, command: str = "") -> RecordFile:
@@ -148,9 +148,7 @@ def measure_costs(
     models: Models, dtype: str, missing: list[Arm | None], questions: list[Question], file: RecordFile
 ) -> None:
     """Time the target's forward over rows, and in each contemplating arm the mixtures of experts."""
-    prompt = [token for question in questions for token in models.encode(question.turns[0])]
-    size = min(COST_CONTEXT, models.context_length - INSTRUMENTED_TOKENS)
-    context = (prompt * (size // len(prompt) + 1))[:size]
+    context = models.encode(questions[0].turns[0])[:COST_CONTEXT]
     for arm in tqdm(missing, desc=f"costs, {dtype}", unit="arm", disable=not missing):
         cost: dict[str, Any] = {"kind": "cost", "dtype": dtype, "arm": arm and asdict(arm)}
         if arm is None:
