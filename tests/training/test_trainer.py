@@ -347,11 +347,11 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(target, rows, tmp_pa
     settings = settings | {
         "train_dataset": rows,
         "eval_dataset": rows,
-        "num_train_epochs": 3,
+        "num_train_epochs": 2,
         "save_strategy": "steps",
         "save_steps": at,
         "eval_strategy": "steps",
-        "eval_steps": 1,
+        "eval_steps": 2,
     }
     whole = make_trainer(target, tmp_path / "whole", **settings)
     whole.train()
