@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformers_confu.common.jsonl import read_jsonl
-from transformers_confu.common.spec_bench import SPEC_BENCH_URL
 from transformers_confu.data import prompts
 from transformers_confu.data.prompts import (
     OVERLAP_WORDS,
@@ -81,7 +80,7 @@ def test_sets_name_sources_with_licence_and_credit():
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=30)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(questions=st.lists(WORDS, max_size=3), text=WORDS)
 def test_overlap_is_the_naive_one(questions, text):
     def overlaps(question):
@@ -124,36 +123,18 @@ def test_rows_are_kept_cut_and_dropped(tmp_path):
     ]
     overlap = EvaluationOverlap(["the capital of France, please"])
     taken, report = build_prompts([write(tmp_path / "mine.jsonl", rows)], overlap)
+    here = {"source": "mine", "license": "MIT"}
+    there = {"source": "elsewhere", "license": "CC0-1.0"}
     assert sorted(taken, key=lambda row: row["id"]) == [
-        {"id": "mine-000000", "source": "mine", "license": "MIT", "prompt": "What is a good first question?"},
-        {
-            "id": "mine-000001",
-            "source": "mine",
-            "license": "MIT",
-            "turns": ["Say something about cats.", "Now about dogs."],
-        },
-        {
-            "id": "mine-000002",
-            "source": "mine",
-            "license": "MIT",
-            "turns": ["Say something about ants.", "Now about bees.", "Wasps?", "Flies?"],
-        },
-        {"id": "mine-000003", "source": "mine", "license": "MIT", "prompt": "A short beginning here"},
-        {
-            "id": "mine-000009",
-            "source": "elsewhere",
-            "license": "CC0-1.0",
-            "prompt": "Rows may state their origin.",
-        },
+        {"id": "mine-000000", **here, "prompt": "What is a good first question?"},
+        {"id": "mine-000001", **here, "turns": ["Say something about cats.", "Now about dogs."]},
+        {"id": "mine-000002", **here, "turns": ["Say something about ants.", "Now about bees.", "Wasps?", "Flies?"]},
+        {"id": "mine-000003", **here, "prompt": "A short beginning here"},
+        {"id": "mine-000009", **there, "prompt": "Rows may state their origin."},
     ]
     assert report.kept == {"mine": 4, "elsewhere": 1}
-    assert report.dropped["mine"] == {
-        "there already": 1,
-        "too short": 1,
-        "too long": 1,
-        "in an evaluation set": 1,
-        "no prompt": 1,
-    }
+    reasons = ("there already", "too short", "too long", "in an evaluation set", "no prompt")
+    assert report.dropped["mine"] == dict.fromkeys(reasons, 1)
     assert "| elsewhere | CC0-1.0 | someone, https://example.org | 1 |  |" in str(report)
 
 
@@ -195,7 +176,3 @@ def test_command_line(tmp_path):
     assert f"- {tmp_path / 'theirs.jsonl'}" in provenance
     with pytest.raises(ValueError, match=r"expected a \.jsonl file"):
         prompts.main(["--output", "prompts.json"])
-
-
-def test_evaluation_and_training_name_the_same_questions():
-    assert prompts.EVALUATION_SETS[0] == SPEC_BENCH_URL

@@ -4,7 +4,6 @@ import asyncio
 import json
 import signal
 import threading
-import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -20,49 +19,34 @@ from transformers_confu.data.served_regeneration import regenerate_served
 
 
 SETTINGS = {"max_new_tokens": 10, "max_prompt_length": 40}
-
-
-def list_of(path):
-    return list(read_jsonl(path))
+YES = {"text": "w1", "finish_reason": "stop", "token_ids": [7, 1]}
 
 
 @pytest.fixture
 def prompts():
-    return [
-        {"id": f"p{index}", "prompt": " ".join(f"w{(index * 5 + word) % 26}" for word in range(1 + index % 4))}
-        for index in range(8)
+    """Single prompts and conversations, one of which has a turn that is too long."""
+    single = [
+        {"id": index, "prompt": " ".join(f"w{(index * 5 + word) % 26}" for word in range(3))} for index in range(5)
     ]
-
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
-    monkeypatch.setattr(served_regeneration, "_WAIT_SECONDS", 0.001)
+    turns = [["w1", "w2 w3", "w4"], ["w5", "w6 " * 50], ["w0", "w5", "w6"], ["w2", "w2"], ["w3", "w5"]]
+    return single + [{"id": f"c{index}", "turns": said, "system": "w9"} for index, said in enumerate(turns)]
 
 
 class StandIn:
-    """Answers completions with `complete(body)`: a choice, or (status, headers, text) for an error."""
+    """Answers completions with `complete(body)`: a choice, or (status, headers, text); a status of 0 hangs up."""
 
     def __init__(self, complete, models=("tiny",)):
         self.complete, self.models = complete, models
         self.bodies, self.headers = [], []
-        self.under_way = self.most_under_way = 0
-        self.lock = threading.Lock()
 
     def reply(self, path, headers, body):
         if path == "/v1/models":
             return 200, {}, json.dumps({"data": [{"id": model} for model in self.models]})
         if path != "/v1/completions":
             return 404, {}, "no such path"
-        with self.lock:
-            self.bodies.append(body)
-            self.headers.append(headers)
-            self.under_way += 1
-            self.most_under_way = max(self.most_under_way, self.under_way)
-        try:
-            choice = self.complete(body)
-        finally:
-            with self.lock:
-                self.under_way -= 1
+        self.bodies.append(body)
+        self.headers.append(headers)
+        choice = self.complete(body)
         return choice if isinstance(choice, tuple) else (200, {}, json.dumps({"choices": [choice]}))
 
 
@@ -72,20 +56,18 @@ def serve(stand_in: StandIn):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            self.do_POST()
-
-        def do_POST(self):
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            reply = stand_in.reply(self.path, dict(self.headers), json.loads(body) if body else None)
-            if reply[0] is None:  # hang up
+            status, headers, text = stand_in.reply(self.path, dict(self.headers), json.loads(body or "null"))
+            if not status:
                 self.close_connection = True
                 return
-            status, headers, text = reply
             self.send_response(status)
             for name, value in (headers | {"Content-Length": str(len(text.encode()))}).items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(text.encode())
+
+        do_POST = do_GET
 
         def log_message(self, *args):
             pass
@@ -100,6 +82,20 @@ def serve(stand_in: StandIn):
         server.shutdown()
         server.server_close()
         thread.join(timeout=10)
+
+
+@pytest.fixture
+def ask(tokenizer, tmp_path, monkeypatch):
+    """Calls `regenerate_served` with a stand-in for the server; its report, and the rows of the output by their id."""
+    monkeypatch.setattr(served_regeneration, "_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(served_regeneration, "_ATTEMPTS", 4)
+
+    def call(complete, rows, *, file="a.jsonl", **settings):
+        with serve(complete if isinstance(complete, StandIn) else StandIn(complete)) as url:
+            report = regenerate_served(url, tokenizer, rows, tmp_path / file, **SETTINGS | settings)
+        return report, {row["id"]: row for row in read_jsonl(tmp_path / file)}
+
+    return call
 
 
 def answer_with(target, tokenizer, with_ids=True, with_end=True):
@@ -133,68 +129,58 @@ def answer_with(target, tokenizer, with_ids=True, with_end=True):
 
 
 @pytest.mark.parametrize("form", ["ids", "ids without end", "text"])
-def test_greedy_answers_are_those_of_regenerate(target, tokenizer, prompts, tmp_path, form):
+def test_greedy_answers_are_those_of_regenerate(target, tokenizer, prompts, tmp_path, ask, form):
     regenerate(target, tokenizer, prompts, tmp_path / "local.jsonl", batch_size=4, temperatures=(0.0,), **SETTINGS)
-    expected = {row["id"]: row for row in list_of(tmp_path / "local.jsonl")}
+    expected = {row["id"]: row for row in read_jsonl(tmp_path / "local.jsonl")}
     for row in expected.values():
         row["made_with"] = {"model": "tiny", "max_new_tokens": 10, "seed": 0}
-        if row["finished"]:
-            row["answer_ids"][0][-1] = 1
-    assert {row["finished"] for row in expected.values()} == {True, False}
+        for ids in row["answer_ids"]:
+            ids[-1] = 1 if ids[-1] in (9, 11) else ids[-1]
     complete = answer_with(target, tokenizer, with_ids=form != "text", with_end=form == "ids")
-    with serve(StandIn(complete)) as url:
-        report = regenerate_served(url, tokenizer, prompts, tmp_path / "a.jsonl", temperatures=(0.0,), **SETTINGS)
-    rows = list_of(tmp_path / "a.jsonl")
-    assert {row.pop("retokenized", False) for row in rows} == {form == "text"}
-    assert report.retokenized == (8 if form == "text" else 0)
-    assert {row["id"]: row for row in rows} == expected
-    assert (report.written, report.unfinished) == (8, sum(not row["finished"] for row in expected.values()))
-    for row, prepared in zip(rows, prepare_dataset(rows, tokenizer, 100), strict=True):
-        assert prepared["input_ids"] == row["prompt_ids"][0] + row["answer_ids"][0]
+    report, rows = ask(complete, prompts, temperatures=(0.0,))
+    assert {row.pop("retokenized", False) for row in rows.values()} == {form == "text"}
+    assert rows == expected
+    assert report.retokenized == (10 if form == "text" else 0)
+    assert {row["finished"] for row in rows.values()} == {True, False}
+    assert {len(row["answer_ids"]) for row in rows.values()} >= {1, 2}
+    assert (report.written, report.unfinished) == (10, sum(not row["finished"] for row in rows.values()))
+    assert report.stopped == sum(
+        len(rows[prompt["id"]]["answer_ids"]) < len(prompt.get("turns", "1")) for prompt in prompts
+    )
+    dataset = prepare_dataset(rows.values(), tokenizer, 200)
+    learned = sorted(label for row in dataset for label in row["labels"] if label != -100)
+    assert learned == sorted(token for row in rows.values() for ids in row["answer_ids"] for token in ids)
 
 
-def test_it_runs_in_a_notebook_and_is_interrupted_at_once(tokenizer, prompts, tmp_path):
-    under_way, answered = threading.Event(), threading.Event()
+def test_it_runs_in_a_notebook_and_is_interrupted_at_once(prompts, ask):
+    under_way, answered = threading.Semaphore(0), threading.Event()
 
     def complete(body):
-        under_way.set()
+        under_way.release()
         answered.wait(timeout=30)
-        return {"text": "w1", "finish_reason": "stop", "token_ids": [7, 1]}
-
-    def call(url):
-        return regenerate_served(url, tokenizer, prompts, tmp_path / "a.jsonl", **SETTINGS)
-
-    async def cell(url):  # a notebook's code runs within an event loop
-        return call(url)
+        return YES
 
     def interrupt():
-        assert under_way.wait(timeout=30)
+        for _ in range(3):
+            assert under_way.acquire(timeout=30)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    with serve(StandIn(complete)) as url:
-        threading.Thread(target=interrupt).start()
-        with pytest.raises(KeyboardInterrupt):
-            call(url)
-        assert not answered.is_set()  # and the requests are still under way
-        answered.set()
-        assert asyncio.run(cell(url)).written == 8
+    async def cell():  # a notebook's code runs within an event loop
+        return ask(complete, prompts)
+
+    threading.Thread(target=interrupt).start()
+    stand_in = StandIn(complete)
+    with pytest.raises(KeyboardInterrupt):
+        ask(stand_in, prompts, concurrency=3)
+    assert not answered.is_set() and len(stand_in.bodies) == 3  # they are still under way
+    answered.set()
+    assert asyncio.run(cell())[0].written == 10
 
 
-def test_requests_say_what_was_asked_for(target, tokenizer, prompts, tmp_path):
-    stand_in = StandIn(answer_with(target, tokenizer), models=("a", "b"))
+def test_requests_say_what_was_asked_for(tokenizer, prompts, ask):
+    stand_in = StandIn(lambda body: YES, models=("a", "b"))
     prompts = [{**prompt, "chat_template_kwargs": {"tone": "w9"}} for prompt in prompts[:4]]
-    with serve(stand_in) as url:
-        regenerate_served(
-            url + "/",
-            tokenizer,
-            prompts,
-            tmp_path / "a.jsonl",
-            model="b",
-            seed=3,
-            api_key="key",
-            extra_body={"top_p": 0.5},
-            **SETTINGS,
-        )
+    _, rows = ask(stand_in, prompts, model="b", seed=3, api_key="key", extra_body={"top_p": 0.5})
     bodies = {tuple(body["prompt"]): body for body in stand_in.bodies}
     for index, prompt in enumerate(prompts):
         body = bodies[tuple(encode_prompt(prompt["prompt"], tokenizer, None, {"tone": "w9"}))]
@@ -202,157 +188,79 @@ def test_requests_say_what_was_asked_for(target, tokenizer, prompts, tmp_path):
         assert (body["model"], body["max_tokens"], body["top_p"], body["return_token_ids"]) == ("b", 10, 0.5, True)
     assert len({body["seed"] for body in stand_in.bodies}) == 4
     assert all(headers["Authorization"] == "Bearer key" for headers in stand_in.headers)
-    assert all(row["chat_template_kwargs"] == {"tone": "w9"} for row in list_of(tmp_path / "a.jsonl"))
+    assert all(row["chat_template_kwargs"] == {"tone": "w9"} for row in rows.values())
 
 
-def test_requests_under_way_are_bounded(tokenizer, prompts, tmp_path):
-    def complete(body):
-        time.sleep(0.02)
-        return {"text": "w1", "finish_reason": "stop", "token_ids": [7, 1]}
-
-    stand_in = StandIn(complete)
-    with serve(stand_in) as url:
-        regenerate_served(url, tokenizer, prompts, tmp_path / "a.jsonl", concurrency=3, **SETTINGS)
-    assert stand_in.most_under_way == 3
-
-
-def test_conversations_are_answered_turn_by_turn(tokenizer, tmp_path):
-    rows = [
-        {"id": "a", "turns": ["w1", "w2 w3", "w4"], "system": "w9"},
-        {"id": "long", "turns": ["w5", "w6 " * 50, "w7"]},
-        {"id": "cut", "turns": ["w8", "w6"]},
-    ]
-
-    def complete(body):
-        word = 6 + sum(body["prompt"]) % 26
-        if tokenizer.convert_tokens_to_ids("w8") in body["prompt"]:
-            return {"text": "w1 w1", "finish_reason": "length", "token_ids": [7] * 10}
-        return {"text": tokenizer.decode([word]), "finish_reason": "stop", "token_ids": [word, 1]}
-
-    with serve(StandIn(complete)) as url:
-        report = regenerate_served(url, tokenizer, rows, tmp_path / "a.jsonl", **SETTINGS)
-        assert regenerate_served(url, tokenizer, rows, tmp_path / "a.jsonl", **SETTINGS).written == 0
-    answered = {row["id"]: row for row in list_of(tmp_path / "a.jsonl")}
-    said = [message["content"] for message in answered["a"]["messages"]]
-    assert said[:2] + said[3::2] == ["w9", "w1", "w2 w3", "w4"]
-    assert said[2::2] == [tokenizer.decode(ids[:-1]) for ids in answered["a"]["answer_ids"]]
-    for number in range(3):
-        prompt = encode_prompt(answered["a"]["messages"][: 2 + 2 * number], tokenizer)
-        assert answered["a"]["prompt_ids"][number] == prompt
-        assert answered["a"]["answer_ids"][number] == [6 + sum(prompt) % 26, 1]
-    assert answered["cut"]["answer_ids"] == [[7] * 10] and len(answered["long"]["answer_ids"]) == 1
-    assert (report.prompts, report.written, report.too_long, report.stopped) == (3, 3, 0, 2)
-    assert "ended before their last turn: 2" in str(report)
-
-
-def test_an_interrupted_run_is_resumed(target, tokenizer, prompts, tmp_path):
-    rows = [{"id": f"c{index}", "turns": [f"w{index}", "w5", "w6"]} for index in range(4)] + prompts
+def test_an_interrupted_run_is_resumed_and_that_of_others_refused(target, tokenizer, prompts, tmp_path, ask):
     complete = answer_with(target, tokenizer)
-    with serve(StandIn(complete)) as url:
-        regenerate_served(url, tokenizer, rows, tmp_path / "whole.jsonl", **SETTINGS)
-    stand_in = StandIn(complete)
-    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "part.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:-4])
-    with serve(stand_in) as url:
-        report = regenerate_served(url, tokenizer, rows, tmp_path / "part.jsonl", **SETTINGS)
-    assert (report.resumed, report.written) == (5, len(lines) - 5) and len(stand_in.bodies) >= report.written
-
-    def by_id(name):
-        return {row["id"]: row for row in list_of(tmp_path / name)}
-
-    assert by_id("part.jsonl") == by_id("whole.jsonl")
-    with serve(stand_in) as url:
-        for changed, left in (({"temperatures": (0.3,)}, rows), ({}, rows[5:])):
-            with pytest.raises(ValueError, match=r"line \d+ is no answer .* this call would write"):
-                regenerate_served(url, tokenizer, left, tmp_path / "whole.jsonl", **SETTINGS | changed)
+    _, whole = ask(complete, prompts, model="tiny", extra_body={"top_p": 0.5})
+    written = (tmp_path / "a.jsonl").read_bytes()
+    lines = written.splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:-4])
+    for rows, changed, message in (
+        (prompts, {"temperatures": (0.3,)}, r"line \d+ is no answer .* this call would write"),
+        (prompts[9:], {}, r"line \d+ is no answer .* this call would write"),
+        (prompts, {"seed": 1}, r"line 1 .* other settings \(seed was 0, is 1\): repeat the earlier"),
+        (prompts, {"extra_body": None}, r"other settings \(extra_body was \{'top_p': 0.5\}, is None\)"),
+        (prompts, {"model": None}, r"other settings \(model was 'tiny', is 'other'\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask(StandIn(complete, ("other",)), rows, **{"model": "tiny", "extra_body": {"top_p": 0.5}} | changed)
+    report, rows = ask(complete, prompts, extra_body={"top_p": 0.5})
+    assert (report.resumed, report.written) == (5, 5) and rows == whole
 
 
-def test_answers_of_another_model_seed_or_body_are_refused(target, tokenizer, prompts, tmp_path):
-    path, given = tmp_path / "a.jsonl", {"extra_body": {"top_p": 0.5}}
-    with serve(StandIn(answer_with(target, tokenizer), ("other",))) as url:
-        regenerate_served(url, tokenizer, prompts, path, model="tiny", **given, **SETTINGS)
-        written = path.read_bytes()
-        for settings, message in (
-            ({"seed": 1, "model": "tiny"} | given, r"line 1 .* settings \(seed was 0, is 1\): repeat the earlier"),
-            ({"model": "tiny"}, r"other settings \(extra_body was \{'top_p': 0.5\}, is None\)"),
-            (given, r"other settings \(model was 'tiny', is 'other'\)"),
-        ):
-            with pytest.raises(ValueError, match=message):
-                regenerate_served(url, tokenizer, prompts, path, **settings, **SETTINGS)
-    assert path.read_bytes() == written
-
-
-def test_busy_failing_and_vanishing_servers_are_asked_again(target, tokenizer, prompts, tmp_path):
-    complete = answer_with(target, tokenizer)
-    troubles = iter([(429, {"Retry-After": "0"}, "busy"), (503, {}, "loading"), (None,)])
-    with serve(StandIn(lambda body: next(troubles, None) or complete(body))) as url:
-        report = regenerate_served(
-            url, tokenizer, prompts[:3], tmp_path / "a.jsonl", concurrency=1, timeout=20, **SETTINGS
-        )
+def test_busy_failing_and_vanishing_servers_are_asked_again(prompts, ask):
+    troubles = iter([(429, {"Retry-After": "0"}, "busy"), (503, {}, "loading"), (0, {}, "")])
+    report, _ = ask(lambda body: next(troubles, YES), prompts[:3], concurrency=1)
     assert report.written == 3 and next(troubles, None) is None
 
 
-def test_a_server_that_stays_away_ends_the_run_with_its_answers_kept(
-    target, tokenizer, prompts, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(served_regeneration, "_ATTEMPTS", 3)
-    complete = answer_with(target, tokenizer)
-    calls = iter(range(100))
-    stand_in = StandIn(lambda body: complete(body) if next(calls) < 2 else (500, {}, "out of memory"))
-    with serve(stand_in) as url:
-        with pytest.raises(
-            ConnectionError, match=r"no answer in 3 attempts .*HTTP 500: out of memory.*repeat the call"
-        ):
-            regenerate_served(url, tokenizer, prompts, tmp_path / "a.jsonl", concurrency=1, **SETTINGS)
-    assert len(list_of(tmp_path / "a.jsonl")) == 2
-    with pytest.raises(ConnectionError, match=r"no answer in 3 attempts \(.*refused"):  # the server is gone
-        regenerate_served(url, tokenizer, prompts, tmp_path / "b.jsonl", **SETTINGS)
+def test_a_server_that_stays_away_ends_the_run_with_its_answers_kept(tokenizer, prompts, tmp_path, ask):
+    replies = iter([YES, YES])
+    with pytest.raises(ConnectionError, match=r"no answer in 4 attempts \(HTTP 500: no memory\).*repeat the call"):
+        ask(lambda body: next(replies, (500, {}, "no memory")), prompts, concurrency=1)
+    assert len(list(read_jsonl(tmp_path / "a.jsonl"))) == 2
+    with pytest.raises(ConnectionError, match=r"no answer in 4 attempts \(.*refused"):
+        regenerate_served("http://127.0.0.1:9", tokenizer, prompts, tmp_path / "b.jsonl", **SETTINGS)
 
 
-def test_refused_prompts_are_counted_and_refused_requests_end_the_run(target, tokenizer, prompts, tmp_path):
-    complete = answer_with(target, tokenizer)
-    refused = encode_prompt("w5 w6", tokenizer)
-    stand_in = StandIn(lambda body: (400, {}, "too long") if body["prompt"] == refused else complete(body))
-    with serve(stand_in) as url:
-        report = regenerate_served(url, tokenizer, prompts, tmp_path / "a.jsonl", **SETTINGS)
-    assert (report.written, dict(report.refused)) == (7, {"HTTP 400: too long": 1})
+def test_refused_prompts_are_counted(tokenizer, prompts, ask):
+    refused = encode_prompt(prompts[2]["prompt"], tokenizer)
+    report, _ = ask(lambda body: (400, {}, "too long") if body["prompt"] == refused else YES, prompts)
+    assert (report.written, dict(report.refused)) == (9, {"HTTP 400: too long": 1})
     assert "prompts refused (HTTP 400: too long): 1" in str(report)
 
-    for reply, message in (
-        ((400, {}, "no field prompt"), "refuses the requests: HTTP 400: no field prompt"),
-        ((401, {}, "no key"), "refuses access or does not exist, HTTP 401: no key"),
-        ((200, {}, '{"text": "x"}'), r"expected `choices` with"),
-        ((200, {}, "<html>"), "replied with something else than JSON, HTTP 200: <html>"),
-        ({"text": "x", "finish_reason": "stop", "token_ids": [400]}, "answers with token 400"),
-    ):
-        with serve(StandIn(lambda body, reply=reply: reply)) as url:
-            with pytest.raises(ValueError, match=message):
-                regenerate_served(url, tokenizer, prompts, tmp_path / "b.jsonl", **SETTINGS)
-    for names in ((), ("a", "b")):
-        with serve(StandIn(complete, names)) as url:
-            with pytest.raises(ValueError, match=r"serves (a, b|no model): name one"):
-                regenerate_served(url, tokenizer, prompts, tmp_path / "b.jsonl", **SETTINGS)
+
+@pytest.mark.parametrize(
+    ("reply", "settings", "message"),
+    [
+        ((400, {}, "no field prompt"), {}, "refuses the requests: HTTP 400: no field prompt"),
+        ((401, {}, "no key"), {}, "refuses access or does not exist, HTTP 401: no key"),
+        ((200, {}, '{"text": "x"}'), {}, r"expected `choices` with"),
+        ((200, {}, "<html>"), {}, "replied with something else than JSON, HTTP 200: <html>"),
+        ({**YES, "token_ids": [400]}, {}, "answers with token 400"),
+        (YES, {"model": None}, "serves a, b: name one"),
+        (YES, {"concurrency": 0}, "concurrency is 0"),
+        (YES, {"rows": [{"id": 1}]}, "Row 0: it has the fields"),
+        (YES, {"file": "a.json"}, r"expected a \.jsonl file"),
+    ],
+)
+def test_what_ends_a_run_is_said(prompts, tmp_path, ask, reply, settings, message):
+    with pytest.raises(ValueError, match=message):
+        ask(StandIn(lambda body: reply, ("a", "b")), **{"rows": prompts, "model": "a"} | settings)
+    assert not (tmp_path / "a.jsonl").exists()
 
 
-def test_bad_settings_and_rows_are_refused_before_a_request(tokenizer, tmp_path):
-    for output, settings, rows, message in (
-        ("a.jsonl", {"concurrency": 0}, [], "concurrency is 0"),
-        ("a.jsonl", {}, [{"id": 1}], "Row 0: it has the fields"),
-        ("a.json", {}, [], r"expected a \.jsonl file"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            regenerate_served("http://127.0.0.1:9", tokenizer, rows, tmp_path / output, **SETTINGS | settings)
-
-
-def test_command_line(target, tokenizer, prompts, tmp_path, capsys):
+def test_command_line(tokenizer, prompts, tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
-    with serve(StandIn(answer_with(target, tokenizer))) as url:
+    with serve(StandIn(lambda body: YES)) as url:
         argv = ["--server", url, "--tokenizer", str(tmp_path / "tokenizer"), "--max_new_tokens", "10"]
         argv += ["--prompts", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "out" / "a.jsonl")]
         served_regeneration.main([*argv, "--chat_template_kwargs", '{"tone": "w9"}', "--temperatures", "0.0"])
-        assert "answers written: 8" in capsys.readouterr().out
+        assert "answers written: 10" in capsys.readouterr().out
         with pytest.raises(ValueError, match=r"extra_body is '\[1\]', expected a JSON object"):
             served_regeneration.main([*argv, "--extra_body", "[1]"])
-    rows = list_of(tmp_path / "out" / "a.jsonl")
-    assert all(row["chat_template_kwargs"] == {"tone": "w9"} for row in rows) and len(rows) == 8
+    rows = list(read_jsonl(tmp_path / "out" / "a.jsonl"))
+    assert all(row["chat_template_kwargs"] == {"tone": "w9"} for row in rows) and len(rows) == 10
