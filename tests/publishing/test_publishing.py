@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -263,7 +264,11 @@ def test_the_gain_is_the_difference_of_two_counts(draft, target, tokenizer, monk
     verified.clear()
     said = measure_future_gain(target, draft, tokenizer, PROMPTS)
     assert taus[0] != taus[1] and trees == verified
-    assert draft.generation_config.confu_future_gain == round(taus[1] - taus[0], 2)
+    gain = round(taus[1] - taus[0], 2)
+    error = float(re.search(r"standard error ([\d.]+)", said).group(1))
+    assert f"from a gain of {gain} " in said and error > 0
+    # What adds nothing beyond chance counts as nothing.
+    assert draft.generation_config.confu_future_gain == (gain if gain > error else min(gain, 0.0))
     assert (
         f"tau {taus[1]:.2f} with future predictions, {taus[0]:.2f} without, over {rounds} rounds of 2 greedy" in said
     )
@@ -322,7 +327,7 @@ def test_a_dry_run_asks_for_nothing_it_does_not_need_and_tells_the_gain(command,
     assert (card.data.license, card.data.language, card.data.base_model) == ("mit", ["en", "de"], None)
     assert "Weights: MIT." in card.text and "your-organisation/draft" in card.text
     gain = json.loads((tmp_path / "out" / "generation_config.json").read_text())["confu_future_gain"]
-    told = f"`confu_future_gain` {gain} (standard error "
+    told = f"`confu_future_gain` {gain}, from a gain of "
     assert told in card.text and f"`confu_future_gain={gain}`" in card.text
     said = capsys.readouterr().err
     assert told in said and "of 3 greedy answers" in said

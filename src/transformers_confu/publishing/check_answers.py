@@ -92,10 +92,13 @@ def measure_future_gain(
             return "`confu_future_gain` was not measured: the answers ended before their second round."
         taus.append(statistics.mean(emitted))
         variances.append(statistics.variance(emitted) / len(emitted))
-    gain = round(taus[1] - taus[0], 2)
-    draft.generation_config.confu_future_gain = gain
+    gain, error = round(taus[1] - taus[0], 2), sum(variances) ** 0.5
+    # What is not shown to add anything is not run: automatic rounds would pay for its rows.
+    written = gain if gain > error else min(gain, 0.0)
+    draft.generation_config.confu_future_gain = written
     return (
-        f"`confu_future_gain` {gain} (standard error {sum(variances) ** 0.5:.2f}; more prompts make it smaller): tau "
+        f"`confu_future_gain` {written}, from a gain of {gain} (standard error {error:.2f}; more prompts make it "
+        f"smaller, and a gain within it counts as none): tau "
         f"{taus[1]:.2f} with future predictions, {taus[0]:.2f} without, over {len(emitted)} rounds of {len(prompts)} "
         f"greedy answers of up to {CHECK_TOKENS} tokens, by trees of {GAIN_TREE['confu_tree_size']} nodes."
     )
