@@ -43,10 +43,10 @@ def shards(folder):
 
 def test_answers_become_shards_that_are_added_and_never_rewritten(tmp_path):
     answers, folder = write(tmp_path / "a.jsonl", plain_rows(range(200), **ORIGIN)), tmp_path / "corpus"
-    report = publish_answers([answers], folder)
+    added = publish_answers([answers], folder)
     held_out = [number for number in range(200) if is_held_out(prompt_hash(f"Question {number}"))]
     assert 0 < len(held_out) < 15
-    assert report.added == {"train": 200 - len(held_out), "held_out": len(held_out)}
+    assert added == {"train": 200 - len(held_out), "held_out": len(held_out)}
     before = shards(folder)
     assert list(before) == ["held_out-00000.parquet", "train-00000.parquet"]
 
@@ -55,11 +55,10 @@ def test_answers_become_shards_that_are_added_and_never_rewritten(tmp_path):
     with open(answers, "a") as file:
         file.write('{"id": "p999", "prom')
     more = write(tmp_path / "b.jsonl", plain_rows(range(5), seed=2, **ORIGIN))
-    report = publish_answers([answers, more], folder)
-    assert report.added.total() == 8 and report.skipped == 200
+    assert publish_answers([answers, more], folder).total() == 8
     after = shards(folder)
     assert {name: after[name] for name in before} == before and "train-00001.parquet" in after
-    assert publish_answers([answers, more], folder).added.total() == 0
+    assert publish_answers([answers, more], folder).total() == 0
     assert shards(folder) == after
 
     rows = load_dataset(str(folder))
@@ -78,8 +77,7 @@ def test_answers_become_shards_that_are_added_and_never_rewritten(tmp_path):
 def test_greedy_answers_of_another_seed_are_the_same_answers(tmp_path):
     rows = {seed: plain_rows(range(3), temperature=0.0, seed=seed, **ORIGIN) for seed in (1, 2)}
     files = [write(tmp_path / f"{seed}.jsonl", rows[seed]) for seed in rows]
-    report = publish_answers(files, tmp_path / "corpus")
-    assert report.added.total() == 3 and report.skipped == 3
+    assert publish_answers(files, tmp_path / "corpus").total() == 3
 
 
 def test_training_reads_the_folder_and_holds_the_same_prompts_out(tmp_path):
@@ -151,7 +149,7 @@ def test_what_cannot_be_published_is_refused_and_nothing_is_written(tmp_path, ro
         publish_answers([answers], tmp_path / "corpus")
     assert not list((tmp_path / "corpus" / "data").glob("*.parquet"))
     write(answers, plain_rows([1], **ORIGIN))
-    assert publish_answers([answers], tmp_path / "corpus").added.total() == 1
+    assert publish_answers([answers], tmp_path / "corpus").total() == 1
 
 
 def test_command_line(tmp_path, capsys):

@@ -101,24 +101,12 @@ The licences are those of the prompts. The answers are the target's.
 """
 
 
-@dataclass
-class PublicationReport:
-    """What one call of `publish_answers` did: rows `added` by split, and those `skipped` as they were there."""
-
-    added: Counter = field(default_factory=Counter)
-    skipped: int = 0
-
-    def __str__(self) -> str:
-        lines = [f"rows added to {split}: {self.added[split]:,}" for split in SPLITS]
-        return "\n".join([*lines, f"skipped, there already: {self.skipped:,}"])
-
-
 def publish_answers(
     answers: Iterable[str | Path],
     folder: str | Path,
     *,
     prompts: Iterable[Mapping[str, Any]] = (),
-) -> PublicationReport:
+) -> Counter:
     """
     Add answers to a folder of Parquet shards, and write its card anew.
 
@@ -130,44 +118,45 @@ def publish_answers(
         folder: Made if missing.
         prompts: Rows of `id`, `source`, `license` and perhaps `category`, for answers that do not hold them.
 
+    Returns:
+        The numbers of rows added to `"train"` and `"held_out"`.
+
     Raises:
         ValueError: an answer is malformed, its source is unknown, or it is of another target than the others.
     """
     folder = Path(folder)
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    origins = {str(row["id"]): row for row in prompts}
+    added = _write_shards(folder / "data", _new_rows(folder, answers, {str(row["id"]): row for row in prompts}))
+    write_card(folder)
+    return added
+
+
+def _new_rows(
+    folder: Path, answers: Iterable[str | Path], origins: Mapping[str, Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The rows of the files that the folder does not hold yet."""
     there = _table(folder, ["id", "temperature", "seed", "made_with"])
     seen = set(zip(*(there[name].to_pylist() for name in ("id", "temperature", "seed")), strict=True))
     target = _target(json.loads(there["made_with"][0].as_py())) if len(there) else None
-    report = PublicationReport()
-
-    def new_rows() -> Iterator[dict[str, Any]]:
-        nonlocal target
-        for path in answers:
-            if not Path(path).is_file():
-                raise ValueError(f"There is no file {path}, expected a .jsonl file of answers.")
-            for number, given in JsonLines(path).rows():
-                try:
-                    row = _published(given, origins)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from error
-                made_with = _target(given.get("made_with") or {})
-                target = target or made_with
-                if changed := differences(target, made_with):
-                    raise ValueError(
-                        f"{path}, line {number} was made by another target than the rest of {folder} ({changed}): "
-                        "publish the answers of each target in a folder of its own."
-                    )
-                key = (row["id"], row["temperature"], row["seed"])
-                if key in seen:
-                    report.skipped += 1
-                else:
-                    seen.add(key)
-                    yield row
-
-    report.added = _write_shards(folder / "data", new_rows())
-    write_card(folder)
-    return report
+    for path in answers:
+        if not Path(path).is_file():
+            raise ValueError(f"There is no file {path}, expected a .jsonl file of answers.")
+        for number, given in JsonLines(path).rows():
+            try:
+                row = _published(given, origins)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+            made_with = _target(given.get("made_with") or {})
+            target = target or made_with
+            if changed := differences(target, made_with):
+                raise ValueError(
+                    f"{path}, line {number} was made by another target than the rest of {folder} ({changed}): "
+                    "publish the answers of each target in a folder of its own."
+                )
+            key = (row["id"], row["temperature"], row["seed"])
+            if key not in seen:
+                seen.add(key)
+                yield row
 
 
 def _published(row: Mapping[str, Any], origins: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -329,5 +318,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs `publish_answers` from the command line; `argv` defaults to the process's arguments."""
     (arguments,) = HfArgumentParser(PublicationArguments).parse_args_into_dataclasses(args=argv)
     prompts = load_rows(arguments.prompts) if arguments.prompts else ()
-    print(publish_answers(arguments.answers, arguments.output, prompts=prompts))
-    print(f"Its card is {Path(arguments.output) / 'README.md'}; credits of sources go into card.yaml beside it.")
+    added = publish_answers(arguments.answers, arguments.output, prompts=prompts)
+    print("\n".join(f"rows added to {split}: {added[split]:,}" for split in SPLITS))
+    print(f"The card is {Path(arguments.output) / 'README.md'}; credits of sources go into card.yaml beside it.")
