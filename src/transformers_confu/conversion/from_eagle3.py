@@ -18,7 +18,7 @@ from ..common.vocabulary_map import check_vocabulary_map, marks_of
 from ..inference.configuration_confu import ConFuConfig
 from ..inference.modeling_confu import ConFuDraftModel
 from .checkpoints import fetch, read_target_embeddings, read_weights, require_new
-from .dialects import dialect_of, read_settings
+from .dialects import read_settings
 
 
 logger = logging.getLogger(__name__)
@@ -83,9 +83,6 @@ def convert_eagle3(
     draft.load_state_dict(weights, strict=False)
 
     draft.generation_config.confu_contemplation = 0
-    depth = _trained_depth(source_config)
-    if depth is not None:
-        draft.generation_config.confu_depth = depth
     return draft.eval()
 
 
@@ -195,14 +192,6 @@ def _check_names_and_shapes(weights: dict[str, torch.Tensor], draft: ConFuDraftM
     integers = [name for name, tensor in weights.items() if name not in optional and not tensor.is_floating_point()]
     if integers:
         raise ValueError(f"The source's {some(integers)} are integers; convert the draft before it was quantised.")
-
-
-def _trained_depth(config: dict[str, Any]) -> int | None:
-    """How many tokens the source was made to draft in a row, if it says so: steps beyond get worse."""
-    if dialect_of(config) == "deepspec":
-        return config.get("ttt_length")
-    methods = (config.get("speculators_config") or {}).get("proposal_methods") or [{}]
-    return methods[0].get("speculative_tokens")
 
 
 SWITCH = {"nargs": "?", "const": True}  # the name alone means true
