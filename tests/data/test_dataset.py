@@ -221,8 +221,8 @@ def test_answers_of_a_template_that_rewrites_history_become_rows_of_their_own():
         "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
         "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n<think>so</think>b<|im_end|>\n",
     ]
-    assert (report.rows_in, report.rows_split_off, report.rows_kept, report.rows_dropped) == (1, 1, 2, 0)
-    assert "2 made of 1" in str(report) and "rows of their own: 1" in str(report)
+    assert (report.rows_in, report.rows_kept, report.rows_dropped) == (1, 2, 0)
+    assert "2 made of 1" in str(report)
 
 
 def answered(tokenizer, said, **fields):
@@ -244,15 +244,13 @@ def test_an_answered_conversation_is_one_row_where_its_turns_go_on_from_each_oth
     b["answer_ids"][0] = b["answer_ids"][0][:-1]  # without the token that ends it, which the next prompt writes
     if not with_prompts:
         del a["prompt_ids"], b["prompt_ids"]
-    report = DatasetReport()
-    rows = prepare_dataset([a, b], tokenizer, 1000, report=report)
+    rows = prepare_dataset([a, b], tokenizer, 1000)
     assert [labelled_texts(tokenizer, row) for row in rows] == [
         ["one<|im_end|>", "two<|im_end|>", "three<|im_end|>"],
         ["x", "y<|im_end|>"],
     ]
     text = tokenizer.apply_chat_template(a["messages"], tokenize=False)
     assert tokenizer.decode(rows[0]["input_ids"]) == text.rstrip("\n")
-    assert (report.rows_in, report.rows_split_off, report.rows_kept) == (2, 0, 2)
 
     # A template that drops earlier reasoning: every turn as the target saw it.
     tokenizer = byte_tokenizer(REASONING_TEMPLATE)

@@ -7,7 +7,7 @@ assistant wrote that token and is -100 elsewhere (TRL's convention: labels are n
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,6 @@ class DatasetReport:
         rows_in: rows read.
         rows_kept: rows of the prepared dataset.
         rows_dropped: rows read that hold no assistant token within the maximum length, or are malformed and skipped.
-        rows_split_off: rows made of further answers of a conversation, where the chat template renders an earlier turn
-            otherwise than the newest one; each is a row of its own then.
         answers_cut: kept rows that lost at least one assistant token to the maximum length.
         tokens: tokens of the kept rows.
         assistant_tokens: tokens of the kept rows whose label is not -100.
@@ -52,7 +50,6 @@ class DatasetReport:
     rows_in: int = 0
     rows_kept: int = 0
     rows_dropped: int = 0
-    rows_split_off: int = 0
     answers_cut: int = 0
     tokens: int = 0
     assistant_tokens: int = 0
@@ -63,8 +60,6 @@ class DatasetReport:
             lines.append(
                 f"  dropped, malformed or without an assistant token in the maximum length: {self.rows_dropped:,}"
             )
-        if self.rows_split_off:
-            lines.append(f"  further answers of conversations, as rows of their own: {self.rows_split_off:,}")
         lines.append(f"tokens: {self.tokens:,}, of which the assistant wrote {self.assistant_tokens:,}")
         lines.append(f"answers cut at the maximum length: {self.answers_cut:,}")
         return "\n".join(lines)
@@ -113,7 +108,7 @@ def prepare_dataset(
         made_by: Refuse answers that say they were made by another target than this `fingerprint_of_target`.
         skip_malformed: Leave malformed rows out, each with a warning, rather than end at the first.
         num_proc: Processes that tokenise. By default up to 8 for many rows.
-        report: Filled in with what was kept, cut and dropped; also logged at level INFO.
+        report: A new one, filled in with what was kept, cut and dropped; also logged at level INFO.
 
     Raises:
         ValueError: a row is malformed (the message names it), the chat template cannot be used, or nothing is left.
@@ -129,16 +124,14 @@ def prepare_dataset(
     )
     sources = _sources(rows)
     prepared = [_tokenise(dataset, name, encoder, num_proc) for name, dataset in sources if len(dataset)]
-    found = _report(prepared, sum(len(dataset) for _, dataset in sources))
-    if report is not None:
-        for entry in fields(found):
-            setattr(report, entry.name, getattr(found, entry.name))
-    if not found.rows_kept:
+    report = DatasetReport() if report is None else report
+    _count(report, prepared, sum(len(dataset) for _, dataset in sources))
+    if not report.rows_kept:
         raise ValueError(
-            f"None of {found.rows_in} rows holds an assistant token among its first {max_length}: give rows with "
+            f"None of {report.rows_in} rows holds an assistant token among its first {max_length}: give rows with "
             "assistant answers, and a max_length above their prompts."
         )
-    logger.info("Prepared the training data.\n%s", found)
+    logger.info("Prepared the training data.\n%s", report)
     return concatenate_datasets([part.remove_columns(_ONLY_FOR_THE_REPORT) for part in prepared])
 
 
@@ -243,16 +236,13 @@ def _tokenise(rows: Dataset, name: str, encoder: RowEncoder, num_proc: int | Non
         raise ValueError(str(error)) from error
 
 
-def _report(prepared: Sequence[Dataset], rows_in: int) -> DatasetReport:
-    report = DatasetReport(rows_in=rows_in, rows_dropped=rows_in)
+def _count(report: DatasetReport, prepared: Sequence[Dataset], rows_in: int) -> None:
+    report.rows_in = report.rows_dropped = rows_in
     for part in prepared:
         for batch in part.with_format("arrow").iter(batch_size=1000):
             labels = pc.list_flatten(batch["labels"]).to_numpy()
-            firsts = pc.sum(batch["is_first"]).as_py() or 0
             report.rows_kept += len(batch)
-            report.rows_dropped -= firsts
-            report.rows_split_off += len(batch) - firsts
+            report.rows_dropped -= pc.sum(batch["is_first"]).as_py() or 0
             report.answers_cut += pc.sum(batch["is_cut"]).as_py() or 0
             report.tokens += len(labels)
             report.assistant_tokens += int(np.count_nonzero(labels != IGNORE_INDEX))
-    return report
