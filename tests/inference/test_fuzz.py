@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from exactness import truly_fp64
 from helpers import make_tiny_draft
 from transformers_confu import ConFuGenerate
 from transformers_confu.inference.target import TargetRunner
@@ -341,7 +342,9 @@ def run_seeds(seeds: range) -> None:
     done = 0
     for seed in seeds:
         try:
-            done += check_threads(seed) if seed % 50 == 49 else check(seed)
+            # Softmax in fp32 makes NaN of a row that sees nothing, as padding longer than a window does.
+            with truly_fp64():
+                done += check_threads(seed) if seed % 50 == 49 else check(seed)
         except Exception as error:
             error.add_note(f"seed {seed}: pytest tests/inference/test_fuzz.py --fuzz-first {seed} --fuzz-seeds 1")
             raise

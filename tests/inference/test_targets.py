@@ -207,6 +207,17 @@ def assert_same_text(target, draft: ConFuDraftModel, max_new_tokens: int = 24) -
     assert len(text.unique()) > 3  # on a text that repeats one token, wrong decoding would look right
 
 
+def assert_same_chat(target, draft: ConFuDraftModel, **more) -> None:
+    """Three turns on one cache, the second by plain `generate`."""
+    text, cache = PROMPT, None
+    for turn, assistant in enumerate([draft, None, draft]):
+        # The mask, as else Transformers takes tokens for padding that the text happens to have.
+        options = {"attention_mask": torch.ones_like(text), "do_sample": False, "max_new_tokens": 12} | more
+        output = target.generate(text, cache=cache, assistant_model=assistant, return_dict_in_generate=True, **options)
+        assert torch.equal(output.sequences, target.generate(text, **options))
+        text, cache = torch.cat([output.sequences, PROMPT[:, turn : turn + 3]], dim=1), output.cache
+
+
 # Architectures
 
 
@@ -214,6 +225,14 @@ def assert_same_text(target, draft: ConFuDraftModel, max_new_tokens: int = 24) -
 def test_decoding_is_exact(name, implementation):
     target = make_target(name, implementation)
     assert_same_text(target, make_draft(name, target))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_chats_and_chunked_prefill_are_exact(name):
+    target = make_target(name, "eager")
+    draft = make_draft(name, target)
+    assert_same_chat(target, draft)
+    assert_same_chat(target, draft, prefill_chunk_size=3)
 
 
 TREE = DraftTree.from_parents(
@@ -411,7 +430,9 @@ def test_a_target_of_text_and_images_decodes_text():
         transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_id=12)
     )
     target = target.double().eval()
-    assert_same_text(target, make_tiny_draft(target, rotate_soft_prompts=True))
+    draft = make_tiny_draft(target, rotate_soft_prompts=True)
+    assert_same_text(target, draft)
+    assert_same_chat(target, draft, prefill_chunk_size=3)
 
 
 @pytest.mark.parametrize("name", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
@@ -440,7 +461,7 @@ def test_positions_of_three_kinds_in_a_text(name, windows):
     for rotates in (False, True):
         draft = make_tiny_draft(target, rotate_soft_prompts=rotates)
         assert_same_text(target, draft)
-        assert_same_chat(target, draft)
+        assert_same_chat(target, draft, prefill_chunk_size=3)
     # As a processor passes them.
     kinds = torch.zeros_like(PROMPT)
     options = {"do_sample": False, "max_new_tokens": 20}
@@ -451,17 +472,6 @@ def test_positions_of_three_kinds_in_a_text(name, windows):
     kinds[0, 2] = 1
     with pytest.raises(ValueError, match="A ConFu draft cannot pass `mm_token_type_ids`"):
         target.generate(PROMPT, mm_token_type_ids=kinds, assistant_model=draft, **options)
-
-
-def assert_same_chat(target, draft: ConFuDraftModel) -> None:
-    """Three turns on one cache, the second by plain `generate`."""
-    text, cache = PROMPT, None
-    for turn, assistant in enumerate([draft, None, draft]):
-        # The mask, as else Transformers takes tokens for padding that the text happens to have.
-        options = {"attention_mask": torch.ones_like(text), "do_sample": False, "max_new_tokens": 12}
-        output = target.generate(text, cache=cache, assistant_model=assistant, return_dict_in_generate=True, **options)
-        assert torch.equal(output.sequences, target.generate(text, **options))
-        text, cache = torch.cat([output.sequences, PROMPT[:, turn : turn + 3]], dim=1), output.cache
 
 
 # Precision and place
