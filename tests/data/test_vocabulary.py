@@ -46,11 +46,7 @@ def test_vocabulary_equals_the_naive_one(data):
     vocabulary = build_draft_vocabulary(given, size, always_include=iter(forced))
     assert given.tolist() == counts  # as it was
     assert vocabulary.token_ids.tolist() == chosen
-    assert [index + offset for index, offset in enumerate(vocabulary.d2t.tolist())] == chosen
-    assert [token for token, inside in enumerate(vocabulary.t2d.tolist()) if inside] == chosen
-    assert vocabulary.token_ids.dtype == vocabulary.d2t.dtype == torch.long
-    assert vocabulary.t2d.dtype == torch.bool
-    assert vocabulary.t2d.shape == (len(counts),)
+    assert vocabulary.token_ids.dtype == torch.long
     assert vocabulary.coverage == pytest.approx(sum(counts[token] for token in chosen) / sum(counts))
 
 

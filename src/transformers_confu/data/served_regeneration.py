@@ -77,12 +77,8 @@ def regenerate_served(
     Args:
         server: Base URL, such as `http://localhost:8000/v1`.
         tokenizer: The target's, with a chat template.
-        rows: Rows of `id` and `prompt` or `turns`; see [`Conversation`].
-        output_path: The `.jsonl` file, created if missing.
-        max_new_tokens: Longest answer, in tokens.
-        max_prompt_length: Longer prompts (in tokens, template included) are skipped and counted.
+        rows, output_path, max_new_tokens, max_prompt_length, temperatures: As of [`regenerate`].
         model: Name of the model on the server. None asks the server, which must then serve just one.
-        temperatures: One or more; 0 means greedy.
         seed: Of the sampling, as far as the server heeds it.
         concurrency: Requests under way at once.
         timeout: Seconds until a request counts as failed. Failed ones are repeated, with growing waits, as are those

@@ -13,18 +13,14 @@ from .encoding import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class DraftVocabulary:
-    """A subset of Vd of the target's V tokens, in EAGLE-3's format.
+    """A subset of Vd of the target's V tokens.
 
     Attributes:
         token_ids: LongTensor [Vd], target ids in ascending order; entry i is the target id of draft id i.
-        d2t: LongTensor [Vd] of *offsets*: the target id of draft id i is `i + d2t[i]`.
-        t2d: BoolTensor [V], True where the target token has a draft id.
         coverage: share (0..1) of the counted tokens that the vocabulary holds.
     """
 
     token_ids: torch.LongTensor
-    d2t: torch.LongTensor
-    t2d: torch.BoolTensor
     coverage: float
 
 
@@ -85,11 +81,4 @@ def build_draft_vocabulary(
     rank[forced] = counts.max() + 1
     # Stable: of equal counts the lower id stays first, on every device and version.
     token_ids = torch.sort(rank, descending=True, stable=True).indices[:draft_vocab_size].sort().values
-    t2d = torch.zeros(vocab_size, dtype=torch.bool)
-    t2d[token_ids] = True
-    return DraftVocabulary(
-        token_ids=token_ids,
-        d2t=token_ids - torch.arange(draft_vocab_size),
-        t2d=t2d,
-        coverage=int(counts[token_ids].sum()) / total,
-    )
+    return DraftVocabulary(token_ids, coverage=int(counts[token_ids].sum()) / total)
