@@ -16,7 +16,8 @@ TEMPLATE = (
 
 @pytest.fixture
 def target() -> LlamaForCausalLM:
-    model = make_tiny_target(vocab_size=len(WORDS), bos_token_id=0, eos_token_id=1, max_position_embeddings=64)
+    sizes = {"vocab_size": len(WORDS), "num_hidden_layers": 1, "max_position_embeddings": 64}
+    model = make_tiny_target(bos_token_id=0, eos_token_id=1, **sizes)
     model.config.name_or_path = "tiny"
     model.generation_config.eos_token_id = [1, 9, 11]  # a random target hardly ever ends an answer
     model.generation_config.suppress_tokens = [0, 2, 3, 4, 5]  # nor does a trained one write a template's words

@@ -137,7 +137,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 def test_draws_follow_the_law_of_the_processed_scores(target, tokenizer, tmp_path):
     """Frequencies of the first token against the softmax that plain `generate` draws from."""
     target.generation_config.top_k, target.generation_config.suppress_tokens = 5, None
-    number = 4000
+    number = 2000
     prompts = [{"id": index, "prompt": "w3 w4"} for index in range(number)]
     settings = SETTINGS | {"max_new_tokens": 1, "batch_size": 1000, "temperatures": (0.7,)}
     regenerate(target, tokenizer, prompts, tmp_path / "a.jsonl", **settings)
