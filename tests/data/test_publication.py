@@ -127,7 +127,7 @@ def test_the_card_counts_and_names_sources(tmp_path):
     card = (folder / "README.md").read_text()
     assert "| talks | by permission | the speakers | 1 | 3 |" in card and "\nFurther words.\n" in card
     (folder / "card.yaml").write_text("titel: x\n")
-    with pytest.raises(ValueError, match=r"card\.yaml has the entries titel, expected title, target"):
+    with pytest.raises(ValueError, match=r"card\.yaml holds .*titel.*, expected entries of title, target"):
         write_card(folder)
 
 

@@ -238,14 +238,27 @@ def _table(folder: Path, columns: list[str], split: str = "*") -> pa.Table:
 def write_card(folder: str | Path) -> None:
     """Write `README.md` from the shards and `card.yaml`, which is completed by the sources that it does not name."""
     folder = Path(folder)
-    facts = _card_facts(folder)
-    table = _table(folder, ["source", "license", "temperature", "finished", "answer_tokens", "made_with"])
-    for source, license_ in zip(table["source"].to_pylist(), table["license"].to_pylist(), strict=True):
-        credit = SOURCES[source].credit if source in SOURCES else ""
-        facts["sources"].setdefault(source, {"license": license_, "credit": credit})
+    facts: dict[str, Any] = {
+        "title": folder.resolve().name,
+        "target": "",
+        "language": ["en"],
+        "text": "",
+        "sources": {},
+    }
+    if (folder / "card.yaml").exists():
+        given = yaml.safe_load((folder / "card.yaml").read_text(encoding="utf-8"))
+        if not isinstance(given, dict) or not given.keys() <= facts.keys():
+            raise ValueError(f"{folder / 'card.yaml'} holds {given!r:.80}, expected entries of {', '.join(facts)}.")
+        facts |= given
+    columns = ["source", "license", "temperature", "finished", "answer_tokens", "made_with"]
+    frame = _table(folder, columns).to_pandas()
+    for row in frame.drop_duplicates("source").itertuples():
+        credit = SOURCES[row.source].credit if row.source in SOURCES else ""
+        facts["sources"].setdefault(row.source, {"license": row.license, "credit": credit})
     write_atomically(folder / "card.yaml", yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
+
     licenses = {str(source["license"]).lower() for source in facts["sources"].values()}
-    splits = [split for split in SPLITS if any(folder.glob(f"data/{split}-*.parquet"))]
+    splits = {split: len(_table(folder, ["id"], split)) for split in SPLITS}
     metadata = DatasetCardData(
         pretty_name=facts["title"],
         language=facts["language"],
@@ -255,28 +268,13 @@ def write_card(folder: str | Path) -> None:
         configs=[
             {
                 "config_name": "default",
-                "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits],
+                "data_files": [
+                    {"split": split, "path": f"data/{split}-*.parquet"} for split, number in splits.items() if number
+                ],
             }
         ],
     )
-    card = f"---\n{metadata.to_yaml()}\n---\n\n{_card_text(folder, facts, table, splits)}"
-    write_atomically(folder / "README.md", str(DatasetCard(card)))
-
-
-def _card_facts(folder: Path) -> dict[str, Any]:
-    facts = {"title": folder.resolve().name, "target": "", "language": ["en"], "text": "", "sources": {}}
-    if (folder / "card.yaml").exists():
-        given = yaml.safe_load((folder / "card.yaml").read_text(encoding="utf-8"))
-        if not isinstance(given, dict) or (unknown := given.keys() - facts.keys()):
-            what = f"the entries {', '.join(sorted(unknown))}" if isinstance(given, dict) else "no entries"
-            raise ValueError(f"{folder / 'card.yaml'} has {what}, expected {', '.join(facts)}.")
-        facts |= given
-    return facts
-
-
-def _card_text(folder: Path, facts: Mapping[str, Any], table: pa.Table, splits: Sequence[str]) -> str:
-    made_with = json.loads(table["made_with"][0].as_py()) if len(table) else {}
-    frame = table.to_pandas()
+    made_with = json.loads(frame.made_with[0]) if len(frame) else {}
     sums = {"rows": ("finished", "size"), "tokens": ("answer_tokens", "sum"), "finished": ("finished", "mean")}
     by_temperature, by_source = (frame.groupby(name).agg(**sums).itertuples() for name in ("temperature", "source"))
     sources = {name: (source["license"], source["credit"]) for name, source in facts["sources"].items()}
@@ -288,13 +286,13 @@ def _card_text(folder: Path, facts: Mapping[str, Any], table: pa.Table, splits: 
         text=facts["text"].strip(),
         share=HELD_OUT_SHARE,
         hash=made_with.get("target", "not known"),
-        splits=_lines((split, f"{len(_table(folder, ['id'], split)):,}") for split in splits),
+        splits=_lines((split, f"{number:,}") for split, number in splits.items() if number),
         temperatures=_lines(
             (f"{row.Index:g}", f"{row.rows:,}", f"{row.tokens:,}", f"{row.finished:.0%}") for row in by_temperature
         ),
         sources=_lines((row.Index, *sources[row.Index], f"{row.rows:,}", f"{row.tokens:,}") for row in by_source),
-    )
-    return text.replace("\n\n\n\n", "\n\n")  # where there are no further words
+    ).replace("\n\n\n\n", "\n\n")  # where there are no further words
+    write_atomically(folder / "README.md", str(DatasetCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")))
 
 
 def _lines(rows: Iterable[Sequence[str]]) -> str:
