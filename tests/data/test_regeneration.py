@@ -168,6 +168,16 @@ def test_sampling_follows_the_seed_and_leaves_the_random_state(target, tokenizer
         assert row["temperature"] > 0 or answers["a"][key] == answers["c"][key]
 
 
+def test_batches_are_of_one_temperature(target, tokenizer, prompts, tmp_path):
+    regenerate(target, tokenizer, prompts, tmp_path / "a.jsonl", **SETTINGS | {"temperatures": (0.0, 100.0)})
+    rows = rows_of(tmp_path / "a.jsonl")
+    for prompt in prompts:
+        if prompt["id"] != "long":
+            greedy = expected_row(target, tokenizer, prompt, SETTINGS)["answer_ids"]
+            row = rows[prompt["id"]]
+            assert (row["answer_ids"] == greedy) == (row["temperature"] == 0)
+
+
 def test_answers_of_another_run_are_refused(target, tokenizer, prompts, tmp_path):
     path = tmp_path / "a.jsonl"
     regenerate(target, tokenizer, prompts, path, **SETTINGS)
