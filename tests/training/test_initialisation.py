@@ -9,6 +9,8 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     FalconConfig,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPTBigCodeConfig,
     GPTJConfig,
@@ -225,3 +227,15 @@ def test_a_draft_of_another_width_starts_random_where_it_must(caplog):
     assert draft.embed_tokens.weight.shape == (97, 24)
     taps = torch.randn(200, config.taps_size)
     assert 0.8 < draft.fc(taps).std() < 1.25  # of the size of its input
+
+
+def test_norms_that_keep_their_scale_less_one_are_taken_over_as_they_scale():
+    config = Gemma3TextConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-12, layer_types=["full_attention"] * 5,
+    )  # fmt: skip
+    target = Gemma3ForCausalLM(config).double()
+    torch.nn.init.normal_(target.model.norm.weight)
+    draft = warm_start(target, torch.arange(97), ConFuConfig.from_target(config)).double()
+    rows = torch.randn(3, 32, dtype=torch.float64)
+    assert torch.allclose(draft.norm(rows), target.model.norm(rows), rtol=1e-5)

@@ -80,9 +80,8 @@ def show(prompt: str, runs: list[dict[str, Any]], tokenizer: Any) -> None:
     if departure:
         position = departure["position"]
         rest = tokenizer.decode(confu[0]["token_ids"][position:], skip_special_tokens=True)
-        print(
-            f"  ConFu parts from it at token {position + 1} and goes on:\n{textwrap.indent('==> ' + rest.strip(), '  ')}\n"
-        )
+        print(f"  ConFu parts from it at token {position + 1} and goes on:")
+        print(textwrap.indent(f"==> {rest.strip()}", "  "), end="\n\n")
     sameness = "another text" if departure else "the same text"
     print(f"  plain {_rate(plain):6.1f} tokens/s", flush=True)
     print(f"  ConFu {_rate(confu):6.1f} tokens/s, {_rate(confu) / _rate(plain):.2f}x, {sameness}", flush=True)

@@ -138,8 +138,12 @@ def _weight(module: nn.Module | None, path: str = "") -> torch.Tensor | None:
         return None
     if is_traceable_wrapper_subclass(weight) and type(weight).dequantize is not torch.Tensor.dequantize:
         weight = weight.dequantize()
-    is_plain = weight.dtype in PLAIN_DTYPES and not weight.is_meta and not is_traceable_wrapper_subclass(weight)
-    return weight if is_plain else None
+    if weight.dtype not in PLAIN_DTYPES or weight.is_meta or is_traceable_wrapper_subclass(weight):
+        return None
+    if weight.ndim == 1 and "RMSNorm" in type(module).__name__:
+        # Some families, such as Gemma, keep a norm's scale less 1; what the norm makes of ones tells.
+        return weight + (module(torch.ones_like(weight)) - weight).mean().round()
+    return weight
 
 
 def _copy(ours: torch.Tensor, theirs: torch.Tensor | None) -> bool:
