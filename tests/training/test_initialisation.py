@@ -238,4 +238,4 @@ def test_norms_that_keep_their_scale_less_one_are_taken_over_as_they_scale():
     torch.nn.init.normal_(target.model.norm.weight)
     draft = warm_start(target, torch.arange(97), ConFuConfig.from_target(config)).double()
     rows = torch.randn(3, 32, dtype=torch.float64)
-    assert torch.allclose(draft.norm(rows), target.model.norm(rows), rtol=1e-5)
+    assert torch.allclose(draft.norm(rows), target.model.norm(rows), rtol=1e-5, atol=1e-5)
