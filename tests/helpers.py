@@ -13,7 +13,10 @@ INITIALIZER_RANGE = 0.3
 
 
 def make_tiny_target(
-    kind: Literal["llama", "qwen3", "windows"] = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **overrides
+    kind: Literal["llama", "qwen3", "windows"] = "llama",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    **overrides,
 ) -> PreTrainedModel:
     """
     Build a random target: 5 layers, hidden size 32, 4 query and 2 key/value heads, vocabulary 97, no EOS.
