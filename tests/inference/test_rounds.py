@@ -151,6 +151,8 @@ def test_kept_costs_are_shown_and_deleted(kept, monkeypatch, tmp_path):
     ((path, key, found),) = round_costs.kept_costs(str(tmp_path / "target"), str(tmp_path / "draft"))
     assert (found, key["threads"]) == (costs(0.1, 0.1), torch.get_num_threads())
     assert not list(round_costs.kept_costs(str(tmp_path / "target"), "another"))
+    monkeypatch.chdir(tmp_path)
+    assert [table[0] for table in round_costs.kept_costs("target", "draft")] == [path]
     path.unlink()
     monkeypatch.setattr(round_costs, "_KNOWN", {})
     assert measured(target, draft, 0.2) == (costs(0.1, 0.2), True)

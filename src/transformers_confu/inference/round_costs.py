@@ -219,10 +219,15 @@ def kept_costs(target: str, draft: str) -> Iterator[tuple[Path, dict[str, Any], 
     for path in sorted((cache_folder() / "round_costs").glob("*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if content["names"] == [target, draft] and (costs := read_costs(content["key"])) is not None:
+            if content["names"] == [_place(target), _place(draft)] and (costs := read_costs(content["key"])) is not None:
                 yield path, content["key"], costs
         except (OSError, ValueError, KeyError, TypeError):
             continue  # no table
+
+
+def _place(name: str) -> str:
+    """A folder wherever it is named from; the id of a repository as it is."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 _KNOWN: dict[str, RoundCosts] = {}
@@ -242,6 +247,6 @@ def round_costs(
         if costs is None:
             costs, is_kept = measure()
             if is_kept:
-                write_costs(key, costs, (target.name_or_path, draft.name_or_path))
+                write_costs(key, costs, (_place(target.name_or_path), _place(draft.name_or_path)))
         _KNOWN[path] = costs
     return _KNOWN[path]
