@@ -219,7 +219,10 @@ def kept_costs(target: str, draft: str) -> Iterator[tuple[Path, dict[str, Any], 
     for path in sorted((cache_folder() / "round_costs").glob("*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if content["names"] == [_place(target), _place(draft)] and (costs := read_costs(content["key"])) is not None:
+            if (
+                content["names"] == [_place(target), _place(draft)]
+                and (costs := read_costs(content["key"])) is not None
+            ):
                 yield path, content["key"], costs
         except (OSError, ValueError, KeyError, TypeError):
             continue  # no table
