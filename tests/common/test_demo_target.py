@@ -10,8 +10,9 @@ import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from transformers_confu.common import demo_target
-from transformers_confu.common.demo_target import CACHE_VARIABLE, FOLDER_NAME, GGUF_NAME, demo_target_path
+from transformers_confu.common.demo_target import FOLDER_NAME, GGUF_NAME, demo_target_path
 from transformers_confu.common.loading import load_target
+from transformers_confu.inference.round_costs import CACHE_VARIABLE
 
 
 @pytest.fixture(autouse=True)

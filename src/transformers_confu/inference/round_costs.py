@@ -140,9 +140,12 @@ def in_steps(seconds: Iterable[float], most_steps: Iterable[float], step: float)
 # --- the file
 
 
+CACHE_VARIABLE = "TRANSFORMERS_CONFU_CACHE"
+
+
 def cache_folder() -> Path:
     """Where this package keeps what it can make again: `TRANSFORMERS_CONFU_CACHE`, else in the user's cache."""
-    if named := os.environ.get("TRANSFORMERS_CONFU_CACHE"):
+    if named := os.environ.get(CACHE_VARIABLE):
         return Path(named).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "transformers-confu"
 

@@ -143,8 +143,8 @@ class AutomaticRounds:
         best, best_gain, gain = 0, 0.0, 0.0
         for width, log_prob in enumerate(grower.frontier_scores[0].tolist(), start=1):
             gain += max(self.probability(log_prob) * likely - row, 0.0)
-            if gain - self.rate * self.costs.draft(width) > best_gain:
-                best, best_gain = width, gain - self.rate * self.costs.draft(width)
+            if (net := gain - self.rate * self.costs.draft(width)) > best_gain:
+                best, best_gain = width, net
         if best:
             self.cost += self.costs.draft(best)
             self.levels += 1
