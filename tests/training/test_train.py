@@ -14,6 +14,7 @@ from commands import weights_of, write_run
 from helpers import make_tiny_target
 from transformers_confu import ConFuDraftModel
 from transformers_confu.inference.knobs import ConFuKnobs
+from transformers_confu.publishing.model_card import CardFacts
 from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
 from transformers_confu.training.train import DraftArguments, load_target_once, main
 
@@ -95,13 +96,13 @@ def test_stages_may_differ_in_precision_and_in_what_is_frozen(saved_target, tmp_
     )
 
 
-def test_evaluation_decodes_held_out_prompts(saved_target, tmp_path):
-    metrics = []
-    with pytest.MonkeyPatch.context() as patch:
-        evaluate = ConFuTrainer.evaluate
-        patch.setattr(ConFuTrainer, "evaluate", lambda self: metrics.append(evaluate(self)))
-        main([write_run(tmp_path, saved_target, max_steps=1, stage="core", decoding_prompts=2)])
-    assert metrics[0]["eval_decoding_tau"] >= 1
+def test_the_command_leaves_the_facts_of_a_card(saved_target, tmp_path):
+    stages = [{"stage": "core"}, {"stage": "joint"}]
+    run = write_run(tmp_path, saved_target, stages=stages, output_dir=str(tmp_path / "runs"), max_steps=1)
+    main([run])
+    facts = CardFacts.load(tmp_path / "runs" / "joint" / "card.yaml")
+    assert facts.training.index("Stage `core`: 1 steps") < facts.training.index("Stage `joint`: 1 steps")
+    assert facts.base_model is None and "Teacher-forced on held-out rows at step 1: `tau_greedy`" in facts.evaluation
 
 
 def test_a_checkpoint_of_the_last_step_is_not_trained_further(saved_target, tmp_path, monkeypatch):

@@ -285,6 +285,10 @@ def test_a_checkpoint_is_the_draft_alone(target, rows, tmp_path):
     assert len(optimizer["state"]) == len(list(trainer.model.parameters()))
 
     trainer.save_model(str(tmp_path / "final"))
+    assert (tmp_path / "final" / "custom_generate" / "generate.py").exists()
+    assert not (tmp_path / "final" / "training_args.bin").exists()  # a pickle
+    with pytest.raises(ValueError, match="upload the trained draft by `confu publish`"):
+        trainer.push_to_hub()
     loaded = ConFuDraftModel.from_pretrained(tmp_path / "final")
     assert_equal(loaded.state_dict(), trainer.model.state_dict())
     for field in ("draft_vocab_size", "target_hidden_state_indices", "num_soft_prompts"):
@@ -617,7 +621,7 @@ def adapted(config) -> PreTrainedModel:
         (train_under(fp16=True), "`fp16` is not supported: gradients of the head are made in the forward"),
         (train_under(report_to="comet_ml"), "`report_to` names comet_ml, of which no package is installed (installed"),
         (train_under(fsdp="full_shard"), "`fsdp` is not supported: the draft is small, and the target"),
-        (train_under(push_to_hub=True, hub_strategy="every_save"), "`hub_strategy` is 'every_save'; a draft is uploa"),
+        (train_under(push_to_hub=True), "`push_to_hub` is not supported: leave it out, and upload the trained draft"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(target, rows, tmp_path, call, message):

@@ -9,7 +9,6 @@ _MODULE_OF_NAME = {
     "ConFuTrainer": "trainer",
     "ConFuTrainingArguments": "arguments",
     "ConFuDataCollator": "batch",
-    "DecodingEvaluation": "decoding_callback",
     "warm_start": "initialisation",
 }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..common.loading import default_dtype
@@ -25,6 +25,11 @@ STAGES = list(TAUGHT_BY_STAGE)
 NOT_SHARDED_BY = (
     "{} is not supported: the draft is small, and the target, which is not, would not be sharded by it. Start several "
     "processes (DDP) and set `shard_target=True`."
+)
+
+NOT_PUSHED = (
+    "`push_to_hub` is not supported: leave it out, and upload the trained draft by `confu publish`, which checks it "
+    "against its target and adds card and code."
 )
 
 _BATCHES_BY_TOKENS = "a batch holds as many rows as fit `tokens_per_batch`; set that"
@@ -90,9 +95,6 @@ class ConFuTrainingArguments(TrainingArguments):
     shard_target: bool = option(
         "Shard the target's layers over the processes (FSDP2), where one device cannot hold it.", False
     )
-    hub_base_model: str | None = option(
-        "The target's id on the Hub, for the model card, if it is loaded from elsewhere."
-    )
     learning_rate: float = option("Initial learning rate of AdamW.", 3e-4)
     lr_scheduler_type: str = option("Learning-rate schedule.", "cosine")
     warmup_steps: float = option("Steps in which the learning rate rises: a share of all steps if below 1.", 0.02)
@@ -107,7 +109,6 @@ class ConFuTrainingArguments(TrainingArguments):
     remove_unused_columns: bool | None = option("Must stay False.", False)
     metric_for_best_model: str | None = option("tau_greedy, where a best checkpoint is asked for.")
     ddp_broadcast_buffers: bool | None = option("The draft's buffers, its vocabulary, never change.", False)
-    hub_strategy: str = option("Must stay end: `push_to_hub` uploads the draft once, with card and code.", "end")
 
     def __post_init__(self):
         if self.metric_for_best_model is None and (
@@ -190,11 +191,8 @@ class ConFuTrainingArguments(TrainingArguments):
                 "`fp16` is not supported: gradients of the head are made in the forward, before the scaling that "
                 "keeps small ones from vanishing in float16. Use `bf16`, or neither, which trains in float32."
             )
-        if self.hub_strategy != HubStrategy.END:
-            raise ValueError(
-                f"`hub_strategy` is '{HubStrategy(self.hub_strategy).value}'; a draft is uploaded once, with its card "
-                "and code and without the training's state: use 'end', and `confu publish` for a checkpoint."
-            )
+        if self.push_to_hub:
+            raise ValueError(NOT_PUSHED)
 
     def _check_machine(self) -> None:
         known = get_available_reporting_integrations()

@@ -11,7 +11,6 @@ GPUs it has not run yet, on one it has.
 import difflib
 import gc
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,14 @@ from ..common.answer_text import end_token_ids
 from ..common.demo_target import HUB_ID
 from ..common.loading import default_dtype, load_draft, load_target
 from ..common.option_files import json_option, option, read_option_file
-from ..data.dataset import HELD_OUT_SHARE, IGNORE_INDEX, DatasetReport, prepare_dataset, split_by_prompt
+from ..data.dataset import HELD_OUT_SHARE, DatasetReport, prepare_dataset, split_by_prompt
 from ..data.fingerprints import fingerprint_of_dataset, fingerprint_of_target
 from ..data.vocabulary import build_draft_vocabulary, count_assistant_tokens
 from ..inference.configuration_confu import ConFuConfig
 from ..inference.modeling_confu import ConFuDraftModel
 from ..publishing.model_card import CARD_FILE, CardFacts
+from ..publishing.publish import named
 from .arguments import ConFuTrainingArguments
-from .decoding_callback import DecodingEvaluation
 from .initialisation import is_channel_untrained, start_future_channel, warm_start
 from .run_folder import RunFolder
 from .trainer import ConFuTrainer
@@ -77,7 +76,6 @@ class DraftArguments:
         HELD_OUT_SHARE,
     )
     eval_rows: int = option("Held-out rows to evaluate on, at most; 0 holds out nothing.", 64)
-    decoding_prompts: int = option("Held-out prompts that every evaluation also decodes, for `eval_decoding_tau`.", 0)
 
     def __post_init__(self):
         if isinstance(self.draft_config, str):
@@ -108,7 +106,7 @@ _OPTIMISATION = (
 # And of ours, and of those whose default ConFu changes, the ones that it does not.
 _WITHOUT_OUTCOME = {
     *("logging_steps", "remove_unused_columns", "ddp_broadcast_buffers", "include_num_input_tokens_seen"),
-    *("shard_target", "device_map", "trust_remote_code", "hub_base_model", "hub_strategy", "decoding_prompts"),
+    *("shard_target", "device_map", "trust_remote_code"),
 }
 
 
@@ -149,8 +147,6 @@ def run(folder: RunFolder, arguments: DraftArguments, training: ConFuTrainingArg
     AcceleratorState._reset_state()  # which would keep the precision of the stage before
     say(f"Stage {training.stage}: {f'continues from {checkpoint}' if checkpoint else 'starts'}, to {folder.path}")
 
-    if arguments.target == "demo" and training.hub_base_model is None:
-        training.hub_base_model = HUB_ID
     target, tokenizer = load_target_once(arguments, training)
     train_dataset, eval_dataset = prepare(arguments, training, target, tokenizer)
     conditions = {"data": fingerprint_of_dataset(train_dataset), "processes": training.world_size}
@@ -165,8 +161,6 @@ def run(folder: RunFolder, arguments: DraftArguments, training: ConFuTrainingArg
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
     )
-    if arguments.decoding_prompts > 0 and training.stage != "contemplation":
-        trainer.add_callback(decoding_evaluation(trainer, arguments.decoding_prompts))
     # Only now: options that were refused so far may be set right in the same folder.
     write_record(folder, finished=False)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -174,9 +168,7 @@ def run(folder: RunFolder, arguments: DraftArguments, training: ConFuTrainingArg
     if eval_dataset is not None:
         say(trainer.evaluate())
     if training.should_save:
-        write_card_facts(trainer, arguments.draft)
-    if training.push_to_hub:
-        trainer.push_to_hub()  # its card tells of the evaluation
+        write_card_facts(trainer, arguments)
     write_record(folder, finished=True)
 
 
@@ -187,14 +179,24 @@ def write_record(folder: RunFolder, finished: bool) -> None:
         folder.write(finished)
 
 
-def write_card_facts(trainer: ConFuTrainer, draft: str | None) -> None:
+def write_card_facts(trainer: ConFuTrainer, arguments: DraftArguments) -> None:
     """What `confu publish` will want to know of the training, and of that of the draft it went on from."""
-    facts, path = trainer.card_facts(), Path(trainer.args.output_dir, CARD_FILE)
+    args, path = trainer.args, Path(trainer.args.output_dir, CARD_FILE)
     if path.exists():  # written by hand
         return
-    if draft is not None and (before := Path(draft, CARD_FILE)).exists():
+    tokens = args.tokens_per_batch * args.gradient_accumulation_steps * args.world_size
+    facts = CardFacts(
+        training=f"Stage `{args.stage}`: {trainer.state.global_step:,} steps of up to {tokens:,} tokens, "
+        f"{args.ttt_steps} TTT steps, loss `{args.loss}`, l = {args.replication}, learning rate "
+        f"{args.learning_rate:g}, seed {args.seed}."
+    )
+    if evaluations := [entry for entry in trainer.state.log_history if "eval_tau_greedy" in entry]:
+        names = [name for name in ("tau_greedy", "tau_probabilistic") if f"eval_{name}" in evaluations[-1]]
+        figures = ", ".join(f"`{name}` {evaluations[-1][f'eval_{name}']:.3f}" for name in names)
+        facts.evaluation = f"Teacher-forced on held-out rows at step {evaluations[-1]['step']:,}: {figures}."
+    if arguments.draft is not None and (before := Path(arguments.draft, CARD_FILE)).exists():
         facts.training = f"{CardFacts.load(before).training.strip()} {facts.training}"
-    facts.save(path)
+    named(facts, HUB_ID if arguments.target == "demo" else arguments.target).save(path)
 
 
 def say(what: Any) -> None:
@@ -299,17 +301,3 @@ def instruction_ids(
         return None
     ids = torch.tensor(tokenizer(instruction, add_special_tokens=False)["input_ids"])
     return ids.repeat(-(-num_soft_prompts // len(ids)))[:num_soft_prompts]
-
-
-def decoding_evaluation(trainer: ConFuTrainer, num_prompts: int) -> DecodingEvaluation:
-    """Decodes the prompts of the first held-out rows."""
-    if trainer.eval_dataset is None:
-        raise ValueError("`decoding_prompts` are those of held-out rows; raise `eval_rows`.")
-    rows = trainer.eval_dataset.select(range(min(num_prompts, len(trainer.eval_dataset))))
-    return DecodingEvaluation(trainer, [prompt_of(row) for row in rows])
-
-
-def prompt_of(row: Mapping[str, list[int]]) -> list[int]:
-    """Tokens of a prepared row before its first answer; at least one."""
-    length = next(index for index, label in enumerate(row["labels"]) if label != IGNORE_INDEX)
-    return row["input_ids"][: max(1, length)]

@@ -6,6 +6,7 @@ import inspect
 import shutil
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..common.loading import default_dtype, load_target
@@ -23,8 +25,9 @@ from ..inference.checks import check_target
 from ..inference.configuration_confu import SPECIAL_TOKENS
 from ..inference.modeling_confu import ConFuDraftModel
 from ..inference.target import TargetRunner
+from ..publishing.publish import write_custom_generate
 from .anchors import AnchorSampling
-from .arguments import NOT_SHARDED_BY, ConFuTrainingArguments, parameter_group
+from .arguments import NOT_PUSHED, NOT_SHARDED_BY, ConFuTrainingArguments, parameter_group
 from .batch import ConFuDataCollator, TokenBatch, TokenBatchSampler, draft_rows
 from .checks import check_call, check_dataset, check_tokenizer, draft_to_train
 from .contemplation import compute_foresight
@@ -32,7 +35,6 @@ from .features import KeptFeatures
 from .initialisation import is_channel_untrained
 from .metrics import Counts, add_counts, metrics_of, no_counts
 from .objective import Objective, Recipe, compute_live
-from .release import ReleasingTrainer
 from .teacher import freeze, shard
 
 
@@ -88,7 +90,7 @@ class KeepSpecialTokens(TrainerCallback):
                 setattr(config, name, copy.copy(value))
 
 
-class ConFuTrainer(ReleasingTrainer):
+class ConFuTrainer(Trainer):
     r"""
     Trains a draft against its frozen target.
 
@@ -356,6 +358,19 @@ class ConFuTrainer(ReleasingTrainer):
             logs = logs | metrics_of(self._counts_of_all("train"))
             self._counts["train"] = self._no_counts()
         super().log(logs, *args, **kwargs)
+
+    # Saving
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As of [`Trainer`], but as it may be published: with `custom_generate`, without a pickle of the arguments."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            write_custom_generate(folder)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(NOT_PUSHED)
 
     def _no_counts(self) -> Counts:
         return no_counts(self.model.config, self.args.num_steps)
