@@ -13,17 +13,20 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuDraftModel, confu_generation_config
 from transformers_confu.inference import decoding, measured_costs, round_costs
 from transformers_confu.inference.cached_rows import crop
 from transformers_confu.inference.draft_tree import DraftTree, TreeGrower
+from transformers_confu.inference.grouped_attention import without_repeated_heads
 from transformers_confu.inference.growing_cache import GrowingLayer, let_grow, room_to_grow
 from transformers_confu.inference.knobs import ConFuKnobs
 from transformers_confu.inference.measured_costs import measure_round_costs
 from transformers_confu.inference.round_costs import DRAFT_ROWS, TARGET_ROWS, RoundCosts, costs_path, in_steps
 from transformers_confu.inference.rounds import AutomaticRounds, FixedRounds
+from transformers_confu.inference.target import TargetRunner
 
 
 PROMPT = torch.tensor([[3, 4, 5, 2, 7]])
@@ -356,16 +359,19 @@ def test_a_gain_that_is_no_number_is_refused(pair, gain):
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations, and those that wait for the device."""
+    """Counts operations, and those that wait for the device; and the numbers of the largest tensor that was made."""
 
     def __init__(self):
         super().__init__()
-        self.total = self.host_reads = 0
+        self.total = self.host_reads = self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.total += 1
         self.host_reads += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view and "_" not in func._schema.name[-1]:
+            self.largest = max(self.largest, result.numel())
+        return result
 
 
 def count_round(pair, monkeypatch, **options) -> tuple[float, float]:
@@ -392,6 +398,40 @@ def test_a_greedy_round_reads_the_device_once(pair, monkeypatch):
     # One transfer for the walk, and on the CPU, where reading is free, one for the width of each of two levels.
     assert host_reads <= 3.2
     assert operations <= 1150  # 1083 when this was written: three levels of the draft, five layers of the target
+
+
+@pytest.mark.parametrize("num_rows", [1, 6])
+def test_no_head_has_a_copy_of_the_text(pair, num_rows):
+    """Of 4 query heads, two share each key and value head: a layer holds 300 x 2 x 8 keys."""
+    target, draft = pair
+    runner = TargetRunner(target, draft.config, draft.future_channel)
+    cache = DynamicCache(config=target.config)
+    target(input_ids=torch.arange(300)[None] % 97, cache=cache, use_cache=True)
+    let_grow(cache)
+    tokens = torch.arange(num_rows)[None]
+    tree = DraftTree.from_parents(tokens, (tokens - 1).clamp(min=0), -tokens.float())
+    visible = (torch.arange(300) > 7)[None]
+    arguments = (tree, None, torch.zeros(1, draft.config.taps_size), cache, torch.tensor([300]), visible)
+    expected = runner.verify(*arguments).outputs.logits
+    crop(cache, 300)
+    with without_repeated_heads(), Operations() as operations:
+        found = runner.verify(*arguments).outputs.logits
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert operations.largest < 300 * 2 * 8
+
+
+def test_attention_is_transformers_own_outside_of_rounds(pair):
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with pytest.raises(RuntimeError), without_repeated_heads(), without_repeated_heads():
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not own
+        raise RuntimeError
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
+    target, _ = pair
+    rows = torch.arange(12)[None]
+    padding = (rows > 3).long()
+    expected = target(input_ids=rows, attention_mask=padding).logits
+    with without_repeated_heads():  # as in another thread
+        assert torch.equal(target(input_ids=rows, attention_mask=padding).logits, expected)
 
 
 # --- the cache

@@ -26,6 +26,7 @@ from .call_statistics import ConFuStatistics
 from .candidate_generator_confu import CarriedState, ConFuCandidateGenerator
 from .checks import check_cache, check_call, check_evaluation_mode, check_future_channel, check_target
 from .draft_tree import DraftTree
+from .grouped_attention import without_repeated_heads
 from .growing_cache import room_to_grow
 from .knobs import ConFuKnobs
 from .measured_costs import measure_round_costs
@@ -73,7 +74,7 @@ def confu_decode(
     contemplates = knobs.contemplation != 0
     check_cache(model_kwargs["cache"], draft.config, target, contemplates)
     autocast = autocast_around(target)
-    with torch.autocast(input_device(target).type, enabled=False):
+    with torch.autocast(input_device(target).type, enabled=False), without_repeated_heads():
         started = time.perf_counter()
         if contemplates:
             check_future_channel(draft.future_channel, target.dtype)

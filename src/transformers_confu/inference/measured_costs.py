@@ -10,6 +10,7 @@ from transformers.utils import logging
 from .cached_rows import crop
 from .candidate_generator_confu import ConFuCandidateGenerator, log_softmax
 from .draft_tree import DraftTree
+from .grouped_attention import without_repeated_heads
 from .growing_cache import let_grow
 from .round_costs import DRAFT_ROWS, TARGET_ROWS, RoundCosts, in_steps, least_seconds
 from .rounds import AutomaticRounds
@@ -23,6 +24,7 @@ CONTEXT = 128
 
 
 @torch.no_grad()
+@without_repeated_heads()
 def measure_round_costs(target: PreTrainedModel, draft: PreTrainedModel) -> tuple[RoundCosts, bool]:
     r"""
     The costs of rounds of this target and draft, with the threads of now; and whether the machine was quiet.
