@@ -44,59 +44,23 @@ _READ_OPTIONS = (
 )
 
 
-class RowFiles:
-    r"""
-    A folder with a file of tensors for each row, named by the row's key; written once, by any process.
-
-    Args:
-        folder: Made where there is none.
-        made_with: What the tensors depend on besides the rows, by name; JSON values.
-
-    Raises:
-        ValueError: the folder holds tensors that were made with something else.
-    """
-
-    def __init__(self, folder: Path, made_with: dict[str, Any]):
-        self.folder = folder
-        record = folder / "made_with.json"
-        made_with = json.loads(json.dumps(made_with))
-        if record.exists() and (changed := differences(read_json(record), made_with)):
-            raise ValueError(
-                f"{folder} holds features made with something else ({changed}); name another folder, or delete this "
-                "one to make them anew."
-            )
-        write_atomically(record, json.dumps(made_with, indent=2))
-
-    def __contains__(self, key: int) -> bool:
-        return self._path(key).exists()
-
-    def write(self, key: int, tensors: dict[str, torch.Tensor]) -> None:
-        """All tensors of a row; a process that dies leaves no torn file."""
-        part = self._path(key).with_suffix(f".{os.getpid()}")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
-        os.replace(part, self._path(key))
-
-    def read(self, key: int) -> dict[str, torch.Tensor]:
-        """All tensors of a row, on the CPU."""
-        return load_file(self._path(key))
-
-    def _path(self, key: int) -> Path:
-        return self.folder / f"{key:016x}.safetensors"
-
-
 class KeptFeatures:
     r"""
     The objective of batches whose target features are computed at first sight and read from then on.
 
+    Each row has a file, named by its content, so one folder may serve several datasets; it is written once, by any
+    process.
+
     Args:
         draft ([`ConFuDraftModel`]): Trained.
         runner ([`TargetRunner`]): Of the frozen target.
-        folder: Of the files. Rows go by their content, so it may serve several datasets.
+        folder: Of the files.
         sampling ([`AnchorSampling`], *optional*): Of the anchors whose future predictions are kept too; they are
             drawn at step 0.
 
     Raises:
-        ValueError: see [`RowFiles`]; or the target's scores do not follow from its final hidden state.
+        ValueError: the folder holds features that were made with something else; or the target's scores do not follow
+            from its final hidden state.
     """
 
     def __init__(
@@ -106,8 +70,8 @@ class KeptFeatures:
         folder: str | Path,
         sampling: AnchorSampling | None = None,
     ):
-        self.draft, self.runner, self.folder = draft, runner, Path(folder)
-        self.keeps_futures = sampling is not None
+        self.draft, self.runner = draft, runner
+        self.folder = Path(folder, "plain" if sampling is None else "with_futures")
         config, target = draft.config, runner.target
         self.final_state = config.target_num_hidden_layers
         self.dtype = target.get_input_embeddings().weight.dtype
@@ -119,8 +83,17 @@ class KeptFeatures:
         if sampling is not None:
             made_with |= {"channel": fingerprint_of_module(draft.future_channel, _READ_PARAMETERS)}
             made_with |= {"anchors": asdict(sampling)} | {name: getattr(config, name) for name in _READ_OPTIONS}
-        self.rows = RowFiles(self.folder / ("plain" if sampling is None else "with_futures"), made_with)
+        record = self.folder / "made_with.json"
+        if record.exists() and (changed := differences(read_json(record), made_with)):
+            raise ValueError(
+                f"{self.folder} holds features made with something else ({changed}); name another folder, or delete "
+                "this one to make them anew."
+            )
+        write_atomically(record, json.dumps(made_with, indent=2))
         self.head = DraftHead(target, draft.draft_token_ids).to(draft.device)
+
+    def _file(self, key: int) -> Path:
+        return self.folder / f"{key:016x}.safetensors"
 
     def check_room(self, datasets: Iterable[Dataset]) -> None:
         """ValueError where the disk has no room for the features of all rows that have none yet."""
@@ -128,7 +101,7 @@ class KeptFeatures:
         for dataset in datasets:
             for rows in dataset.select_columns(["input_ids", "labels"]).with_format("numpy").iter(batch_size=1000):
                 pairs = zip(rows["input_ids"], rows["labels"], strict=True)
-                tokens += sum(len(ids) for ids, labels in pairs if row_key(ids, labels) not in self.rows)
+                tokens += sum(len(ids) for ids, labels in pairs if not self._file(row_key(ids, labels)).exists())
         config = self.draft.config
         needed = tokens * (config.taps_size + config.target_hidden_size) * self.dtype.itemsize
         if needed > (free := shutil.disk_usage(self.folder).free):
@@ -140,9 +113,9 @@ class KeptFeatures:
     def compute(self, batch: TokenBatch, anchors: Anchors | None, recipe: Recipe) -> Objective:
         """As [`compute_live`], at the anchors that `sampling` draws for these rows, or none without it."""
         draft = self.draft
-        if any(key not in self.rows for key in batch.row_keys):
+        if not all(self._file(key).exists() for key in batch.row_keys):
             self._write(batch, anchors)
-        rows = [self.rows.read(key) for key in batch.row_keys]
+        rows = [load_file(self._file(key)) for key in batch.row_keys]
         taps = pad_sequence([row["taps"] for row in rows], batch_first=True).to(draft.device, draft.dtype)
         final_states, best_tokens, normalizers = (
             torch.cat([row[name] for row in rows]).to(draft.device)
@@ -150,7 +123,7 @@ class KeptFeatures:
         )
         teaching = teach_within(draft, taps, self.head(final_states), best_tokens, normalizers)
         futures = None
-        if self.keeps_futures:
+        if anchors is not None:
             futures = pad_sequence([row["futures"] for row in rows], batch_first=True).to(taps)
         return compute_objective(draft, self.runner.embed, batch, teaching, anchors, futures, recipe)
 
@@ -163,18 +136,17 @@ class KeptFeatures:
             batch,
             keep_logits=is_teacher,
             hidden_states=sorted({*config.target_hidden_state_indices, self.final_state}),
-            keep_cache=self.keeps_futures,
+            keep_cache=anchors is not None,
         )
-        wanted = [outputs.hidden_states[index] for index in (*config.target_hidden_state_indices, self.final_state)]
-        *taps, final_states = (state.to(batch.labels.device) for state in wanted)
+        states = [outputs.hidden_states[index] for index in (*config.target_hidden_state_indices, self.final_state)]
+        *taps, final_states = (state.to(batch.labels.device) for state in states)
         taps = torch.cat(taps, dim=-1)
         self.head.check(final_states[is_teacher], outputs.logits)
         best_tokens, normalizers = summarize(outputs.logits)
-        futures = None
-        if self.keeps_futures:
+        if anchors is not None:
             futures = contemplate(self.runner, batch, self.runner.taps(outputs.hidden_states), outputs.cache, anchors)
         for number, key in enumerate(batch.row_keys):
-            if key not in self.rows:
+            if not self._file(key).exists():
                 of_row = batch.teacher_numbers[number, is_teacher[number]].to(outputs.logits.device)
                 row = {
                     "taps": taps[number, batch.attention_mask[number].bool()],
@@ -182,9 +154,11 @@ class KeptFeatures:
                     "best_tokens": best_tokens[of_row],
                     "normalizers": normalizers[of_row],
                 }
-                if futures is not None:
+                if anchors is not None:
                     row["futures"] = futures[number, anchors.exists[number]]
-                self.rows.write(key, row)
+                part = self._file(key).with_suffix(f".{os.getpid()}")  # a process that dies leaves no torn file
+                save_file({name: tensor.cpu().contiguous() for name, tensor in row.items()}, part)
+                os.replace(part, self._file(key))
 
 
 class DraftHead(nn.Module):

@@ -1,6 +1,5 @@
 """`ConFuTrainer`: fine-tune a ConFu draft for a target, on Transformers' `Trainer`."""
 
-import copy
 import errno
 import inspect
 import shutil
@@ -52,27 +51,23 @@ class ObjectiveModule(nn.Module):
     def __init__(
         self,
         draft: ConFuDraftModel,
-        target: PreTrainedModel,
+        runner: TargetRunner,
         args: ConFuTrainingArguments,
-        features: KeptFeatures | None = None,
+        features: KeptFeatures | None,
     ):
         super().__init__()
-        self.draft = draft
-        self.args = args
-        self.features = features
-        self._target = (target,)  # in a tuple, torch does not take it for a submodule
+        self.draft, self.args, self.features = draft, args, features
+        self.runner = runner  # no module, so that its target is none of this one's
 
     def forward(self, batch: dict[str, Any]) -> Objective:
         """Loss and counts of a batch as the collator makes it, with `anchors` besides, except in stage core."""
-        (target,) = self._target
-        runner = TargetRunner(target, self.draft.config, self.draft.future_channel)
         texts, anchors = TokenBatch.of(batch), batch.get("anchors")
         if self.args.stage == "contemplation":
-            return compute_foresight(self.draft, runner, texts, anchors)
+            return compute_foresight(self.draft, self.runner, texts, anchors)
         recipe = Recipe(self.args.ttt_steps, self.args.ttt_decay, self.args.loss)
         if self.features is not None:
             return self.features.compute(texts, anchors, recipe)
-        return compute_live(self.draft, runner, texts, anchors, recipe)
+        return compute_live(self.draft, self.runner, texts, anchors, recipe)
 
 
 class KeepSpecialTokens(TrainerCallback):
@@ -80,14 +75,14 @@ class KeepSpecialTokens(TrainerCallback):
 
     def __init__(self, draft: ConFuDraftModel):
         self.kept = [
-            (config, {name: copy.copy(getattr(config, name, None)) for name in SPECIAL_TOKENS})
+            (config, {name: getattr(config, name, None) for name in SPECIAL_TOKENS})
             for config in (draft.config, draft.generation_config)
         ]
 
     def on_train_begin(self, args, state, control, **kwargs):
         for config, tokens in self.kept:
             for name, value in tokens.items():
-                setattr(config, name, copy.copy(value))
+                setattr(config, name, value)
 
 
 class ConFuTrainer(Trainer):
@@ -182,7 +177,8 @@ class ConFuTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._sampling = AnchorSampling(args.replication, args.ttt_steps + 1, args.seed)
-        self._objective = ObjectiveModule(model, self.target_model, args, self._kept_features())
+        runner = TargetRunner(self.target_model, model.config, model.future_channel)
+        self._objective = ObjectiveModule(model, runner, args, self._kept_features(runner))
         self._counts = {"train": self._no_counts(), "eval": self._no_counts()}
 
     # Data
@@ -207,11 +203,10 @@ class ConFuTrainer(Trainer):
             process_index=args.process_index,
         )
 
-    def _kept_features(self) -> KeptFeatures | None:
+    def _kept_features(self, runner: TargetRunner) -> KeptFeatures | None:
         """The files of `args.feature_cache`."""
         if self.args.feature_cache is None:
             return None
-        runner = TargetRunner(self.target_model, self.model.config, self.model.future_channel)
         sampling = self._sampling if self.args.stage == "joint" else None
         features = KeptFeatures(self.model, runner, self.args.feature_cache, sampling)
         evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
