@@ -16,20 +16,17 @@ ORIGIN = {"source": "mine", "license": "MIT"}
 
 
 def plain_rows(numbers, temperature=0.7, seed=1, **fields):
-    """Answers to single prompts, as other tools write them."""
+    """Answers to single prompts."""
+    made_with = {"target": "t", "seed": seed, "generation": {"eos_token_id": [1]}}
     return [
-        {
-            "id": f"p{number}",
-            "prompt": f"Question {number}",
-            "answer": "abc",
-            "answer_ids": [number % 200, 7, 8],
-            "temperature": temperature,
-            "finished": True,
-            "made_with": {"target": "t", "seed": seed, "generation": {"eos_token_id": [1]}},
-        }
-        | fields
+        {"id": f"p{number}", "messages": messages(number), "answer_ids": [[number % 200, 7, 8]], "finished": True}
+        | {"temperature": temperature, "made_with": made_with, **fields}
         for number in numbers
     ]
+
+
+def messages(number):
+    return [{"role": "user", "content": f"Question {number}"}, {"role": "assistant", "content": "abc"}]
 
 
 def write(path, rows):
@@ -66,10 +63,7 @@ def test_answers_become_shards_that_are_added_and_never_rewritten(tmp_path):
     assert {row["id"] for row in rows["held_out"]} <= {f"p{number}" for number in (*held_out, 200, 201, 202)}
     row = rows["train"][0]
     number = int(row["id"][1:])
-    assert row["messages"] == [
-        {"role": "user", "content": f"Question {number}"},
-        {"role": "assistant", "content": "abc"},
-    ]
+    assert row["messages"] == messages(number)
     assert (row["answer_ids"], row["temperature"], row["seed"], row["source"]) == ([[number, 7, 8]], 0.7, 1, "mine")
     assert json.loads(row["made_with"])["generation"] == {"eos_token_id": [1]}
 
@@ -136,15 +130,13 @@ def test_the_card_counts_and_names_sources(tmp_path):
     [
         ({"answer_ids": None}, "it has no answer_ids, expected an answer as"),
         ({"source": None}, "source and licence of the prompt 'p0' are not known: name the file with the prompts"),
-        ({"prompt": None}, "first|expected|content"),
+        ({"messages": [{"role": "user"}]}, "expected a message with a role and a content"),
+        ({"messages": [{"role": "tool", "content": "x", "name": "f"}]}, "its messages hold name, expected role and"),
         ({"made_with": {"target": "u"}}, r"another target than the rest .* \(target was 't', is 'u'\)"),
     ],
 )
 def test_what_cannot_be_published_is_refused_and_nothing_is_written(tmp_path, row, message):
     answers = write(tmp_path / "a.jsonl", [*plain_rows([1], **ORIGIN), plain_rows([0], **ORIGIN)[0] | row])
-    if "prompt" in row:
-        row["answer"] = None
-        write(answers, [*plain_rows([1], **ORIGIN), plain_rows([0], **ORIGIN)[0] | row])
     with pytest.raises(ValueError, match=rf"a\.jsonl, line 2.*({message})"):
         publish_answers([answers], tmp_path / "corpus")
     assert not list((tmp_path / "corpus" / "data").glob("*.parquet"))

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..common.answer_text import answer_text
 from ..common.files import differences
 from ..common.jsonl import JsonLines
+from ..common.option_files import option
 from .chat_template import TEMPLATE_FIELDS, Messages, check_messages, encode_prompt
 
 
@@ -24,9 +25,8 @@ class Conversation:
     A row of prompts and how far it is answered.
 
     Args:
-        row: `{"id", "prompt"}`, where the prompt is one user turn or messages; or `{"id", "turns"}`, a list of user
-            turns that are answered one after the other, with a `system` message if wanted. Beside them perhaps
-            `tools`, `chat_template_kwargs`, `source`, `license` and `category`.
+        row: `id` and either `prompt`, one user turn or messages, or `turns`, user turns that are answered one after
+            the other, with a `system` message if wanted. Beside them perhaps what is handed on.
         temperature: Of its answers; 0 is greedy.
 
     Raises:
@@ -172,31 +172,18 @@ def find_unanswered(
 
 @dataclass
 class RegenerationReport:
-    """What one call of `regenerate` or `regenerate_served` did.
+    """What one call of `regenerate` or `regenerate_served` did, in conversations; a single prompt is one."""
 
-    Attributes:
-        prompts: conversations given; a single prompt is one.
-        too_long: conversations skipped because their first prompt exceeds `max_prompt_length`.
-        resumed: conversations found in the output of an earlier call.
-        written: conversations written by this call.
-        unfinished: written ones whose last answer was cut at `max_new_tokens`.
-        stopped: written ones that ended before their last turn.
-        tokens: answer tokens written by this call.
-        seconds: from the start of the call to the last written answer.
-        retokenized: written ones whose ids were made from text, since the server returned none.
-        refused: conversations that the server refused, by its reason.
-    """
-
-    prompts: int = 0
-    too_long: int = 0
-    resumed: int = 0
-    written: int = 0
-    unfinished: int = 0
-    stopped: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    retokenized: int = 0
-    refused: Counter = field(default_factory=Counter)
+    prompts: int = 0  # given
+    too_long: int = 0  # skipped: their first prompt exceeds `max_prompt_length`
+    resumed: int = 0  # found in the output of an earlier call
+    written: int = 0  # by this call
+    unfinished: int = 0  # written, and their last answer was cut at `max_new_tokens`
+    stopped: int = 0  # written, and ended before their last turn
+    retokenized: int = 0  # written, with ids made from text, since the server returned none
+    refused: Counter = field(default_factory=Counter)  # by the server, by its reason
+    tokens: int = 0  # of the answers written
+    seconds: float = 0.0  # from the start to the last written answer
     _start: float = field(default_factory=time.perf_counter, repr=False)
 
     def count(self, conversation: Conversation) -> None:
@@ -209,20 +196,14 @@ class RegenerationReport:
 
     def __str__(self) -> str:
         rate = self.tokens / self.seconds if self.seconds else 0.0
-        lines = [
-            f"prompts: {self.prompts:,}, of which too long: {self.too_long:,}, answered before: {self.resumed:,}",
-            f"answers written: {self.written:,} ({self.tokens:,} tokens, {rate:,.0f} tokens/s), "
-            f"of which cut at the maximum length: {self.unfinished:,}",
-        ]
-        if self.stopped:
-            lines.append(f"conversations that ended before their last turn: {self.stopped:,}")
-        if self.retokenized:
-            lines.append(
-                f"answers whose ids were made from text, since the server returns none: {self.retokenized:,}; their "
-                "tokens may differ from those the target chose"
-            )
         return "\n".join(
-            lines + [f"prompts refused ({reason}): {number:,}" for reason, number in self.refused.items()]
+            [
+                f"prompts: {self.prompts:,}, of which too long: {self.too_long:,}, answered before: {self.resumed:,}",
+                f"answers written: {self.written:,} ({self.tokens:,} tokens, {rate:,.0f} tokens/s), of which cut at "
+                f"the maximum length: {self.unfinished:,}, ended before their last turn: {self.stopped:,}, with ids "
+                f"made from text, which may not be those the target chose: {self.retokenized:,}",
+                *(f"prompts refused ({reason}): {number:,}" for reason, number in self.refused.items()),
+            ]
         )
 
 
@@ -230,13 +211,9 @@ class RegenerationReport:
 class AnswerArguments:
     """Arguments that both commands share."""
 
-    prompts: str = field(
-        metadata={"help": "Prompts: a file, folder or Hub dataset of rows with 'id' and 'prompt', or 'turns'."}
-    )
-    output: str = field(metadata={"help": "JSONL file of the answers; a run that was interrupted is resumed."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Longest answer, in tokens."})
-    max_prompt_length: int = field(default=1024, metadata={"help": "Longer prompts (in tokens) are skipped."})
-    temperatures: list[float] = field(
-        default_factory=lambda: [0.0, 0.8], metadata={"help": "Temperatures the prompts take in turn; 0 is greedy."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    prompts: str = option("Prompts: a file, folder or Hub dataset of rows with 'id' and 'prompt', or 'turns'.", ...)
+    output: str = option("JSONL file of the answers; a run that was interrupted is resumed.", ...)
+    max_new_tokens: int = option("Longest answer, in tokens.", 512)
+    max_prompt_length: int = option("Longer prompts (in tokens) are skipped.", 1024)
+    temperatures: list[float] = option("Temperatures the prompts take in turn; 0 is greedy.", lambda: [0.0, 0.8])
+    seed: int = option("Seed of the sampling.", 0)

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from ..common.files import write_atomically
+from ..common.option_files import option
 from ..common.spec_bench import SPEC_BENCH_URL
 from .chat_template import check_content
 from .rows import load_rows
@@ -77,25 +78,15 @@ def _turns_of_conversation(conversation: Any, name: str) -> list[str]:
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Where prompts come from.
+    """Where prompts come from."""
 
-    Attributes:
-        name: goes into ids and the report.
-        data: what `load_rows` reads.
-        license: of the texts, as their publisher states it; a row's own `license` wins.
-        credit: whom or what to name, with an address.
-        text: the prompt of a row, with its fields in braces, where `user_turns` does not find it.
-        join: between the texts of a field that holds several.
-        where: fields and values that a row must have to be taken.
-    """
-
-    name: str
-    data: str
-    license: str
-    credit: str
-    text: str | None = None
-    join: str = "\n"
-    where: Mapping[str, Any] = field(default_factory=dict)
+    name: str  # goes into ids and the report
+    data: str  # what `load_rows` reads
+    license: str  # of the texts, as their publisher states it; a row's own `license` wins
+    credit: str  # whom or what to name, with an address
+    text: str | None = None  # the prompt of a row, with its fields in braces, where `user_turns` does not find it
+    join: str = "\n"  # between the texts of a field that holds several
+    where: Mapping[str, Any] = field(default_factory=dict)  # fields and values that a row must have to be taken
 
     def turns(self, row: Mapping[str, Any]) -> list[str]:
         """The user's turns of a row; none for a row to leave out."""
@@ -162,17 +153,11 @@ def _runs(words: Sequence[str], length: int) -> Iterator[str]:
 
 @dataclass
 class PromptReport:
-    """What `build_prompts` took from where.
+    """What `build_prompts` took from where."""
 
-    Attributes:
-        origins: licence and credit of each source, as the rows that were read state them.
-        kept: rows of each source that became prompts.
-        dropped: rows of each source that did not, by reason.
-    """
-
-    origins: dict[str, tuple[str, str]] = field(default_factory=dict)
-    kept: Counter = field(default_factory=Counter)
-    dropped: dict[str, Counter] = field(default_factory=dict)
+    origins: dict[str, tuple[str, str]] = field(default_factory=dict)  # licence and credit of each source
+    kept: Counter = field(default_factory=Counter)  # rows of each source that became prompts
+    dropped: dict[str, Counter] = field(default_factory=dict)  # rows of each source that did not, by reason
 
     def __str__(self) -> str:
         """A table in Markdown, for the model card too."""
@@ -203,8 +188,7 @@ def build_prompts(
     Args:
         sources: see `find_sources`.
         evaluation: the questions to keep out.
-        max_prompts: most rows, drawn from all that passed.
-        max_per_source: most rows of one source, drawn likewise.
+        max_prompts, max_per_source: most rows of all and of one source, drawn from those that passed.
         max_turns: turns of a conversation; further ones are cut.
         seed: of the drawing and of the order.
 
@@ -262,19 +246,17 @@ def _draw(rows: list[dict[str, Any]], most: int | None, seed: str, report: Promp
 class PromptArguments:
     """Arguments of the command line."""
 
-    output: str = field(metadata={"help": "JSONL file of the prompts; its provenance goes beside it, as .md."})
-    sources: list[str] = field(
-        default_factory=lambda: ["open"],
-        metadata={"help": "'open', 'paper', single sources of them, files or Hub datasets (id:configuration:split)."},
+    output: str = option("JSONL file of the prompts; its provenance goes beside it, as .md.", ...)
+    sources: list[str] = option(
+        "'open', 'paper', single sources of them, files or Hub datasets (id:configuration:split).", lambda: ["open"]
     )
-    evaluation: list[str] = field(
-        default_factory=lambda: list(EVALUATION_SETS),
-        metadata={"help": "Files or Hub datasets of questions to keep out; Spec-Bench, GSM8K's test, HumanEval."},
+    evaluation: list[str] = option(
+        "Files or Hub datasets of questions to keep out; Spec-Bench, GSM8K's test, HumanEval.", EVALUATION_SETS.copy
     )
-    max_prompts: int | None = field(default=None, metadata={"help": "Most prompts, drawn from all."})
-    max_per_source: int | None = field(default=None, metadata={"help": "Most prompts of one source."})
-    max_turns: int = field(default=4, metadata={"help": "User's turns of a conversation."})
-    seed: int = field(default=0, metadata={"help": "Seed of drawing and order."})
+    max_prompts: int | None = option("Most prompts, drawn from all.")
+    max_per_source: int | None = option("Most prompts of one source.")
+    max_turns: int = option("User's turns of a conversation.", 4)
+    seed: int = option("Seed of drawing and order.", 0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ it. What the card cannot know (credit for a source, further words) stands in `ca
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers import HfArgumentParser
 
 from ..common.files import differences, write_atomically
 from ..common.jsonl import JsonLines
+from ..common.option_files import option
 from .chat_template import TEMPLATE_FIELDS, check_messages
 from .dataset import HELD_OUT_SHARE, is_held_out
 from .encoding import prompt_hash
@@ -55,50 +56,7 @@ SCHEMA = pa.schema(
 _ROWS_AT_ONCE = 1000
 # Licences that the Hub knows, by their SPDX name in lower case. Any other is "other" there; the table names it.
 _HUB_LICENSES = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-3.0", "bsd-3-clause"}
-
-
-_CARD = """# {title}
-
-Prompts, and answers to them by {target}: {conversations:,} conversations with {tokens:,} answer tokens. They are data
-to train a draft for speculative decoding, which learns from its target's own answers.
-
-{text}
-
-## Splits
-
-`held_out` has {share:.0%} of the prompts, chosen by a hash of the first user turn, so that all answers to a prompt and
-all turns of its conversation are on one side. Shards are added and never rewritten.
-
-| split | conversations |
-|---|---|
-{splits}
-
-## How the answers were made
-
-By `confu data regenerate` or `serve-regenerate`: `made_with` of a row holds a hash of the target ({hash}), its
-generation settings and the seed. Temperature 0 is greedy.
-
-| temperature | conversations | answer tokens | ended by the target |
-|---|---|---|---|
-{temperatures}
-
-## Columns
-
-- `messages`: the conversation
-- `answer_ids`: token ids of each answer, its end token included; `answer_tokens`: their number
-- `prompt_ids`: token ids before each answer; null where the target's chat template gives them
-- `temperature`, `seed`; `finished`: whether the target ended the last answer itself
-- `id`, `source`, `license`, `category` of the prompt; `prompt_hash` decides its split
-- `tools`, `chat_template_kwargs`, `made_with`: JSON
-
-## Sources of the prompts
-
-| source | licence | credit | conversations | answer tokens |
-|---|---|---|---|---|
-{sources}
-
-The licences are those of the prompts. The answers are the target's.
-"""
+_CARD = Path(__file__).with_name("dataset_card_template.md")
 
 
 def publish_answers(
@@ -161,7 +119,9 @@ def _new_rows(
 
 def _published(row: Mapping[str, Any], origins: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """An answered row in the form of `SCHEMA`."""
-    if missing := [name for name in ("id", "answer_ids", "temperature", "finished") if row.get(name) is None]:
+    if missing := [
+        name for name in ("id", "messages", "answer_ids", "temperature", "finished") if row.get(name) is None
+    ]:
         raise ValueError(f"it has no {', '.join(missing)}, expected an answer as `confu data regenerate` writes it.")
     origin = {**origins.get(str(row["id"]), {}), **row}
     if not origin.get("source") or not origin.get("license"):
@@ -169,12 +129,7 @@ def _published(row: Mapping[str, Any], origins: Mapping[str, Mapping[str, Any]])
             f"source and licence of the prompt {row['id']!r} are not known: name the file with the prompts, whose "
             "rows hold 'id', 'source' and 'license'."
         )
-    messages, answer_ids = row.get("messages"), row["answer_ids"]
-    if messages is None:  # one prompt and its answer
-        prompt = row.get("prompt")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or ())
-        messages, answer_ids = [*messages, {"role": "assistant", "content": row.get("answer")}], [answer_ids]
-    messages = check_messages(messages)
+    messages = check_messages(row["messages"])
     if other := {key for message in messages for key in message} - {"role", "content"}:
         raise ValueError(f"its messages hold {', '.join(sorted(other))}, expected role and content alone.")
     first = next((message["content"] for message in messages if message["role"] == "user"), "")
@@ -185,8 +140,8 @@ def _published(row: Mapping[str, Any], origins: Mapping[str, Mapping[str, Any]])
         "id": str(row["id"]),
         "messages": messages,
         "prompt_ids": row.get("prompt_ids"),
-        "answer_ids": answer_ids,
-        "answer_tokens": sum(map(len, answer_ids)),
+        "answer_ids": row["answer_ids"],
+        "answer_tokens": sum(map(len, row["answer_ids"])),
         "temperature": float(row["temperature"]),
         "seed": made_with.get("seed", 0) if row["temperature"] else 0,  # greedy answers do not depend on it
         "finished": row["finished"],
@@ -278,20 +233,27 @@ def write_card(folder: str | Path) -> None:
     sums = {"rows": ("finished", "size"), "tokens": ("answer_tokens", "sum"), "finished": ("finished", "mean")}
     by_temperature, by_source = (frame.groupby(name).agg(**sums).itertuples() for name in ("temperature", "source"))
     sources = {name: (source["license"], source["credit"]) for name, source in facts["sources"].items()}
-    text = _CARD.format(
-        title=facts["title"],
-        target=facts["target"] or made_with.get("target_name") or made_with.get("model") or made_with.get("target"),
-        conversations=len(frame),
-        tokens=frame.answer_tokens.sum(),
-        text=facts["text"].strip(),
-        share=HELD_OUT_SHARE,
-        hash=made_with.get("target", "not known"),
-        splits=_lines((split, f"{number:,}") for split, number in splits.items() if number),
-        temperatures=_lines(
-            (f"{row.Index:g}", f"{row.rows:,}", f"{row.tokens:,}", f"{row.finished:.0%}") for row in by_temperature
-        ),
-        sources=_lines((row.Index, *sources[row.Index], f"{row.rows:,}", f"{row.tokens:,}") for row in by_source),
-    ).replace("\n\n\n\n", "\n\n")  # where there are no further words
+    text = (
+        _CARD.read_text(encoding="utf-8")
+        .format(
+            title=facts["title"],
+            target=facts["target"]
+            or made_with.get("target_name")
+            or made_with.get("model")
+            or made_with.get("target"),
+            conversations=len(frame),
+            tokens=frame.answer_tokens.sum(),
+            text=facts["text"].strip(),
+            share=HELD_OUT_SHARE,
+            hash=made_with.get("target", "not known"),
+            splits=_lines((split, f"{number:,}") for split, number in splits.items() if number),
+            temperatures=_lines(
+                (f"{row.Index:g}", f"{row.rows:,}", f"{row.tokens:,}", f"{row.finished:.0%}") for row in by_temperature
+            ),
+            sources=_lines((row.Index, *sources[row.Index], f"{row.rows:,}", f"{row.tokens:,}") for row in by_source),
+        )
+        .replace("\n\n\n\n", "\n\n")
+    )  # where there are no further words
     write_atomically(folder / "README.md", str(DatasetCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")))
 
 
@@ -304,12 +266,9 @@ def _lines(rows: Iterable[Sequence[str]]) -> str:
 class PublicationArguments:
     """Arguments of the command line."""
 
-    answers: list[str] = field(metadata={"help": "JSONL files of answers, as `confu data regenerate` writes them."})
-    output: str = field(metadata={"help": "Folder of the dataset; answers that it does not hold yet are added."})
-    prompts: str | None = field(
-        default=None,
-        metadata={"help": "Rows with 'id', 'source' and 'license', for answers that do not name their source."},
-    )
+    answers: list[str] = option("JSONL files of answers, as `confu data regenerate` writes them.", ...)
+    output: str = option("Folder of the dataset; answers that it does not hold yet are added.", ...)
+    prompts: str | None = option("Rows with 'id', 'source' and 'license', for answers that do not name their source.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ said. Half of the answers are greedy and half sampled by default; they are kept 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerB
 from ..common.answer_text import end_token_ids
 from ..common.jsonl import JsonLines
 from ..common.loading import TargetOptions, default_dtype
+from ..common.option_files import option
 from ..inference.checks import check_target
 from ..inference.configuration_confu import ConFuConfig
 from ..inference.target import input_device
@@ -63,8 +64,8 @@ def regenerate(
     token that ended it; `finished` is False if the last one was cut at `max_new_tokens`; `made_with` holds name and
     hash of the target, its settings and the seed. `prepare_dataset` takes these rows as they are.
 
-    An interrupted call is resumed by the same call, with the draws of an uninterrupted one as long as it writes whole
-    batches. The global random state is not touched.
+    The same call resumes an interrupted one, with the same draws where whole batches were written. The global random
+    state is not touched.
 
     Args:
         target: The model in evaluation mode, with full attention; see `check_target`.
@@ -205,12 +206,9 @@ def _generation_settings(target: PreTrainedModel) -> dict[str, Any]:
 class RegenerationArguments(AnswerArguments):
     """Arguments of the command line."""
 
-    target: str = field(metadata={"help": "Model id or folder of the target, or 'demo' for a small public model."})
-    batch_size: int = field(default=64, metadata={"help": "Conversations answered at once."})
-    dtype: str = field(
-        default_factory=default_dtype,
-        metadata={"help": "Data type of the target; bfloat16 where the hardware computes in it."},
-    )
+    target: str = option("Model id or folder of the target, or 'demo' for a small public model.", ...)
+    batch_size: int = option("Conversations answered at once.", 64)
+    dtype: str = option("Data type of the target; bfloat16 where the hardware computes in it.", default_dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

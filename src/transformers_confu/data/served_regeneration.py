@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from threading import Lock
@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from ..common.jsonl import JsonLines
 from ..common.loading import load_tokenizer
-from ..common.option_files import json_option
+from ..common.option_files import json_option, option
 from .answers import (
     AnswerArguments,
     Conversation,
@@ -248,20 +248,17 @@ def _add_reply(
 class ServedRegenerationArguments(AnswerArguments):
     """Arguments of the command line; a server that asks for a key gets that of the environment, `OPENAI_API_KEY`."""
 
-    server: str = field(metadata={"help": "Base URL of the server, such as http://localhost:8000/v1."})
-    tokenizer: str = field(metadata={"help": "Model id or folder of the served model's tokenizer."})
-    model: str | None = field(default=None, metadata={"help": "Model's name on the server; asked for if left out."})
-    max_new_tokens: int = field(default=1024, metadata={"help": "Longest answer, in tokens."})
-    max_prompt_length: int = field(default=2048, metadata={"help": "Longer prompts (in tokens) are skipped."})
-    concurrency: int = field(default=64, metadata={"help": "Requests under way at once."})
-    timeout: float = field(default=600.0, metadata={"help": "Seconds until a request counts as failed."})
-    chat_template_kwargs: str | None = field(
-        default=None,
-        metadata={"help": "Options of the chat template as JSON, for rows without: '{\"enable_thinking\": false}'."},
+    server: str = option("Base URL of the server, such as http://localhost:8000/v1.", ...)
+    tokenizer: str = option("Model id or folder of the served model's tokenizer.", ...)
+    model: str | None = option("Model's name on the server; asked for if left out.")
+    max_new_tokens: int = option("Longest answer, in tokens.", 1024)
+    max_prompt_length: int = option("Longer prompts (in tokens) are skipped.", 2048)
+    concurrency: int = option("Requests under way at once.", 64)
+    timeout: float = option("Seconds until a request counts as failed.", 600.0)
+    chat_template_kwargs: str | None = option(
+        "Options of the chat template as JSON, for rows without: '{\"enable_thinking\": false}'."
     )
-    extra_body: str | None = field(
-        default=None, metadata={"help": "Further fields of each request as JSON, such as '{\"top_p\": 0.9}'."}
-    )
+    extra_body: str | None = option("Further fields of each request as JSON, such as '{\"top_p\": 0.9}'.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
