@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import torch
 from datasets import Dataset, concatenate_datasets
 from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -11,7 +10,6 @@ from transformers.utils import logging
 
 from helpers import make_tiny_target
 from transformers_confu.training.checks import check_dataset, check_tokenizer
-from transformers_confu.training.teacher import shard
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +70,3 @@ def test_a_tokenizer_of_another_target_is_refused(target, caplog):
     )
     with pytest.raises(ValueError, match="The tokenizer has 98 tokens, LlamaForCausalLM only 97: use"):
         check_tokenizer(tokenizer(98), target)
-
-
-def test_a_target_that_names_no_layers_is_not_sharded():
-    target = make_tiny_target()
-    target._no_split_modules = None
-    with pytest.raises(ValueError, match="LlamaForCausalLM names no layers that may be sharded"):
-        shard(target, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Two processes on the CPU train as one does: with a target that is whole, asked only once, or sharded."""
+"""Two processes on the CPU train as one does: with a target that reads every batch, or every row once."""
 
 import json
 import os
@@ -7,11 +7,8 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from commands import weights_of, write_run
-from helpers import make_tiny_target
-from transformers_confu.training.teacher import freeze, shard
 from transformers_confu.training.train import main
 
 
@@ -37,7 +34,7 @@ def history(folder: Path, name: str) -> list[float]:
 def test_two_processes_are_one(saved_target, tmp_path):
     stages = [{"stage": "core"}, {"stage": "contemplation"}, {"stage": "joint"}]
     main([write_run(tmp_path, saved_target, output_dir=str(tmp_path / "one"), stages=stages, **SETTINGS)])
-    stages = [stages[0] | {"feature_cache": str(tmp_path / "features")}, stages[1], stages[2] | {"shard_target": True}]
+    stages[0] |= {"feature_cache": str(tmp_path / "features")}
     run = write_run(tmp_path, saved_target, output_dir=str(tmp_path / "two"), stages=stages, **SETTINGS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
@@ -57,16 +54,3 @@ def test_two_processes_are_one(saved_target, tmp_path):
             assert history(two, name) == history(one, name)
         torch.testing.assert_close(*(torch.tensor(history(folder, "loss")) for folder in (two, one)))
         assert (two / "checkpoint-3" / "rng_state_1.pth").exists()
-
-
-def test_the_layers_of_a_target_are_sharded_once_and_nothing_else():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        target = freeze(make_tiny_target())
-        for _ in range(2):  # by two stages of one command
-            shard(target, torch.device("cpu"))
-        layers = set(target.get_decoder().layers.parameters())
-        for name, parameter in target.named_parameters():
-            assert isinstance(parameter, DTensor) == (parameter in layers), name
-    finally:
-        torch.distributed.destroy_process_group()

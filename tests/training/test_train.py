@@ -1,6 +1,5 @@
 """The training command: one run or stages, from files and options; skipped, continued or refused."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,8 +14,8 @@ from helpers import make_tiny_target
 from transformers_confu import ConFuDraftModel
 from transformers_confu.inference.knobs import ConFuKnobs
 from transformers_confu.publishing.model_card import CardFacts
-from transformers_confu.training import ConFuTrainer, ConFuTrainingArguments
-from transformers_confu.training.train import DraftArguments, load_target_once, main
+from transformers_confu.training import ConFuTrainer
+from transformers_confu.training.train import main
 
 
 def test_the_command_trains_a_new_draft_and_continues_it(saved_target, tmp_path, capsys):
@@ -126,15 +125,6 @@ def test_a_run_that_could_not_be_continued_is_refused(saved_target, tmp_path):
 
 def fail(*args, **kwargs):
     raise RuntimeError("out of memory")
-
-
-def test_a_target_to_be_sharded_is_not_one_that_stays_whole(saved_target, tmp_path):
-    arguments = DraftArguments(target=str(saved_target), data=[], target_dtype="float32")
-    training = ConFuTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    whole = load_target_once(arguments, training)
-    assert load_target_once(arguments, training) is whole
-    sharded = load_target_once(arguments, dataclasses.replace(training, shard_target=True))
-    assert sharded[0] is not whole[0]  # it is sharded in place, once a trainer has it
 
 
 def test_held_out_prompts_are_the_same_in_every_stage_and_file(saved_target, tmp_path):

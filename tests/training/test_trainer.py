@@ -600,7 +600,6 @@ def adapted(config) -> PreTrainedModel:
         (train_with(train_dataset=lambda t, r: r.to_list()), "`train_dataset` is a list; expected a `datasets.Data"),
         (train_with(eval_dataset=lambda t, r: r.to_iterable_dataset()), "`eval_dataset` is a IterableDataset; expec"),
         (train_with(compute_metrics=lambda t, r: print), "`compute_metrics` has no effect here: losses are named by"),
-        (train_under(shard_target=True), "`shard_target` needs several processes; start them with `torchrun`"),
         (train_under(tokens_per_batch=0), "`tokens_per_batch` is 0; it must be at least 1."),
         (train_under(stage="third"), "`stage` is 'third'; it must be one of core, contemplation, joint."),
         (train_under(loss="l2"), "`loss` is 'l2'; it must be one of kl, soft_cross_entropy, tv, lk_alpha, lk_lambda."),
@@ -608,10 +607,6 @@ def adapted(config) -> PreTrainedModel:
         (train_under(frozen=["head"]), "`frozen` names 'head'; the groups are core, contemplate, future."),
         (train_under(stage="core", frozen=["core"]), "Nothing is left to train: stage 'core' teaches core, and `froz"),
         (train_under(feature_cache="f"), "`feature_cache` keeps what never changes, and stage 'joint' teaches soft"),
-        (
-            train_under(feature_cache="f", shard_target=True, stage="core"),
-            "`feature_cache` and `shard_target` do not go together",
-        ),
         (train_under(gradient_checkpointing=True), "`activation_checkpointing` (`gradient_checkpointing`) is not sup"),
         (
             train_under(per_device_train_batch_size=4),

@@ -24,9 +24,8 @@ STAGES = list(TAUGHT_BY_STAGE)
 
 NOT_SHARDED_BY = (
     "{} is not supported: the draft is small, and the target, which is not, would not be sharded by it. Start several "
-    "processes (DDP) and set `shard_target=True`."
+    "processes (DDP), or one with a `device_map` for a target that one device cannot hold."
 )
-
 NOT_PUSHED = (
     "`push_to_hub` is not supported: leave it out, and upload the trained draft by `confu publish`, which checks it "
     "against its target and adds card and code."
@@ -91,9 +90,6 @@ class ConFuTrainingArguments(TrainingArguments):
     feature_cache: str | None = option(
         "Folder that keeps what the target says about the data, so that it reads every row once and not once an "
         "epoch. For stage core, and for joint with `frozen: [contemplate]`."
-    )
-    shard_target: bool = option(
-        "Shard the target's layers over the processes (FSDP2), where one device cannot hold it.", False
     )
     learning_rate: float = option("Initial learning rate of AdamW.", 3e-4)
     lr_scheduler_type: str = option("Learning-rate schedule.", "cosine")
@@ -161,11 +157,6 @@ class ConFuTrainingArguments(TrainingArguments):
                 f"`feature_cache` keeps what never changes, and stage {self.stage!r} teaches soft prompts and [con], "
                 "which change what the target says: freeze them with `frozen: [contemplate]` where they are trained, "
                 "or leave `feature_cache` out."
-            )
-        if self.feature_cache is not None and self.shard_target:
-            raise ValueError(
-                "`feature_cache` and `shard_target` do not go together: the target reads what a process lacks, and a "
-                "sharded one needs all processes for that. Keep features with a target on one device each."
             )
         if not self.taught:
             raise ValueError(

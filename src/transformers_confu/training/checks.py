@@ -39,8 +39,6 @@ def check_call(args: Any, eval_dataset: Any, kwargs: dict[str, Any]) -> None:
             f"`metric_for_best_model` is {metric!r}, and there are several evaluation sets: name one of them too, "
             f"such as '{next(iter(eval_dataset), '')}_{metric}'."
         )
-    if args.shard_target and args.world_size == 1:
-        raise ValueError("`shard_target` needs several processes; start them with `torchrun` or `accelerate`.")
 
 
 def draft_to_train(model: Any) -> ConFuDraftModel:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -21,33 +20,6 @@ def freeze(target: nn.Module) -> PreTrainedModel:
         check_prompt_learning(target)  # which the base model alone would not show
         target = target.get_base_model()
     return target.eval().requires_grad_(False)
-
-
-def shard(target: PreTrainedModel, device: torch.device) -> None:
-    """
-    Shard the target's layers over all processes, in place (FSDP2).
-
-    Each layer is gathered when a forward or a backward reaches it. What lies outside of the layers (embeddings, final
-    norm, head) stays whole on every process: training calls the embeddings by themselves. All processes must then run
-    equally many forwards, which `ConFuTrainer` sees to.
-    """
-    # Imported here: not in every build of torch.
-    from torch.distributed.fsdp import FSDPModule, fully_shard
-
-    if isinstance(target, FSDPModule):  # by an earlier stage of the same command
-        return
-    layers = [module for module in target.modules() if type(module).__name__ in (target._no_split_modules or ())]
-    if not layers:
-        raise ValueError(
-            f"{type(target).__name__} names no layers that may be sharded (`_no_split_modules`); load it with "
-            "`device_map` instead."
-        )
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    target.to(device)
-    outside = set(target.parameters()).difference(*(layer.parameters() for layer in layers))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(target, mesh=mesh, ignored_params=outside)
 
 
 @torch.no_grad()

@@ -4,8 +4,7 @@ A YAML file describes one run or several stages, see [`~option_files.read_option
 a finished run of the same options is skipped, an interrupted one continues from its last whole checkpoint.
 
 In several processes: `torchrun --nproc_per_node 2 -m transformers_confu.cli train run.yaml`, on CPUs with `--use_cpu
-true` besides. Tested with two processes on the CPU (gloo), with `shard_target` and with `feature_cache`; on several
-GPUs it has not run yet, on one it has.
+true` besides. Tested with two processes on the CPU (gloo); on several GPUs it has not run yet, on one it has.
 """
 
 import difflib
@@ -106,7 +105,7 @@ _OPTIMISATION = (
 # And of ours, and of those whose default ConFu changes, the ones that it does not.
 _WITHOUT_OUTCOME = {
     *("logging_steps", "remove_unused_columns", "ddp_broadcast_buffers", "include_num_input_tokens_seen"),
-    *("shard_target", "device_map", "trust_remote_code"),
+    *("device_map", "trust_remote_code"),
 }
 
 
@@ -218,12 +217,11 @@ def load_target_once(
         arguments.device_map,
         arguments.trust_remote_code,
     )
-    key = (*how, training.shard_target)  # a target is sharded in place: a whole one is then another
-    if key not in _loaded_target:
+    if how not in _loaded_target:
         _loaded_target.clear()  # there may be no room for two
         gc.collect()  # of trainers, which hold it in cycles
-        _loaded_target[key] = load_target(*how, few_rows=False)
-    return _loaded_target[key]
+        _loaded_target[how] = load_target(*how, few_rows=False)
+    return _loaded_target[how]
 
 
 def prepare(

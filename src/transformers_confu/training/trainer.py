@@ -34,7 +34,7 @@ from .features import KeptFeatures
 from .initialisation import is_channel_untrained
 from .metrics import Counts, add_counts, metrics_of, no_counts
 from .objective import Objective, Recipe, compute_live
-from .teacher import freeze, shard
+from .teacher import freeze
 
 
 # What the override below relies on; `Trainer` calls it with what to train, and trains what it returns.
@@ -153,8 +153,6 @@ class ConFuTrainer(Trainer):
             }
         elif eval_dataset is not None:
             eval_dataset = self._checked(eval_dataset, "eval_dataset", args)
-        if args.shard_target:
-            shard(self.target_model, args.device)
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = ConFuDataCollator(model.config.pad_token_id)
         if {"contemplate", "future"} & set(args.taught) and is_channel_untrained(model):
