@@ -159,7 +159,10 @@ WRONG = {
     "own preparation of inputs": (prepares_itself, OTHERWISE),
     "queries scaled by row": (llama4_unnamed, OTHERWISE),
     "ALiBi without its flag": (alibi_unnamed, "FalconForCausalLM cannot compute a tree"),
-    "loops with caches of their own": (looped_unnamed("per_loop"), "has 6 layers but caches keys and values of 8"),
+    "loops with caches of their own": (
+        looped_unnamed("per_loop"),
+        "has 6 layers that cache, but caches keys and values of 8",
+    ),
     "loops over one cache": (looped_unnamed("last_loop"), OTHERWISE),
 }
 

@@ -10,12 +10,19 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from packaging import version
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    PreTrainedModel,
+)
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from exactness import compare
+from exactness import assert_close, assert_identical, compare
 from helpers import make_tiny_draft, make_tiny_target, rotate
 from transformers_confu import ConFuDraftModel, confu_generation_config
+from transformers_confu.inference.cached_rows import filled_layers
 from transformers_confu.inference.checks import check_cache, check_target
 from transformers_confu.inference.draft_tree import DraftTree
 from transformers_confu.inference.growing_cache import let_grow
@@ -66,6 +73,10 @@ GEMMA4 = {
     "hidden_size_per_layer_input": 0,
     "num_kv_shared_layers": 0,
 }
+# With it, and with layers at the end that read the keys of others.
+PER_LAYER = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 13, "num_kv_shared_layers": 2}
+GEMMA3N = {**SIZES, **MIXED, **PER_LAYER, "laurel_rank": 4, "altup_num_inputs": 3}
+GEMMA3N |= {"activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0, 0.0]}
 LATENT = {
     **SIZES,
     "num_key_value_heads": 4,
@@ -132,6 +143,17 @@ ARCHITECTURES = {
         **LONGER,
         "per_layer_config": {layer: {"head_dim": 16, "num_key_value_heads": 1} for layer in (1, 3, 4)},
     },
+    # Token ids are looked up in every layer, and the last two layers have no keys of their own.
+    "Gemma3nText, full": {**GEMMA3N, **FULL_ATTENTION, **PER_LAYER},
+    "Gemma3nText, windows": {**GEMMA3N, **SHORT},
+    "Gemma4Text, ids in every layer": {**GEMMA4, **PER_LAYER, **SHORT, "per_layer_config": {}},
+    "Gemma4Text, ids in every layer and larger heads": {
+        **GEMMA4,
+        **PER_LAYER,
+        **LONGER,
+        "use_double_wide_mlp": True,
+        "per_layer_config": {layer: {"head_dim": 16} for layer in (1, 3, 4)},
+    },
     "Qwen2, windows": {**SIZES, **MIXED, **LONGER, "use_sliding_window": True},
     "Qwen3, windows": {**SIZES, **MIXED, **SHORT, "use_sliding_window": True},
     "Mistral, windows": {**SIZES, **SHORT},
@@ -158,6 +180,7 @@ WITHOUT_FP64 |= {"DeepseekV2", "DeepseekV3", "Glm4MoeLite"}
 ROTATES_IN_FP32 = {"DeepseekV2, dense"}
 # Their keys, values or layers differ in size.
 WITHOUT_SOFT_PROMPTS = {"Gemma4Text, windows and larger heads", "DeepseekV2", "DeepseekV3", "Glm4MoeLite"}
+WITHOUT_SOFT_PROMPTS |= {"Gemma4Text, ids in every layer and larger heads"}
 WITHOUT_SOFT_PROMPTS |= {"DeepseekV2, dense", "DeepseekV3, dense"}
 
 architectures = pytest.mark.parametrize(
@@ -269,22 +292,32 @@ def future_by_prefix(target, draft: ConFuDraftModel, ids: torch.LongTensor, rout
             keys, values = torch.cat([slots[:1], keys], 2), torch.cat([slots[1:], values], 2)
         with_slots.update(keys, values, index)
     embedding = draft.future_channel.contemplate_token(routed_by)[:, None]
+    config = target.config.get_text_config()
+    layer_inputs = {}
+    if size := getattr(config, "hidden_size_per_layer_input", None):
+        layer_inputs = {"per_layer_inputs": embedding.new_zeros(1, 1, config.num_hidden_layers, size)}
     length, num_slots = ids.shape[1], draft.config.num_soft_prompts
     all_visible = torch.zeros(1, 1, 1, num_slots + length + 1, dtype=embedding.dtype)
     within_window = all_visible.clone()
-    config = target.config.get_text_config()
     if (window := getattr(config, "sliding_window", None)) is not None:
         within_window[..., num_slots : num_slots + max(length + 1 - window, 0)] = -torch.inf
     of_kinds = {"full_attention": all_visible, "sliding_attention": within_window}
     layer_types = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     hidden_states = target(
         inputs_embeds=embedding,
+        **layer_inputs,
         cache=with_slots,
         position_ids=torch.tensor([[length]]),
         attention_mask=of_kinds if len(layer_types) > 1 else of_kinds[layer_types.pop()],
         output_hidden_states=True,
     ).hidden_states
-    return torch.cat([hidden_states[index][0, -1] for index in draft.config.future_hidden_state_indices])
+    return last_of(hidden_states, draft.config.future_hidden_state_indices)
+
+
+def last_of(hidden_states: tuple, indices: list[int]) -> torch.Tensor:
+    """Some states of the last row; of several streams, as Gemma 3n has them, the first."""
+    states = [hidden_states[index] for index in indices]
+    return torch.cat([state[0, 0, -1] if state.dim() == 4 else state[0, -1] for state in states])
 
 
 @architectures
@@ -318,7 +351,7 @@ def test_a_verified_tree_is_a_forward_over_each_path(name, implementation):
         ids = torch.cat([PROMPT, torch.tensor([path_to(node)])], dim=1)
         fresh = target(ids, use_cache=False, output_hidden_states=True)
         assert close(verified.outputs.logits[0, node], fresh.logits[0, -1])
-        taps = torch.cat([fresh.hidden_states[index][0, -1] for index in draft.config.target_hidden_state_indices])
+        taps = last_of(fresh.hidden_states, draft.config.target_hidden_state_indices)
         assert close(verified.taps[0, node], taps)
         if node in CONTEMPLATED[0]:
             future = verified.futures[0, CONTEMPLATED[0].tolist().index(node)]
@@ -331,6 +364,20 @@ def test_a_verified_tree_is_a_forward_over_each_path(name, implementation):
             contemplated = runner.contemplate(path_cache, routed_by[:, None], place, place, visible)
             assert close(future, contemplated[0, 0])
             assert path_cache.get_seq_length() == length  # left as it was
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if ARCHITECTURES[name].get("num_kv_shared_layers")])
+def test_attentions_of_layers_that_read_the_keys_of_others(name):
+    target = make_target(name, "eager")
+    options = {"do_sample": False, "max_new_tokens": 16, "output_attentions": True}
+    comparison = compare(target, make_draft(name, target), PROMPT, options, KNOBS, oracle=True)
+    assert_close(comparison.plain.attentions, comparison.assisted.attentions, 1e-5)
+    # And in a cache of the user's that has no place for these layers.
+    draft, cache = make_draft(name, target), DynamicCache()
+    options = {"do_sample": False, "max_new_tokens": 16}
+    text = target.generate(PROMPT, assistant_model=draft, cache=cache, **options)
+    assert torch.equal(text, target.generate(PROMPT, **options))
+    assert len(cache.layers) == 3
 
 
 # Rotated soft prompts
@@ -355,7 +402,7 @@ def test_keys_rotate_as_the_target_rotates_its_own(name):
         cache = DynamicCache(config=target.config)
         count = len(positions)
         target(torch.full((count, 1), 5), position_ids=torch.tensor(positions)[:, None], cache=cache)
-        return torch.stack([layer.keys for layer in cache.layers])  # (layers, positions, kv_heads, 1, hd)
+        return torch.stack([layer.keys for layer in filled_layers(cache)])  # (layers, positions, kv_heads, 1, hd)
 
     positions = [0, 1, 7, 100]
     keys = keys_at(positions)
@@ -472,6 +519,48 @@ def test_positions_of_three_kinds_in_a_text(name, windows):
     kinds[0, 2] = 1
     with pytest.raises(ValueError, match="A ConFu draft cannot pass `mm_token_type_ids`"):
         target.generate(PROMPT, mm_token_type_ids=kinds, assistant_model=draft, **options)
+
+
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+WRAPPED = {
+    "Gemma3": "Gemma3Text, windows",
+    "Gemma3n": "Gemma3nText, windows",
+    "Gemma4": "Gemma4Text, ids in every layer",
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_texts_in_which_the_marks_of_images_occur(name, monkeypatch):
+    """A model of text and images may write the id that marks an image, and reads it otherwise than other ids."""
+    settings = ARCHITECTURES[WRAPPED[name]] | {"vocab_size_per_layer_input": 11}
+    text_class = getattr(transformers, f"{name}TextConfig")
+    known = text_class().to_dict().keys()
+    parts = {
+        "text_config": text_class(**{key: value for key, value in settings.items() if key in known}),
+        "vision_config": VISION | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 1, "vocab_offset": 11},
+        "audio_config": {"hidden_size": 16, "conf_num_hidden_layers": 1, "vocab_size": 1, "vocab_offset": 12},
+    }
+    if name == "Gemma3":
+        del parts["audio_config"]
+    config = getattr(transformers, f"{name}Config")(**parts, image_token_id=11, video_token_id=10, audio_token_id=12)
+    # Nothing reads an image or a sound here, and Gemma 3n would need one more library to do so.
+    own = AutoModel.from_config
+    monkeypatch.setattr(
+        AutoModel, "from_config", lambda part: own(part) if "text" in part.model_type else nn.Identity()
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        target = AutoModelForImageTextToText.from_config(config).double().eval()
+    target.generation_config.eos_token_id = None
+    draft = make_tiny_draft(target)
+    options = {"do_sample": True, "temperature": 3.0, "max_new_tokens": 24}
+    marks = 0
+    for contemplation in (0, 5):
+        comparison = compare(target, draft, PROMPT, options, KNOBS | {"contemplation": contemplation}, oracle=True)
+        assert_identical(comparison)
+        marks += int((comparison.plain.sequences[:, PROMPT.shape[1] :] > 9).sum())
+    assert marks >= 6
+    assert_same_chat(target, draft, prefill_chunk_size=3)
 
 
 # Precision and place

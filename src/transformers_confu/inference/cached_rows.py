@@ -28,6 +28,18 @@ def layer_windows(target_config: PreTrainedConfig) -> list[int | None]:
     return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
 
 
+def cache_windows(target_config: PreTrainedConfig) -> list[int | None]:
+    """[`layer_windows`] of the layers that cache rows; others read the keys and values of such a one."""
+    modes = getattr(target_config.get_text_config(decoder=True), "kv_sharing_modes", None)
+    windows = layer_windows(target_config)
+    return windows if modes is None else [w for w, mode in zip(windows, modes, strict=True) if mode != "reuse"]
+
+
+def filled_layers(cache: DynamicCache) -> list[DynamicLayer]:
+    """The layers that hold keys and values: not before their first row, and not those that read another layer's."""
+    return [layer for layer in cache.layers if layer.keys is not None]
+
+
 def rows_held(layer: DynamicLayer) -> int:
     """Rows of the text that a layer holds."""
     return layer.keys.shape[-2] if layer.is_initialized else 0
@@ -46,10 +58,9 @@ def first_row_held(layer: DynamicLayer) -> int:
 
 def crop(cache: DynamicCache, length: int) -> None:
     """Cut every layer to the first `length` rows of the text, also where layers differ in length."""
-    for layer in cache.layers:
-        if layer.is_initialized:
-            kept = max(length - first_row_held(layer), 0)
-            layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
+    for layer in filled_layers(cache):
+        kept = max(length - first_row_held(layer), 0)
+        layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
 
 
 def way_back(cache: DynamicCache) -> Callable[[], None]:
@@ -60,7 +71,7 @@ def way_back(cache: DynamicCache) -> Callable[[], None]:
     it takes others, so what it holds now is kept aside; that costs no copy, as it makes new tensors for its rows.
     """
     length = cache.get_seq_length()
-    windowed = [(layer, dict(vars(layer))) for layer in cache.layers if layer.is_sliding]
+    windowed = [(layer, dict(vars(layer))) for layer in cache.layers if getattr(layer, "is_sliding", False)]
 
     def restore() -> None:
         crop(cache, length)
@@ -72,11 +83,13 @@ def way_back(cache: DynamicCache) -> Callable[[], None]:
 
 def cache_bytes(cache: DynamicCache) -> int:
     """Bytes of all keys and values."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in filled_layers(cache))
 
 
 def row_bytes(cache: DynamicCache) -> int:
     """Bytes of one row's keys and values, in all layers together."""
     return sum(
-        (layer.keys.nbytes + layer.values.nbytes) // rows_held(layer) for layer in cache.layers if rows_held(layer) > 0
+        (layer.keys.nbytes + layer.values.nbytes) // rows_held(layer)
+        for layer in filled_layers(cache)
+        if rows_held(layer) > 0
     )

@@ -8,10 +8,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import CandidateGenerator
 from transformers.utils import ModelOutput
 
+from .cached_rows import filled_layers
 from .draft_tree import DraftTree, TreeGrower
 from .knobs import ConFuKnobs
 from .rounds import FixedRounds, Rounds
-from .target import additive_mask, input_device, position_table_size
+from .target import additive_mask, input_device, main_stream, position_table_size
 
 
 @dataclass
@@ -38,8 +39,8 @@ class CarriedState:
     Args:
         draft_id (`str`): Which draft it belongs to.
         length (`int`): Rows in the target's cache, all of which the draft has seen.
-        last_key (`torch.FloatTensor`): The newest key of the target's last layer, which depends on the whole text: a
-            cache of the same length may hold another one by now.
+        last_key (`torch.FloatTensor`): The newest key of the target's last layer that has any, which depends on the
+            whole text: a cache of the same length may hold another one by now.
         cache ([`DynamicCache`]): The draft's own keys and values: a row for every cached token but the newest.
         last_taps (`torch.FloatTensor` of shape `(batch, 1, taps_size)`), last_position (`torch.LongTensor` of shape
             `(batch, 1)`): The newest cached token, whose draft row waits for the token that follows.
@@ -64,7 +65,7 @@ class CarriedState:
         return (
             self.draft_id == draft_id
             and self.length == target_cache.get_seq_length()
-            and torch.equal(self.last_key, target_cache.layers[-1].keys[..., -1, :])
+            and torch.equal(self.last_key, filled_layers(target_cache)[-1].keys[..., -1, :])
         )
 
 
@@ -199,7 +200,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
         return CarriedState(
             draft_id=self.draft.instance_id,
             length=target_cache.get_seq_length(),
-            last_key=target_cache.layers[-1].keys[..., -1, :].clone(),
+            last_key=filled_layers(target_cache)[-1].keys[..., -1, :].clone(),
             cache=self._cache,
             last_taps=last_taps,
             last_position=last_position,
@@ -221,7 +222,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
             return input_ids, None  # the first forward is the prefill, which yields the first taps
         taps = torch.cat(
             [
-                model_outputs.hidden_states[index].to(self.draft.device, self.draft.dtype)
+                main_stream(model_outputs.hidden_states[index]).to(self.draft.device, self.draft.dtype)
                 for index in self.draft.config.target_hidden_state_indices
             ],
             dim=-1,

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-from .cached_rows import layer_windows
+from .cached_rows import cache_windows, filled_layers, layer_windows, rows_held
 from .configuration_confu import STATIC_TARGET_ROPE_TYPES, ConFuConfig, rope_of
 from .soft_prompts import KeyRotation
 
@@ -110,10 +110,12 @@ def _check_positions(name: str, target_config: PreTrainedConfig) -> None:
 
 def _check_inputs(name: str, target: PreTrainedModel, target_config: PreTrainedConfig) -> None:
     """A contemplate row has no token id, only an embedding."""
-    if getattr(target_config, "hidden_size_per_layer_input", None):
+    has_layer_inputs = getattr(target_config, "hidden_size_per_layer_input", None)
+    if has_layer_inputs and not hasattr(target.get_decoder(), "get_per_layer_inputs"):
         raise ValueError(
-            f"{name} looks token ids up in every layer (`hidden_size_per_layer_input`), and a contemplate row has no "
-            "id; use a target that reads its input embeddings only."
+            f"{name} looks token ids up in every layer (`hidden_size_per_layer_input`), not in the way of Gemma 3n "
+            "and 4 (`get_per_layer_inputs`), and a contemplate row has no id; use a target that reads its input "
+            "embeddings only."
         )
     width = getattr(target.get_input_embeddings(), "embedding_dim", target_config.hidden_size)
     if width != target_config.hidden_size:
@@ -199,9 +201,10 @@ def check_cache(cache: Any, config: ConFuConfig, target: PreTrainedModel, contem
     """
     found = f"{'an offloaded' if getattr(cache, 'offloading', False) else 'a'} {type(cache).__name__}"
     if isinstance(cache, DynamicCache) and not cache.offloading:
-        foreign_layers = {type(layer) for layer in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
-        windows = layer_windows(target.config)
-        cached = [layer.sliding_window if layer.is_sliding else None for layer in cache.layers]
+        own_layers = [layer for layer in cache.layers if type(layer) is not DummyLayer]
+        foreign_layers = {type(layer) for layer in own_layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+        windows = cache_windows(target.config)
+        cached = [layer.sliding_window if layer.is_sliding else None for layer in own_layers]
         if type(cache).update is not DynamicCache.update or "update" in vars(cache):
             found = f"a {type(cache).__name__} with an `update` of its own"
         elif foreign_layers:
@@ -214,7 +217,7 @@ def check_cache(cache: Any, config: ConFuConfig, target: PreTrainedModel, contem
                 f"have {_in_short(windows)}"
             )
         else:
-            _check_cached_layers(cache, config, contemplates)
+            _check_cached_layers(cache, config, len(windows), contemplates)
             return
     raise ValueError(
         f"ConFu decoding needs a plain, non-offloaded DynamicCache that is like the target's layers, got {found}; "
@@ -227,14 +230,14 @@ def _in_short(windows: list[int | None]) -> str:
     return ", ".join(dict.fromkeys(str(window) for window in windows))
 
 
-def _check_cached_layers(cache: DynamicCache, config: ConFuConfig, contemplates: bool) -> None:
-    """Compare the rows of a cache that has some with the draft's soft prompts, which become rows of it."""
-    filled = [layer for layer in cache.layers if layer.get_seq_length() > 0]
-    if filled and len(cache.layers) != config.target_num_hidden_layers:
+def _check_cached_layers(cache: DynamicCache, config: ConFuConfig, num_layers: int, contemplates: bool) -> None:
+    """Compare the rows of a cache that has some with the target's layers that cache, `num_layers`, and with the
+    draft's soft prompts, which become rows of it."""
+    filled = [layer for layer in filled_layers(cache) if rows_held(layer) > 0]
+    if filled and len(filled) != num_layers:
         raise ValueError(
-            f"The target has {config.target_num_hidden_layers} layers but caches keys and values of "
-            f"{len(cache.layers)}, as targets do that run through layers several times or share caches between them; "
-            "ConFu needs a target that caches each layer once."
+            f"The target has {num_layers} layers that cache, but caches keys and values of {len(filled)}, as targets "
+            "do that run through layers several times; ConFu needs a target that caches each layer once."
         )
     if not contemplates or config.num_soft_prompts == 0:
         return

@@ -450,10 +450,17 @@ class _Decoding:
         node = path[-1]
         if self.hidden_states is not None:
             states = self._returned(outputs.hidden_states)
-            self.hidden_states += (tuple(None if s is None else s[:, node : node + 1] for s in states),)
+            self.hidden_states += (tuple(None if s is None else s[..., node : node + 1, :] for s in states),)
         if self.attentions is not None:
             attentions = []
-            for weights, layer in zip(outputs.attentions, cache.layers, strict=True):
+            # Layers that read the keys of another one have its window.
+            of_window = {
+                window: layer
+                for window, layer in zip(self.runner.windows, cache.layers, strict=False)
+                if layer.keys is not None
+            }
+            for weights, window in zip(outputs.attentions, self.runner.windows, strict=True):
+                layer = of_window[window]
                 before = prefix_length - first_row_held(layer)
                 seen = [*range(before), *(before + row for row in path)]
                 if layer.sliding_window is not None:

@@ -73,7 +73,7 @@ class GrowingLayer(DynamicLayer):
 
 def let_grow(cache: DynamicCache) -> None:
     """Give `cache` layers that grow without copies, for good: for caches that nobody else will use."""
-    cache.layers = [GrowingLayer(layer) if layer.is_initialized else layer for layer in cache.layers]
+    cache.layers = [layer if layer.keys is None else GrowingLayer(layer) for layer in cache.layers]
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def room_to_grow(cache: DynamicCache) -> Iterator[None]:
         yield
     finally:
         for layer, grown in zip(plain, cache.layers, strict=True):
-            if layer.is_initialized:
+            if layer.keys is not None:
                 outside = rows_held(grown) - rows_read(grown)
                 layer.keys = grown.keys[..., outside:, :].contiguous()
                 layer.values = grown.values[..., outside:, :].contiguous()

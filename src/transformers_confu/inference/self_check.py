@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from .cached_rows import filled_layers
 from .checks import check_cache
 from .draft_tree import DraftTree
 from .growing_cache import let_grow
@@ -81,7 +82,7 @@ def _prove(target: PreTrainedModel, draft: PreTrainedModel, contemplates: bool, 
     texts = torch.tensor([[*prefix, root, left, leaf], [*prefix, root, right, leaf]], device=input_device(target))
     plain, cache, taps = _decode_plainly(target, runner, texts, prompt_length=len(prefix))
     check_cache(cache, draft.config, target, contemplates)
-    for layer in cache.layers:
+    for layer in filled_layers(cache):
         layer.keys, layer.values = layer.keys[:1], layer.values[:1]
 
     tree = DraftTree.from_parents(
@@ -181,7 +182,7 @@ def _precision(target: PreTrainedModel, logits: torch.Tensor, cache: DynamicCach
     """The lowest precision in which the target computes, autocast included."""
     if logits.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return torch.bfloat16  # or TF32, which rounds less coarsely
-    dtypes = [logits.dtype, cache.layers[-1].keys.dtype, target.dtype]
+    dtypes = [logits.dtype, filled_layers(cache)[-1].keys.dtype, target.dtype]
     return min((dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: dtype.itemsize)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from .cached_rows import layer_windows, rows_held, rows_read
+from .cached_rows import cache_windows, rows_held, rows_read
 from .configuration_confu import rope_of
 
 
@@ -34,7 +34,7 @@ class KeyRotation:
         config, decoder = target.config.get_text_config(decoder=True), target.get_decoder()
         self.embedding = getattr(decoder, "rotary_emb", None)
         self.apply = getattr(sys.modules[type(self.embedding).__module__], "apply_rotary_pos_emb", None)
-        kinds = ["full_attention" if window is None else "sliding_attention" for window in layer_windows(config)]
+        kinds = ["full_attention" if window is None else "sliding_attention" for window in cache_windows(config)]
         ropes = {kind: rope_of(config, kind) for kind in kinds}
         some_do_not = not all(getattr(config, "no_rope_layers", None) or [True])
         if len(ropes) > 1:

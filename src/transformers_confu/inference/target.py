@@ -16,9 +16,10 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .cached_rows import crop, first_row_held, layer_windows, rows_read
+from .cached_rows import crop, filled_layers, first_row_held, layer_windows, rows_read
 from .configuration_confu import ConFuConfig, rope_of
 from .draft_tree import DraftTree
+from .row_inputs import RowInputs
 from .soft_prompts import KeyRotation, SlotCache
 
 
@@ -66,6 +67,7 @@ class TargetRunner:
         self.channel = channel
         self.windows = layer_windows(target.config)
         self.embed = target.get_input_embeddings()
+        self.row_inputs = RowInputs(target)
         self.rotation = KeyRotation(target) if config.rotate_soft_prompts and config.num_soft_prompts else None
         self.recorded = sorted(
             {*config.target_hidden_state_indices, *config.future_hidden_state_indices, *also_recorded}
@@ -85,7 +87,7 @@ class TargetRunner:
 
     def _select(self, hidden_states: tuple[torch.Tensor | None, ...], indices: list[int]) -> torch.Tensor:
         like = self.channel.soft_prompts
-        return torch.cat([hidden_states[index].to(like.device, like.dtype) for index in indices], dim=-1)
+        return torch.cat([main_stream(hidden_states[index]).to(like.device, like.dtype) for index in indices], dim=-1)
 
     def contemplate(
         self,
@@ -138,11 +140,10 @@ class TargetRunner:
         visible: torch.BoolTensor,
         logits_to_keep: int | torch.LongTensor,
     ) -> ModelOutput:
-        # Any token's embedding tells where and in what dtype the target wants its input.
-        like = self.embed(torch.zeros(1, 1, dtype=torch.long, device=input_device(self.target)))
-        embeddings = self.channel.contemplate_token(routed_by).to(like.device, like.dtype)
-        num_rows = embeddings.shape[1]
-        itself = torch.eye(num_rows, dtype=torch.bool, device=visible.device).expand(visible.shape[0], -1, -1)
+        batch_size, num_rows = position_ids.shape
+        no_tokens = torch.zeros(batch_size, 0, dtype=torch.long, device=input_device(self.target))
+        inputs = self.row_inputs(no_tokens, self.channel.contemplate_token(routed_by))
+        itself = torch.eye(num_rows, dtype=torch.bool, device=visible.device).expand(batch_size, -1, -1)
         num_slots = self.config.num_soft_prompts
         if self.rotation is None:
             slots = itself.new_ones(*itself.shape[:2], num_slots)
@@ -151,9 +152,9 @@ class TargetRunner:
         # A row stands behind the last cached row that it sees.
         places = torch.arange(1, visible.shape[-1] + 1, device=visible.device).where(visible, 0).amax(dim=-1)
         return self.forward(
-            inputs_embeds=embeddings,
-            attention_mask=self._masks(cache, visible, itself, slots, places, like=embeddings),
-            position_ids=position_ids.to(embeddings.device),
+            **inputs,
+            attention_mask=self._masks(cache, visible, itself, slots, places, like=inputs["inputs_embeds"]),
+            position_ids=position_ids.to(inputs["inputs_embeds"].device),
             cache=self._with_slots(cache, root_positions, keep=False),
             use_cache=True,
             output_hidden_states=self.config.future_hidden_state_indices,
@@ -192,20 +193,21 @@ class TargetRunner:
         """
         prefix_length = visible.shape[1]
         num_nodes = tree.size
-        inputs_embeds = self.embed(tree.tokens.to(input_device(self.target)))  # (B, N, Ht)
+        contemplate = None
         depths, sees = tree.depths, tree.ancestors
         slots = sees.new_zeros(*sees.shape[:2], 0)
         written: Cache = cache
         if nodes is not None:
             num_rows = nodes.shape[1]
             contemplate = self.channel.contemplate_token(routed_by)[:, None, :].expand(-1, num_rows, -1)
-            inputs_embeds = torch.cat([inputs_embeds, contemplate.to(inputs_embeds)], dim=1)
             depths = torch.cat([depths, depths.gather(1, nodes) + 1], dim=1)
             sees, slots = self._rows_see(sees, nodes)
             written = self._with_slots(cache, root_positions[:, None], keep=True)
         prefix = visible[:, None, :].expand(-1, depths.shape[1], -1)
+        inputs = self.row_inputs(tree.tokens.to(input_device(self.target)), contemplate)
+        inputs_embeds = inputs["inputs_embeds"]
         outputs = self.forward(
-            inputs_embeds=inputs_embeds,
+            **inputs,
             attention_mask=self._masks(cache, prefix, sees, slots, prefix_length + depths, like=inputs_embeds),
             position_ids=(root_positions[:, None] + depths).to(inputs_embeds.device),
             cache=written,
@@ -260,7 +262,7 @@ class TargetRunner:
         masks = {}
         for window, layer in zip(self.windows, cache.layers, strict=False):
             kind = "full_attention" if window is None else "sliding_attention"
-            if kind in masks:
+            if kind in masks or layer.keys is None:
                 continue
             length = cached.shape[-1]
             first = length - rows_read(layer)
@@ -288,7 +290,7 @@ class TargetRunner:
         """Keep the P rows before the tree and, after them, the tree rows `path`, rising; drop all others."""
         length = len(path)
         if path != list(range(length)):
-            for layer in cache.layers:
+            for layer in filled_layers(cache):
                 first = prefix_length - first_row_held(layer)
                 rows = torch.tensor(path, device=layer.keys.device) + first
                 layer.keys[..., first : first + length, :] = layer.keys[..., rows, :]
@@ -299,6 +301,11 @@ class TargetRunner:
 def input_device(target: PreTrainedModel) -> torch.device:
     """Where to put inputs. An offloaded target has its weights on `meta`, and moves inputs from wherever they are."""
     return torch.device("cpu") if target.device.type == "meta" else target.device
+
+
+def main_stream(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Of Gemma 3n, whose layers carry several streams `(streams, B, rows, Ht)`, the one that they compute on."""
+    return hidden_states[0] if hidden_states.dim() == 4 else hidden_states
 
 
 def autocast_around(target: PreTrainedModel) -> Callable[[], AbstractContextManager]:

@@ -152,7 +152,9 @@ def _without_weights(config: PreTrainedConfig, trust_remote_code: bool) -> PreTr
     with torch.device("meta"):
         try:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        except ValueError as error:  # a model of text and images goes by another class; its text model decodes here
+        # A model of text and images goes by another class, or asks for libraries that read images; its text model
+        # decodes here.
+        except (ValueError, ImportError) as error:
             text_config = config.get_text_config(decoder=True)
             if text_config is config:
                 raise ValueError(

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from ..common.files import differences, read_json, write_atomically
 from ..data.fingerprints import fingerprint_of_module, fingerprint_of_target
 from ..inference.modeling_confu import ConFuDraftModel
-from ..inference.target import TargetRunner
+from ..inference.target import TargetRunner, main_stream
 from .anchors import Anchors, AnchorSampling
 from .batch import TokenBatch, row_key
 from .objective import Objective, Recipe, compute_objective, contemplate
@@ -138,7 +138,8 @@ class KeptFeatures:
             hidden_states=sorted({*config.target_hidden_state_indices, self.final_state}),
             keep_cache=anchors is not None,
         )
-        states = [outputs.hidden_states[index] for index in (*config.target_hidden_state_indices, self.final_state)]
+        indices = (*config.target_hidden_state_indices, self.final_state)
+        states = [main_stream(outputs.hidden_states[index]) for index in indices]
         *taps, final_states = (state.to(batch.labels.device) for state in states)
         taps = torch.cat(taps, dim=-1)
         self.head.check(final_states[is_teacher], outputs.logits)

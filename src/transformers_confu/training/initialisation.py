@@ -103,7 +103,8 @@ def start_future_channel(
             )
         # Position 0 of rotated soft prompts is that of a round's root; the text ends just in front of it.
         first = -len(soft_prompt_ids) if config.rotate_soft_prompts else 0
-        channel.soft_prompts.copy_(_keys_and_values(target, soft_prompt_ids, first))
+        states = _keys_and_values(target, soft_prompt_ids, first)
+        channel.soft_prompts[: len(states)].copy_(states)  # those of layers that read another one's are never read
     # `[con]` starts at the size of a real token's embedding, which differs between targets by orders of magnitude.
     embedding = _weight(target.get_input_embeddings())
     if embedding is not None:
