@@ -345,6 +345,8 @@ def test_contemplation_rests_unless_it_pays(pair, monkeypatch):
     monkeypatch.setattr(decoding, "round_costs", lambda *_: costs(0.001, 0.001))
     assert rows(confu_future_gain=0.0) == rows(confu_future_gain=-0.1) == rows(confu_contemplation=0) == 0
     assert rows(confu_future_gain=0.4) > 0 and rows(confu_contemplation=2, confu_future_gain=0.0) > 0
+    assert rows(confu_tree_size=4, confu_future_gain=0.0) == 0  # also in fixed rounds
+    assert rows(confu_tree_size=4) > rows(confu_tree_size=4, confu_contemplation=1, confu_future_gain=0.0) > 0
     monkeypatch.setattr(decoding, "round_costs", lambda *_: costs(5.0, 0.001))
     assert rows(confu_future_gain=0.4) == 0
 

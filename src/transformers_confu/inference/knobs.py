@@ -19,10 +19,11 @@ class ConFuKnobs:
         tree_size (`int`, *optional*): Nodes of the tree, the root included, N.
         depth (`int`, *optional*): Longest path of drafted tokens.
         branching (`int`, *optional*): Nodes expanded per level, and children of each.
-        contemplation (`int`, *optional*): Contemplate rows per round, C: 0 is EAGLE-3 mode. By default as many as
-            nodes, which is the paper, and in automatic rounds as many as pay.
-        future_gain (`float`): For automatic rounds, how many tokens a node's own future prediction adds to the round
-            after it: a fact about the draft, which `confu publish` measures. By default what the paper reports.
+        contemplation (`int`, *optional*): Contemplate rows per round, C: 0 is EAGLE-3 mode. By default none where
+            `future_gain` is 0 or less, else as many as nodes, which is the paper, and in automatic rounds as many as
+            pay.
+        future_gain (`float`): How many tokens a node's own future prediction adds to the round after it: a fact about
+            the draft, which `confu publish` measures. By default what the paper reports.
     """
 
     tree_size: int | None = None
@@ -36,12 +37,14 @@ class ConFuKnobs:
     MOST = 1024
 
     def __post_init__(self):
+        if isinstance(self.future_gain, bool) or not isinstance(self.future_gain, (int, float)):
+            raise ValueError(f"`{self.PREFIX}future_gain` is {self.future_gain!r}; it must be a number of tokens.")
         if not self.automatic:
             for name, default in self.FIXED.items():
                 if getattr(self, name) is None:
                     setattr(self, name, default)
             if self.contemplation is None:
-                self.contemplation = self.tree_size
+                self.contemplation = self.tree_size if self.future_gain > 0 else 0
         for name, least in (("tree_size", 1), ("depth", 1), ("branching", 1), ("contemplation", 0)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -51,8 +54,6 @@ class ConFuKnobs:
                     f"`{self.PREFIX}{name}` is {value}; it must be at most {self.MOST}, as larger rounds need more "
                     "memory than there is and save no time."
                 )
-        if isinstance(self.future_gain, bool) or not isinstance(self.future_gain, (int, float)):
-            raise ValueError(f"`{self.PREFIX}future_gain` is {self.future_gain!r}; it must be a number of tokens.")
 
     @property
     def automatic(self) -> bool:
