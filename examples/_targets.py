@@ -36,7 +36,7 @@ def example_arguments(description: str) -> argparse.ArgumentParser:
 
 
 def load_target(tiny: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A target and its tokenizer. Any decoder-only model with full attention could stand here."""
+    """A target and its tokenizer. Any model of `docs/targets.md` could stand here."""
     device = loading.default_device()
     if tiny:
         return tiny_target().to(device), tiny_tokenizer()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import make_tiny_draft
+from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import cli
 from transformers_confu.commands import chat as chat_module
 from transformers_confu.commands.chat import Chat, converse
@@ -35,6 +35,15 @@ def plain_answer(target, tokenizer, ids: list[int]) -> list[int]:
     prompt = torch.tensor([ids])
     # Without a mask, `generate` would take the marks of the chat for padding.
     return target.generate(prompt, attention_mask=torch.ones_like(prompt), **OPTIONS)[0, len(ids) :].tolist()
+
+
+def test_layers_with_a_window_keep_no_more_rows_than_it_has(models):
+    target = make_tiny_target("windows", vocab_size=258)
+    chat = Chat(target, models[1], make_tiny_draft(target))
+    for question in QUESTIONS:
+        chat.ask(question, **OPTIONS)
+        assert chat.ids[0, -20:].tolist() == plain_answer(target, models[1], chat.ids[0, :-20].tolist())
+    assert [layer.keys.shape[-2] for layer in chat.cache.layers[::2]] == [5, 5, 5]
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["cut answers", "ended answers"])

@@ -68,7 +68,7 @@ def regenerate(
     state is not touched.
 
     Args:
-        target: The model in evaluation mode, with full attention; see `check_target`.
+        target: The model in evaluation mode; one that a draft can serve, see `check_target`.
         tokenizer: Its tokenizer, with a chat template.
         prompts: Rows of `id` and `prompt` or `turns`; see [`Conversation`].
         output_path: The `.jsonl` file, created if missing.
