@@ -33,11 +33,6 @@ def test_collator_pads_on_the_right(pad_token_id):
     assert TokenBatch.of(ConFuDataCollator()([other])).row_keys != keys[1:2]
 
 
-def test_collator_refuses_unequal_columns():
-    with pytest.raises(ValueError, match="2 input_ids and 1 labels"):
-        ConFuDataCollator()([{"input_ids": [1, 2], "labels": [1]}])
-
-
 @settings(max_examples=150, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=80),

@@ -118,37 +118,22 @@ def test_kept_features_equal_live_ones_in_mixed_precision(tmp_path):
 def test_a_folder_of_another_target_or_channel_is_refused(pair, tmp_path):
     target, draft, runner = pair
     KeptFeatures(draft, runner, tmp_path, SAMPLING)
-
-    def refused(target, draft, what: str) -> None:
-        with pytest.raises(ValueError, match=rf"features made with something else \(.*{what} was .*, is "):
-            runner = TargetRunner(target, draft.config, draft.future_channel)
-            KeptFeatures(draft, runner, tmp_path, SAMPLING)
-
-    other = make_tiny_draft(target, draft_vocab_size=31)
+    moved, rescaled = make_tiny_draft(target, draft_vocab_size=31), make_tiny_target("qwen3")
     with torch.no_grad():
-        other.future_channel.soft_prompts.add_(1)
-    refused(target, other, "channel")
-    for name, value in (
-        ("rotate_soft_prompts", True),
-        ("rms_norm_eps", 1e-3),
-        ("num_contemplate_experts_per_token", 1),
-    ):
-        refused(target, make_tiny_draft(target, draft_vocab_size=31, **{name: value}), name)
-    changed = make_tiny_target("qwen3")
-    with torch.no_grad():
-        changed.lm_head.weight.mul_(1.5)
-    refused(changed, draft, "target")
-    refused(make_tiny_target("qwen3", rms_norm_eps=1e-3), draft, "target")
+        moved.future_channel.soft_prompts.add_(1)
+        rescaled.lm_head.weight.mul_(1.5)
+    options = {"rotate_soft_prompts": True, "rms_norm_eps": 1e-3, "num_contemplate_experts_per_token": 1}
     theta = {"rope_type": "default", "rope_theta": 500.0}
-    refused(make_tiny_target("qwen3", rope_parameters=theta), draft, "target")
-
-
-def test_a_torn_record_is_named(pair, tmp_path):
-    _, draft, runner = pair
-    (tmp_path / "plain").mkdir()
-    (tmp_path / "plain" / "made_with.json").write_text("")
-    with pytest.raises(ValueError, match="made_with.json is no valid JSON"):
-        KeptFeatures(draft, runner, tmp_path)
+    for other_target, other_draft, what in (
+        (target, moved, "channel"),
+        *((target, make_tiny_draft(target, draft_vocab_size=31, **{name: options[name]}), name) for name in options),
+        (rescaled, draft, "target"),
+        (make_tiny_target("qwen3", rms_norm_eps=1e-3), draft, "target"),
+        (make_tiny_target("qwen3", rope_parameters=theta), draft, "target"),
+    ):
+        runner = TargetRunner(other_target, other_draft.config, other_draft.future_channel)
+        with pytest.raises(ValueError, match=rf"features made with something else \(.*{what} was .*, is "):
+            KeptFeatures(other_draft, runner, tmp_path, SAMPLING)
 
 
 def test_the_fingerprint_of_a_target_is_of_what_its_checkpoint_holds():

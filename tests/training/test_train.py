@@ -40,59 +40,55 @@ def test_the_command_trains_a_new_draft_and_continues_it(saved_target, tmp_path,
         assert torch.equal(value, first.state_dict()[name]), name
 
 
-def test_the_form_of_a_new_draft_is_an_option(saved_target, tmp_path):
+def test_the_form_of_a_new_draft_is_an_option_and_a_draft_keeps_it(saved_target, tmp_path):
     run = write_run(tmp_path, saved_target, max_steps=1)
     main([run])
     form = {"num_contemplate_experts": 1, "num_contemplate_experts_per_token": 1, "fc_norm": True}
     form |= {"num_soft_prompts": 3, "rotate_soft_prompts": True}
-    main([run, f"--draft_config={json.dumps(form)}", "--instruction=", f"--output_dir={tmp_path / 'second'}"])
-    first, second = (ConFuDraftModel.from_pretrained(tmp_path / name) for name in ("draft", "second"))
+    second = [run, f"--output_dir={tmp_path / 'second'}"]
+    main([*second, f"--draft_config={json.dumps(form)}", "--instruction="])
+    first, other = (ConFuDraftModel.from_pretrained(tmp_path / name) for name in ("draft", "second"))
     assert (first.config.num_contemplate_experts, first.config.num_soft_prompts) == (8, 5)
-    assert {name: getattr(second.config, name) for name in form} == form
+    assert {name: getattr(other.config, name) for name in form} == form
     # Keys of a text are far larger than random ones.
-    assert second.future_channel.soft_prompts.std() < 0.1 * first.future_channel.soft_prompts.std()
-    for name, nearest in (("num_experts", "num_"), ("draft_vocab_size", "vocab_size")):
-        with pytest.raises(ValueError, match=f"`draft_config` names `{name}`, which is no .* did you mean `{nearest}"):
-            main([run, f'--draft_config={{"{name}": 1}}'])
-
-
-def test_a_draft_keeps_its_form(saved_target, tmp_path):
-    run = write_run(tmp_path, saved_target, max_steps=1)
-    main([run])
-    again = [run, "--draft", str(tmp_path / "draft"), "--output_dir", str(tmp_path / "second")]
-    for option, name, value, has in (
-        ('--draft_config={"num_future_experts": 1}', "num_future_experts", 1, 8),
-        ("--draft_vocab_size=20", "draft_vocab_size", 20, 50),
+    assert other.future_channel.soft_prompts.std() < 0.1 * first.future_channel.soft_prompts.std()
+    again = [run, f"--draft={tmp_path / 'draft'}", f"--output_dir={tmp_path / 'third'}"]
+    for arguments, message in (
+        ([*second, '--draft_config={"num_experts": 1}'], "names `num_experts`, which is no .* did you mean `num_"),
+        ([*second, '--draft_config={"draft_vocab_size": 1}'], "names `draft_vocab_size`, .* did you mean `vocab_size"),
+        (
+            [*again, '--draft_config={"num_future_experts": 1}'],
+            "`num_future_experts` is 1, and .* has 8: it is an opt",
+        ),
+        (
+            [*again, "--draft_vocab_size=20"],
+            "`draft_vocab_size` is 20, and .*draft, the .* from, has 50: it is an opt",
+        ),
     ):
-        with pytest.raises(
-            ValueError, match=rf"`{name}` is {value}, and .*draft, the .* from, has {has}: it is an opt"
-        ):
-            main([*again, option])
+        with pytest.raises(ValueError, match=message):
+            main(arguments)
     main([*again, '--draft_config={"num_future_experts": 8}'])  # as it is
 
 
-def test_stages_may_differ_in_precision_and_in_what_is_frozen(saved_target, tmp_path):
+def test_stages_may_differ_in_precision_and_in_what_is_frozen(saved_target, tmp_path, monkeypatch):
     stages = [
         {"stage": "core", "max_steps": 3, "bf16": True, "frozen": []},
         {"stage": "joint", "max_steps": 3, "bf16": False},
         {"stage": "joint", "max_steps": 3, "bf16": True, "output_dir": str(tmp_path / "last")},
     ]
-    precisions = []
-    with pytest.MonkeyPatch.context() as patch:
-        train = ConFuTrainer.train
+    precisions, train = [], ConFuTrainer.train
 
-        def record(self, *args, **kwargs):
-            precisions.append(self.accelerator.mixed_precision)
-            return train(self, *args, **kwargs)
+    def record(self, *args, **kwargs):
+        precisions.append(self.accelerator.mixed_precision)
+        return train(self, *args, **kwargs)
 
-        patch.setattr(ConFuTrainer, "train", record)
-        main([write_run(tmp_path, saved_target, stages=stages, frozen=["core"], output_dir=str(tmp_path / "runs"))])
+    monkeypatch.setattr(ConFuTrainer, "train", record)
+    main([write_run(tmp_path, saved_target, stages=stages, frozen=["core"], output_dir=str(tmp_path / "runs"))])
     assert precisions == ["bf16", "no", "bf16"]
     core, joint, last = (weights_of(tmp_path / name) for name in ("runs/core", "runs/joint", "last"))
     assert torch.equal(core["fc.weight"], joint["fc.weight"]) and torch.equal(joint["fc.weight"], last["fc.weight"])
-    assert not torch.equal(
-        joint["future_channel.future_projection.weight"], last["future_channel.future_projection.weight"]
-    )
+    taught = "future_channel.future_projection.weight"
+    assert not torch.equal(joint[taught], last[taught])
 
 
 def test_the_command_leaves_the_facts_of_a_card(saved_target, tmp_path):
@@ -127,20 +123,19 @@ def fail(*args, **kwargs):
     raise RuntimeError("out of memory")
 
 
-def test_held_out_prompts_are_the_same_in_every_stage_and_file(saved_target, tmp_path):
+def test_held_out_prompts_are_the_same_in_every_stage_and_file(saved_target, tmp_path, monkeypatch):
     """A prompt with a second answer in another file, and other lengths, stays on its side."""
     seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            ConFuTrainer, "train", lambda self, **kwargs: seen.append((self.train_dataset, self.eval_dataset))
-        )
-        run = write_run(tmp_path, saved_target, eval_rows=100)
-        main([run])
-        first = (tmp_path / "data.jsonl").read_text().splitlines(keepends=True)
-        (tmp_path / "data.jsonl").write_text("".join(reversed(first[:9])))
-        (tmp_path / "more.jsonl").write_text("".join(line.replace(": [", ": [7, ") for line in first))
-        output = f"--output_dir={tmp_path / 'second'}"
-        main([run, "--data", str(tmp_path / "more.jsonl"), str(tmp_path / "data.jsonl"), "--max_length=20", output])
+    monkeypatch.setattr(
+        ConFuTrainer, "train", lambda self, **kwargs: seen.append((self.train_dataset, self.eval_dataset))
+    )
+    run = write_run(tmp_path, saved_target, eval_rows=100)
+    main([run])
+    first = (tmp_path / "data.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "data.jsonl").write_text("".join(reversed(first[:9])))
+    (tmp_path / "more.jsonl").write_text("".join(line.replace(": [", ": [7, ") for line in first))
+    output = f"--output_dir={tmp_path / 'second'}"
+    main([run, "--data", str(tmp_path / "more.jsonl"), str(tmp_path / "data.jsonl"), "--max_length=20", output])
     (trained, held_out), (later_trained, later_held_out) = (
         (set(train["prompt_hash"]), set(evaluation["prompt_hash"])) for train, evaluation in seen
     )
@@ -162,20 +157,12 @@ def test_no_stopwatch_decides_how_weights_are_laid_out(saved_target, tmp_path, m
     """Processes that decide it by their own measurement would not agree, and DDP ends with an error."""
     monkeypatch.setattr("transformers_confu.common.loading.column_major_pays", lambda: True)
     monkeypatch.setattr("transformers_confu.training.train._loaded_target", {})
-    strides = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            ConFuTrainer,
-            "train",
-            lambda self, **kwargs: strides.extend(
-                parameter.is_contiguous()
-                for model in (self.model, self.target_model)
-                for parameter in model.parameters()
-            ),
-        )
-        stages = [{"stage": "core"}, {"stage": "joint"}]
-        main([write_run(tmp_path, saved_target, stages=stages, output_dir=str(tmp_path / "runs"), eval_rows=0)])
-    assert strides and all(strides)
+    trained: list[ConFuTrainer] = []
+    monkeypatch.setattr(ConFuTrainer, "train", lambda self, **kwargs: trained.append(self))
+    stages = [{"stage": "core"}, {"stage": "joint"}]
+    main([write_run(tmp_path, saved_target, stages=stages, output_dir=str(tmp_path / "runs"), eval_rows=0)])
+    models = [model for trainer in trained for model in (trainer.model, trainer.target_model)]
+    assert len(models) == 4 and all(weight.is_contiguous() for model in models for weight in model.parameters())
 
 
 # Stages
@@ -308,9 +295,8 @@ def test_unquoted_no_and_lists_of_trackers_reach_the_run(saved_target, tmp_path,
         "transformers_confu.training.arguments.get_available_reporting_integrations", lambda: ["tensorboard", "wandb"]
     )
     Path(run).write_text(text + "include_num_input_tokens_seen: no\n")
-    with pytest.MonkeyPatch.context() as patch:
-        arguments = []
-        patch.setattr("transformers_confu.training.train.run", lambda *given: arguments.append(given[-1]))
-        main([run])
+    arguments = []
+    monkeypatch.setattr("transformers_confu.training.train.run", lambda *given: arguments.append(given[-1]))
+    main([run])
     assert arguments[0].report_to == ["tensorboard", "wandb"]
     assert arguments[0].include_num_input_tokens_seen == "no" and arguments[0].save_strategy == "no"

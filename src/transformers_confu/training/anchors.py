@@ -44,27 +44,18 @@ class AnchorSampling:
     In decoding the `[con]` of a node at depth d is routed by the newest token with a true hidden state, d + 1 before
     it. Here that lag is uniform in 1..`max_lag`, cut at the last prompt token, which itself has lag 0.
 
-    Args:
-        replication (`int`): Rows behind an anchor that use its future prediction, l of the paper.
-        max_lag (`int`): Greatest depth of a drafted node plus 1.
-        seed (`int`): Of the draws.
     """
 
-    replication: int
-    max_lag: int
+    replication: int  # rows behind an anchor that use its future prediction, l of the paper
+    max_lag: int  # greatest depth of a drafted node plus 1
     seed: int = 0
 
     def draw(self, labels: torch.LongTensor, row_keys: Sequence[int], step: int = 0) -> Anchors:
         r"""
-        Anchors of a batch.
+        Anchors of a batch with labels `(batch, length)`, at a step of the training; 0 for draws that never change.
 
         Those of a row follow from (seed, step, content of the row) alone. So they are the same however the rows are
         dealt out to batches and processes, and a resumed run draws what an uninterrupted one does.
-
-        Args:
-            labels (`torch.LongTensor` of shape `(batch, length)`): -100 outside of answers.
-            row_keys: See [`TokenBatch`].
-            step: Of the training; 0 for draws that never change.
         """
         rows = draft_rows(labels).cpu()
         starts_run = rows.clone()

@@ -36,8 +36,6 @@ class TokenBatchSampler(Sampler[list[int]]):
     Args:
         lengths: Of every row, in tokens; at least 1 each.
         tokens_per_batch: The budget of a batch of one process, in tokens, padding included.
-        seed: Of the shuffling, 0 or more.
-        shuffle: Whether to shuffle.
         num_processes, process_index: How many processes share the rows, and which of them this is.
 
     Raises:
@@ -95,21 +93,11 @@ class TokenBatchSampler(Sampler[list[int]]):
 @dataclass
 class ConFuDataCollator:
     """
-    Makes one batch of rows, padded on the right.
-
-    Args:
-        pad_token_id: What `input_ids` are padded with; 0 for `None`. No row that counts sees it.
-
-    Returns of a call, on the rows of a prepared dataset: LongTensors `[B, T]`
-
-    - `input_ids`.
-    - `attention_mask`: 1 on tokens, 0 on padding.
-    - `labels`: -100 on padding and on every first token, which nothing foretells.
-
-    Other columns are left out.
+    Makes one batch of the rows of a prepared dataset, padded on the right: `input_ids`, `attention_mask` and `labels`,
+    LongTensors `(B, T)`. Labels are -100 on padding and on every first token, which nothing foretells.
     """
 
-    pad_token_id: int | None = None
+    pad_token_id: int | None = None  # 0 for `None`; no row that counts sees it
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         shape = (len(rows), max(len(row["input_ids"]) for row in rows))
@@ -118,11 +106,6 @@ class ConFuDataCollator:
         labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
         for number, row in enumerate(rows):
             length = len(row["input_ids"])
-            if len(row["labels"]) != length:
-                raise ValueError(
-                    f"A row has {length} input_ids and {len(row['labels'])} labels, expected as many of both: "
-                    "prepare it with prepare_dataset."
-                )
             input_ids[number, :length] = torch.as_tensor(row["input_ids"])
             attention_mask[number, :length] = 1
             labels[number, 1:length] = torch.as_tensor(row["labels"][1:])

@@ -18,7 +18,7 @@ from .arguments import ConFuTrainingArguments
 logger = logging.get_logger(__name__)
 
 
-def check_call(args: Any, eval_dataset: Any, kwargs: dict[str, Any]) -> None:
+def check_call(args: Any, kwargs: dict[str, Any]) -> None:
     """Refuse arguments of `ConFuTrainer` that it cannot follow; `kwargs` are those that would go on to `Trainer`."""
     if not isinstance(args, ConFuTrainingArguments):
         raise ValueError(
@@ -33,12 +33,6 @@ def check_call(args: Any, eval_dataset: Any, kwargs: dict[str, Any]) -> None:
                 f"`{name}` has no effect here: losses are named by `loss`, and there are no logits to measure; "
                 "leave it out, and measure in a callback's `on_evaluate`."
             )
-    metric = args.metric_for_best_model
-    if isinstance(eval_dataset, dict) and metric in ("tau_greedy", "tau_probabilistic", "loss"):
-        raise ValueError(
-            f"`metric_for_best_model` is {metric!r}, and there are several evaluation sets: name one of them too, "
-            f"such as '{next(iter(eval_dataset), '')}_{metric}'."
-        )
 
 
 def draft_to_train(model: Any) -> ConFuDraftModel:
@@ -82,15 +76,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel)
 
 def check_dataset(dataset: Dataset, target: PreTrainedModel, name: str, num_steps: int) -> Dataset:
     """
-    Refuse data, called `name`, that the target cannot read or the draft cannot learn from in so many TTT steps.
-
-    Returns:
-        The dataset, without the rows that have nothing to learn from; they are reported.
+    A dataset without the rows that have nothing to learn from; they are reported. Data, called `name`, that the target
+    cannot read or the draft cannot learn from in so many TTT steps is refused.
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"`{name}` is a {type(dataset).__name__}; expected a `datasets.Dataset` as `prepare_dataset` makes it. "
-            "Rows of similar length share a batch, so it cannot be a stream."
+            "Rows of similar length share a batch, so it cannot be a stream; give sets one by one to `evaluate`."
         )
     if missing := [column for column in ("input_ids", "labels") if column not in dataset.column_names]:
         raise ValueError(

@@ -85,15 +85,7 @@ def warm_start(
 def start_future_channel(
     draft: ConFuDraftModel, target: PreTrainedModel, soft_prompt_ids: torch.LongTensor | None = None
 ) -> None:
-    r"""
-    Start a new future channel from its target; the draft's core stays as it is.
-
-    Args:
-        draft ([`ConFuDraftModel`]): Changed.
-        target ([`PreTrainedModel`]): The target.
-        soft_prompt_ids (`torch.LongTensor` of shape `(num_soft_prompts,)`, *optional*): A text whose keys and values
-            in the target become the soft prompts.
-    """
+    """Start a new future channel from its target, see [`warm_start`]; the draft's core stays as it is."""
     config, channel = draft.config, draft.future_channel
     if soft_prompt_ids is not None and config.num_soft_prompts > 0:
         if len(soft_prompt_ids) != config.num_soft_prompts:

@@ -14,15 +14,9 @@ logger = logging.get_logger(__name__)
 
 
 class RunFolder:
-    r"""
-    The output folder of a run, and how far the run has come.
-
-    Args:
-        path: The folder.
-        options: What the outcome of the run depends on, by name; JSON values.
-
-    Raises:
-        ValueError: the folder holds a run with other options.
+    """
+    The output folder of a run, and how far the run has come; ValueError where it holds a run with other options, which
+    are what the outcome depends on, by name, as JSON values.
     """
 
     def __init__(self, path: str | Path, options: dict[str, Any]):
@@ -42,14 +36,8 @@ class RunFolder:
 
     def run_under(self, conditions: dict[str, Any], continued: bool) -> None:
         """
-        Take note of what the batches of an unfinished run depend on besides its options, and is known only now.
-
-        Args:
-            conditions: By name; JSON values.
-            continued: Whether the run goes on from a checkpoint.
-
-        Raises:
-            ValueError: it does, and was begun under other conditions.
+        Take note of what the batches of an unfinished run depend on besides its options, and is known only now;
+        ValueError where it goes on from a checkpoint and was begun under other conditions.
         """
         if continued and self._record.exists() and (changed := differences(self._conditions, conditions)):
             raise ValueError(

@@ -30,16 +30,9 @@ def read_batch(
     hidden_states: list[int],
     keep_cache: bool = False,
 ) -> ModelOutput:
-    r"""
-    The target's forward over a batch.
-
-    Args:
-        runner ([`TargetRunner`]): Of the frozen target.
-        batch ([`TokenBatch`]): The texts.
-        keep_logits (`torch.BoolTensor` of shape `(batch, length)`): Where logits are wanted; those of the outputs are
-            `(kept, V)`.
-        hidden_states: Indices of the hidden states that are wanted.
-        keep_cache: Whether the outputs shall hold a cache.
+    """
+    The target's forward over a batch, with logits `(kept, V)` at the places `(B, T)` where they are wanted, the hidden
+    states of these indices, and perhaps a cache.
     """
     target = runner.target
     keeps_logits = can_name_logits(target)

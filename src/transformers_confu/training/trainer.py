@@ -132,7 +132,7 @@ class ConFuTrainer(Trainer):
         eval_dataset: Any = None,
         **kwargs: Any,
     ):
-        check_call(args, eval_dataset, kwargs)
+        check_call(args, kwargs)
         if list(inspect.signature(Trainer._wrap_model).parameters) != _WRAP_MODEL_PARAMETERS:
             raise RuntimeError(
                 "This version of Transformers wraps models in another way than the one known here, and would train "
@@ -147,11 +147,7 @@ class ConFuTrainer(Trainer):
             check_tokenizer(processing_class, self.target_model)
         if train_dataset is not None:
             train_dataset = self._checked(train_dataset, "train_dataset", args)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: self._checked(dataset, f"eval_dataset[{name!r}]", args) for name, dataset in eval_dataset.items()
-            }
-        elif eval_dataset is not None:
+        if eval_dataset is not None:
             eval_dataset = self._checked(eval_dataset, "eval_dataset", args)
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = ConFuDataCollator(model.config.pad_token_id)
@@ -207,8 +203,7 @@ class ConFuTrainer(Trainer):
             return None
         sampling = self._sampling if self.args.stage == "joint" else None
         features = KeptFeatures(self.model, runner, self.args.feature_cache, sampling)
-        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        features.check_room(dataset for dataset in (self.train_dataset, *evaluated) if dataset is not None)
+        features.check_room(dataset for dataset in (self.train_dataset, self.eval_dataset) if dataset is not None)
         return features
 
     def get_train_dataloader(self) -> DataLoader:
@@ -221,11 +216,11 @@ class ConFuTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]
         if dataset is None:
             raise ValueError("Evaluation needs an `eval_dataset`; make one with `prepare_dataset`.")
-        return self._loader(self._checked(dataset, "eval_dataset", self.args), shuffle=False)
+        if dataset is not self.eval_dataset:
+            dataset = self._checked(dataset, "eval_dataset", self.args)
+        return self._loader(dataset, shuffle=False)
 
     def _loader(self, dataset: Dataset, shuffle: bool) -> DataLoader:
         args = self.args
