@@ -1,6 +1,7 @@
 """The demo target's two sources: which one is taken, and that a failed build leaves nothing behind."""
 
 import os
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -104,22 +105,19 @@ def test_an_interrupted_build_leaves_nothing_behind(monkeypatch, no_hub, tmp_pat
     assert [entry.name for entry in tmp_path.iterdir()] == [FOLDER_NAME]
 
 
-def test_of_two_builds_at_once_the_first_to_finish_wins(monkeypatch, no_hub, tmp_path):
-    def overtaken(gguf, folder):
-        write_model(gguf, folder)
-        write_model(gguf, tmp_path / FOLDER_NAME)
-        (tmp_path / FOLDER_NAME / "model.safetensors").write_text("the other's weights")
+def test_what_stands_in_the_way_of_a_build_is_used_if_it_is_whole_and_never_removed(monkeypatch, no_hub, tmp_path):
+    def overtaken_by(name):
+        def convert(gguf, folder):
+            write_model(gguf, folder)
+            (tmp_path / FOLDER_NAME).mkdir()
+            (tmp_path / FOLDER_NAME / name).write_text("the other's")
 
-    fake_build(monkeypatch, overtaken)
-    path = demo_target_path()
-    assert (path / "model.safetensors").read_text() == "the other's weights"
-    assert [entry.name for entry in tmp_path.iterdir()] == [FOLDER_NAME]
+        return convert
 
-
-def test_a_foreign_folder_in_the_way_is_neither_used_nor_removed(monkeypatch, no_hub, tmp_path):
-    (tmp_path / FOLDER_NAME).mkdir()
-    (tmp_path / FOLDER_NAME / "config.json").write_text("{}")
-    fake_build(monkeypatch, write_model)
+    fake_build(monkeypatch, overtaken_by("model.safetensors"))  # by a second process
+    assert (demo_target_path() / "model.safetensors").read_text() == "the other's"
+    shutil.rmtree(tmp_path / FOLDER_NAME)
+    fake_build(monkeypatch, overtaken_by("config.json"))
     with pytest.raises(RuntimeError, match="cannot be moved to .* delete it and try again"):
         demo_target_path()
     assert [entry.name for entry in (tmp_path / FOLDER_NAME).iterdir()] == ["config.json"]

@@ -37,9 +37,10 @@ def test_decoding_needs_no_extra():
     assert result.stdout == "True\n", result.stderr
 
 
-def test_commands_that_neither_train_nor_measure_need_no_extra():
+def test_commands_and_parts_that_need_an_extra_name_it_and_others_need_none():
     commands = ["demo", "chat", "check", "publish", "convert in", "convert out", "convert resize"]
     result = run(f"""
+        from importlib import import_module
         from transformers_confu.cli import main
 
         for command in {commands!r}:
@@ -47,20 +48,13 @@ def test_commands_that_neither_train_nor_measure_need_no_extra():
                 main([*command.split(), "--help"])
             except SystemExit:
                 pass
-    """)
-    assert all(f"usage: confu {command} " in result.stdout for command in commands), result.stderr
-
-
-def test_a_part_that_is_asked_for_names_its_extra():
-    result = run("""
-        from importlib import import_module
-
         for room, part in (("training", "ConFuTrainer"), ("data", "prepare_dataset"), ("data", "regenerate_served")):
             try:
-                getattr(import_module(f"transformers_confu.{room}"), part)
+                getattr(import_module(f"transformers_confu.{{room}}"), part)
             except ModuleNotFoundError as error:
                 print(error)
     """)
+    assert all(f"usage: confu {command} " in result.stdout for command in commands), result.stderr
     advice = "is not installed: pip install 'transformers-confu[train]'.\n"
     assert result.stdout.count(advice) == 3, result.stderr
 

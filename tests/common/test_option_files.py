@@ -1,32 +1,11 @@
-"""Options of commands: as fields of a dataclass, and from a YAML file."""
+"""Options of commands from a YAML file."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from transformers import HfArgumentParser
 
 from transformers_confu.common.files import read_json
-from transformers_confu.common.option_files import option, read_option_file
-
-
-@dataclass
-class Options:
-    name: str = option("Must be given.", ...)
-    number: int = option("A number.", 3)
-    made: list[str] = option("Made anew.", lambda: ["a", "b"])
-    switch: bool | None = option("The name alone means true.", nargs="?", const=True)
-
-
-def test_fields_are_options_in_both_spellings(capsys):
-    parser = HfArgumentParser(Options)
-    (options,) = parser.parse_args_into_dataclasses(["--name", "x"])
-    assert options == Options("x", 3, ["a", "b"], None)
-    (options,) = parser.parse_args_into_dataclasses(["--name=x", "--number=4", "--made", "c", "--switch"])
-    assert options == Options("x", 4, ["c"], True)
-    with pytest.raises(SystemExit):
-        parser.parse_args_into_dataclasses([])
-    assert "--name" in capsys.readouterr().err
+from transformers_confu.common.option_files import read_option_file
 
 
 def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
@@ -49,16 +28,13 @@ def read(folder: Path, text: str, *options: str) -> list[list[str]]:
     return read_option_file([str(folder / "run.yaml"), *options], TYPES)
 
 
-def test_a_file_becomes_options(tmp_path):
-    text = "learning_rate: 1e-4\ndata: [a, b]\ndraft: null\nknobs: {x: 1}\nmax_steps: 3"
-    assert read(tmp_path, text, "--max_steps", "5") == [
-        ["--learning_rate=1e-4", "--data", "a", "b", '--knobs={"x": 1}', "--max_steps=3", "--max_steps", "5"]
-    ]
-
-
-def test_yaml_and_command_line_mean_the_same(tmp_path):
-    text = "save_strategy: no\nuse_cpu: no\ndata: []\nreport_to: [tensorboard, wandb]"
-    assert read(tmp_path, text) == [["--save_strategy=no", "--use_cpu=False", "--report_to=tensorboard,wandb"]]
+def test_a_file_becomes_options_and_yaml_means_what_the_command_line_does(tmp_path):
+    text = "learning_rate: 1e-4\ndata: [a, b]\ndraft: null\nknobs: {x: 1}\nmax_steps: 3\n"
+    text += "save_strategy: no\nuse_cpu: no"
+    expected = ["--learning_rate=1e-4", "--data", "a", "b", '--knobs={"x": 1}', "--max_steps=3"]
+    expected += ["--save_strategy=no", "--use_cpu=False"]
+    assert read(tmp_path, text, "--max_steps", "5") == [[*expected, "--max_steps", "5"]]
+    assert read(tmp_path, "data: []\nreport_to: [tensorboard, wandb]") == [["--report_to=tensorboard,wandb"]]
 
 
 def test_stages_share_what_they_do_not_override(tmp_path):

@@ -91,23 +91,20 @@ def test_labels_are_the_answers_with_their_end_of_turn(template, trim_offsets, d
     assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-def test_answer_ids_are_kept_as_they_are():
-    tokenizer = byte_tokenizer()
-    answer = [5, 4, 200, 9]  # no text any tokenizer would write this way
-    rows = [
-        {"prompt": "hé", "answer_ids": answer},
-        {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "answer_ids": answer},
-    ]
-    dataset = prepare_dataset(rows, tokenizer, 1000)
-    texts = [
-        "<|im_start|>user\nhé<|im_end|>\n<|im_start|>assistant\n",
-        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n",
-    ]
-    for row, text, given_row in zip(dataset, texts, rows, strict=True):
-        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert encode_prompt(given_row["prompt"], tokenizer) == prompt
-        assert row["input_ids"] == prompt + answer
-        assert row["labels"] == [-100] * len(prompt) + answer
+def test_ids_are_kept_as_they_are():
+    tokenizer, answer = byte_tokenizer(), [5, 4, 200, 9]  # no text any tokenizer would write this way
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    for prompt, text in (
+        ("hé", "<|im_start|>user\nhé<|im_end|>\n<|im_start|>assistant\n"),
+        (messages, "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n"),
+    ):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert encode_prompt(prompt, tokenizer) == ids
+        row = prepare_dataset([{"prompt": prompt, "answer_ids": answer}], tokenizer, 1000)[0]
+        assert (row["input_ids"], row["labels"]) == (ids + answer, [-100] * len(ids) + answer)
+    # The very prompt that was answered, as a template of another day rendered it.
+    row = answered(tokenizer, [("q", "a")]) | {"prompt_ids": [[7, 8, 9]]}
+    assert prepare_dataset([row], tokenizer, 100)[0]["input_ids"] == [7, 8, 9, *row["answer_ids"][0]]
 
 
 def test_report_counts_what_is_cut_and_dropped():
@@ -193,6 +190,24 @@ def test_malformed_rows_are_refused(row, template, message):
         prepare_dataset([row], byte_tokenizer(template), 100)
 
 
+@pytest.mark.parametrize(
+    ("rows", "max_length", "message"),
+    [
+        ([ANSWERED], 3, "None of 1 rows holds an assistant token among its first 3"),
+        ([], 3, "None of 0 rows"),
+        ([], 1, "max_length is 1"),
+        (
+            DatasetDict({"a": Dataset.from_list([USER]), "b": Dataset.from_list([USER])}),
+            10,
+            "the splits a, b: give one",
+        ),
+    ],
+)
+def test_data_without_anything_to_learn_is_refused(rows, max_length, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_dataset(rows, byte_tokenizer(), max_length)
+
+
 # Like Qwen3's: reasoning of earlier turns is dropped, the newest answer always has some.
 REASONING_TEMPLATE = (
     "{% if tools %}<tools>{{ tools | length }}</tools>{% endif %}"
@@ -262,12 +277,6 @@ def test_an_answered_conversation_is_one_row_where_its_turns_go_on_from_each_oth
     ]
 
 
-def test_the_very_prompt_that_was_answered_is_trained_on():
-    row = answered(byte_tokenizer(), [("q", "a")])
-    row["prompt_ids"] = [[7, 8, 9]]  # as a template of another day rendered it
-    assert prepare_dataset([row], byte_tokenizer(), 100)[0]["input_ids"] == [7, 8, 9, *row["answer_ids"][0]]
-
-
 def test_answers_of_another_target_are_refused():
     row = {"prompt": "a", "answer_ids": [1], "made_with": {"target": "old", "seed": 0}}
     for made_with in (row["made_with"], json.dumps(row["made_with"])):
@@ -306,15 +315,6 @@ def test_options_of_the_template_come_with_the_row():
     assert texts[0] == texts[1] and texts[2] == texts[3] == "<tools>1</tools>" + texts[0]
 
 
-def test_nothing_left_is_an_error():
-    with pytest.raises(ValueError, match=r"None of 1 rows holds an assistant token among its first 3"):
-        prepare_dataset([{"prompt": "a", "answer_ids": [1]}], byte_tokenizer(), 3)
-    with pytest.raises(ValueError, match="None of 0 rows"):
-        prepare_dataset([], byte_tokenizer(), 3)
-    with pytest.raises(ValueError, match="max_length is 1"):
-        prepare_dataset([], byte_tokenizer(), 1)
-
-
 # Splits
 
 
@@ -337,16 +337,12 @@ def test_every_answer_to_a_prompt_is_on_one_side_in_every_stage():
         joint, other = split_by_prompt(prepare_dataset(rows, tokenizer, max_length), 0.1, num_rows=5)
         assert not never & set(joint["prompt_hash"])
         assert set(other["prompt_hash"]) <= never and len(other) == 5
-    assert prompt_hash("Question 1") == prompt_hash("ques\uff54ion\t1 ") != prompt_hash("Question 2")
-
-
-def test_few_held_out_rows_are_the_same_in_any_order_and_another_seed_draws_others():
-    rows = rows_of_prompts([f"Question {number}" for number in range(200)])
-    dataset = prepare_dataset(rows, byte_tokenizer(), 100)
-    turned = dataset.select(range(199, -1, -1))
-    draws = [(dataset, 0), (turned, 0), (dataset, 1)]
+    # Few of them are the same in any order; another seed draws others.
+    turned = core.select(range(len(core) - 1, -1, -1))
+    draws = [(core, 0), (turned, 0), (core, 1)]
     one, other, third = (split_by_prompt(rows, 0.2, 7, seed=seed)[1]["prompt_hash"][:] for rows, seed in draws)
     assert one == other != third
+    assert prompt_hash("Question 1") == prompt_hash("ques\uff54ion\t1 ") != prompt_hash("Question 2")
 
 
 def test_splits_that_leave_one_side_empty_are_refused():
@@ -494,9 +490,3 @@ def test_a_row_that_another_process_refuses_is_told_like_any_other():
     with pytest.raises(ValueError, match="Row 2: answer_ids span 999999") as caught:
         prepare_dataset(rows, byte_tokenizer(), 100, num_proc=2)
     assert caught.traceback[-1].path.name == "dataset.py"  # the command line tells what this package raises
-
-
-def test_a_dataset_of_several_splits_is_refused():
-    splits = DatasetDict({"train": Dataset.from_list([USER]), "test": Dataset.from_list([USER])})
-    with pytest.raises(ValueError, match="DatasetDict with the splits train, test: give one of them"):
-        prepare_dataset(splits, byte_tokenizer(), 10)

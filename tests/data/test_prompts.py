@@ -37,12 +37,10 @@ NOTHING = EvaluationOverlap([])
         ({"prompt": [{"role": "user", "content": "a"}]}, ["a"]),
         ({"turns": ["a", "b"]}, ["a", "b"]),
         ({"turns": [{"content": "a"}]}, ["a"]),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, ["a"]),
         ({"prompt": "a", "messages": None}, ["a"]),
         ({"question": "a", "answer": "b"}, ["a"]),
         ({"instruction": "a", "input": "b"}, ["a\n\nb"]),
         ({"instruction": "a", "instances": [{"input": "b", "output": "c"}]}, ["a\n\nb"]),
-        ({"instruction": "a", "instances": [{"input": "", "output": "c"}]}, ["a"]),
         ({"text": "a"}, []),
     ],
 )
@@ -95,12 +93,7 @@ def test_overlap_is_the_naive_one(questions, text):
 
     overlap = EvaluationOverlap(" ".join(question) for question in questions)
     assert (" ".join(text) in overlap) == any(overlaps(question) for question in questions)
-
-
-def test_overlap_sees_words_only():
-    overlap = EvaluationOverlap(["Who wrote “Faust”, the play?"])
-    assert "Tell me: who wrote FAUST\nthe_play" in overlap
-    assert "who wrote the play Faust" not in overlap
+    assert "Tell me: who wrote FAUST\nthe_play" in EvaluationOverlap(["Who wrote “Faust”, the play?"])  # words alone
 
 
 def write(path, rows):
@@ -143,12 +136,12 @@ def test_drawing_is_bounded_and_repeats(tmp_path):
         write(tmp_path / f"{name}.jsonl", [{"prompt": f"Question {index} of {name}"} for index in range(number)])
         for name, number in (("few", 10), ("many", 200))
     ]
-    rows, report = build_prompts(sources, NOTHING, max_per_source=50, max_prompts=40, seed=1)
-    again, _ = build_prompts(sources, NOTHING, max_per_source=50, max_prompts=40, seed=1)
-    other, _ = build_prompts(sources, NOTHING, max_per_source=50, max_prompts=40, seed=2)
+    rows, report = build_prompts(sources, NOTHING, max_prompts=40, seed=1)
+    again, _ = build_prompts(sources, NOTHING, max_prompts=40, seed=1)
+    other, _ = build_prompts(sources, NOTHING, max_prompts=40, seed=2)
     assert rows == again != other
     assert len(rows) == 40 == report.kept.total() and 0 < report.kept["few"] <= 10
-    assert report.dropped["many"]["not drawn"] == 200 - report.kept["many"]
+    assert report.dropped["many"] == {"not drawn": 200 - report.kept["many"]}
     assert [row["id"] for row in rows] != sorted(row["id"] for row in rows)
 
 

@@ -2,26 +2,18 @@
 
 import pytest
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformers_confu.data.vocabulary import build_draft_vocabulary, count_assistant_tokens
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.sampled_from([-100, 0, 1, 2, 3, 7]), max_size=8), max_size=12))
-def test_counts_are_those_of_the_labels(rows):
-    expected = [sum(row.count(token) for row in rows) for token in range(8)]
-    dataset = Dataset.from_dict({"labels": rows}, features=Features({"labels": List(Value("int32"))}))
-    counts = count_assistant_tokens(dataset, vocab_size=8)
-    assert counts.dtype == torch.long
-    assert counts.tolist() == expected
-
-
-def test_counts_of_more_rows_than_a_chunk_and_ids_outside():
+def test_counts_are_those_of_the_labels_and_ids_outside_are_refused():
+    # More rows than a chunk.
     dataset = Dataset.from_list([{"input_ids": [1, 2], "labels": [-100, index % 3]} for index in range(2501)])
-    assert count_assistant_tokens(dataset, vocab_size=4).tolist() == [834, 834, 833, 0]
+    counts = count_assistant_tokens(dataset, vocab_size=4)
+    assert counts.dtype == torch.long and counts.tolist() == [834, 834, 833, 0]
     with pytest.raises(ValueError, match="span 0 to 2, expected -100 or ids from 0 to 1"):
         count_assistant_tokens(dataset, vocab_size=2)
 

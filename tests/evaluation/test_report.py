@@ -151,7 +151,7 @@ def test_text_above_the_mark_is_kept_and_other_files_are_not_touched(answered, t
         (["run.yaml", "--output", "new.md"], "run.yaml, line 1"),
         (["empty.jsonl", "--output", "new.md"], "empty.jsonl holds no answers; run its `confu evaluate`"),
         (["old.jsonl", "--output", "new.md"], "old.jsonl, line 2 is no record of a measurement"),
-        (["torn.jsonl.gz", "--output", "new.md"], "torn.jsonl.gz cannot be decompressed after line"),
+        (["torn.jsonl.gz", "--output", "new.md"], "torn.jsonl.gz cannot be decompressed"),
     ):
         assert cli.main(["report", *arguments]) == 1
         assert sentence in capsys.readouterr().err

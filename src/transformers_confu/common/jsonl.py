@@ -27,27 +27,18 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """
-    The lines of a file, decompressed if its name ends in `.gz`, without a byte-order mark.
-
-    Raises:
-        ValueError: it is damaged or cut short.
-    """
-    number = 0
+    """The lines of a file, decompressed if its name ends in `.gz`; ValueError where that is damaged or cut short."""
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         try:
-            for number, line in enumerate(file, start=1):
-                yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            yield from file
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(
-                f"{path} cannot be decompressed after line {number} ({error}): fetch or write the file again."
-            ) from error
+            raise ValueError(f"{path} cannot be decompressed ({error}): fetch or write the file again.") from error
 
 
 def parse_json_object(line: bytes, path: Path, number: int) -> dict[str, Any]:
     """The object of one line of a JSONL file; `path` and `number` (from 1) go into the ValueError of a bad line."""
     try:
-        row = json.loads(line)
+        row = json.loads(line)  # of bytes, with or without a byte-order mark
     except ValueError as error:  # covers bad JSON and bad UTF-8
         raise ValueError(f"{path}, line {number} is not JSON ({error}): expected one JSON object per line.") from error
     if not isinstance(row, dict):

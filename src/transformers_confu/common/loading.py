@@ -30,12 +30,7 @@ DEMO_DRAFT = "transformers-confu/confu-smollm2-135m-instruct"
 
 
 def dtype_named(name: str | torch.dtype) -> torch.dtype:
-    """
-    The torch dtype of a name, such as `"bfloat16"`; a dtype is returned as it is.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """The torch dtype of a name, such as `"bfloat16"`, or the given one; ValueError if there is none of that name."""
     dtype = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype is {name!r}, expected the name of a torch dtype such as bfloat16.")
@@ -48,12 +43,7 @@ def default_device() -> str:
 
 
 def default_dtype(device: torch.device | str | None = None) -> str:
-    """
-    `"bfloat16"` if `device` computes in it, else `"float32"`: an emulated bf16 takes many times as long.
-
-    Args:
-        device: `None` is [`default_device`].
-    """
+    """`"bfloat16"` if the device computes in it, else `"float32"`: an emulated bf16 takes many times as long."""
     kind = torch.device(device or default_device()).type
     native = True
     if kind == "cuda":
@@ -99,14 +89,12 @@ def load_target(
 
     Args:
         name: `"demo"`, a folder (of a model, also quantised, or of a peft adapter), or a Hub id.
-        dtype: Of the weights, or the name of one.
-        device: Where the model goes. `None` is [`default_device`].
-        device_map: As of `from_pretrained`, also as JSON, for a target that is split or offloaded. In place of
+        dtype, device: Of the weights; `None` is [`default_device`].
+        device_map: As of `from_pretrained`, also as JSON, for a target that is split or offloaded; in place of
             `device`.
-        trust_remote_code: Whether to run the code that comes with the checkpoint.
         few_rows: Whether it will see few rows at a time, as in decoding: where this CPU gains by it, fp32 weights are
             then laid out for that. Not for training, in which all processes must lay them out alike.
-        model_kwargs: More arguments of `from_pretrained`, such as `quantization_config`.
+        trust_remote_code, model_kwargs: As of `from_pretrained`.
 
     Raises:
         ValueError: `dtype` names none, or the target cannot be loaded: why, and what to do.
@@ -135,12 +123,7 @@ def few_rows_are_slow(model: PreTrainedModel) -> bool:
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """
-    The tokenizer of a target: `"demo"`, a folder or a Hub id.
-
-    Raises:
-        ValueError: it cannot be loaded.
-    """
+    """The tokenizer of a target: `"demo"`, a folder or a Hub id; ValueError where it cannot be loaded."""
     with refusals(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(checkpoint(name), trust_remote_code=trust_remote_code)
 
@@ -182,12 +165,7 @@ def default_draft() -> str:
 
 def load_draft(name: str | Path, dtype: torch.dtype | None = None, few_rows: bool = True) -> ConFuDraftModel:
     """
-    Load a draft in eval mode.
-
-    Args:
-        name: A folder or a Hub id.
-        dtype: `None` is that of its config.
-        few_rows: See [`load_target`].
+    Load a draft in eval mode, by its folder or Hub id; in its config's dtype if none is given.
 
     Raises:
         ValueError: there is nothing of that name, or no draft, or one with damaged weights or an impossible config.
@@ -209,11 +187,8 @@ def load_draft(name: str | Path, dtype: torch.dtype | None = None, few_rows: boo
 @contextmanager
 def refusals(name: str | Path, what: str) -> Iterator[None]:
     """
-    Say in one sentence why a checkpoint cannot be loaded: it is not there, it is damaged, or brings code of its own.
-
-    Args:
-        name: Folder or Hub id.
-        what: It is expected to hold, such as `"draft"`.
+    Say in one sentence why a checkpoint, expected to hold a `what`, cannot be loaded: it is not there, it is damaged,
+    or brings code of its own.
     """
     try:
         yield

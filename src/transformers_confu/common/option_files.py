@@ -39,14 +39,11 @@ def read_option_file(argv: list[str], types: Mapping[str, Any]) -> list[list[str
     common one, and `draft` that of the first stage, whatever the file says.
 
     Values reach the parser of the command line as text, so that a number means the same in both places (to YAML,
-    `1e-4` is a string).
+    `1e-4` is a string): for each run a command line of options alone is returned.
 
     Args:
         argv: Command line without the program's name.
         types: Of all options, by name.
-
-    Returns:
-        For each run a command line of options alone.
     """
     if not argv or not argv[0].endswith((".yaml", ".yml")):
         return [argv]

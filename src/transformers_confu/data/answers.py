@@ -67,10 +67,8 @@ class Conversation:
         self, prompt_ids: list[int], answer_ids: list[int], finished: bool, tokenizer: PreTrainedTokenizerBase
     ) -> bool:
         """
-        Take an answer, whose last token is the one that ended it if it is finished.
-
-        Returns:
-            Whether there is a further turn to answer. None follows an answer that was cut or is empty.
+        Take an answer, whose last token is the one that ended it if it is finished. Whether there is a further turn:
+        none follows an answer that was cut or is empty.
         """
         text = answer_text(tokenizer, answer_ids, answer_ids[-1:] if finished else ())
         self.prompt_ids.append(prompt_ids)

@@ -30,12 +30,8 @@ def check_messages(messages: Any, name: str = "messages") -> Messages:
     Messages as templates expect them: content is text (text parts are joined), and no key holds None, neither Arrow's
     for a key that only other rows have, nor the `"content": null` of a message that only calls tools.
 
-    Args:
-        messages: What a row holds.
-        name: The row's field, for errors.
-
     Raises:
-        ValueError: it is not a list of messages, each with a role and with text or tool calls.
+        ValueError: the row's field `name` is not a list of messages, each with a role and with text or tool calls.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"'{name}' is {messages!r:.80}, expected a non-empty list of messages with role and content.")
@@ -82,12 +78,8 @@ def encode_prompt(
     chat_template_kwargs: Mapping[str, Any] | str | None = None,
 ) -> list[int]:
     """
-    Token ids of a prompt as the target sees it, with the chat template's generation prompt.
-
-    Args:
-        prompt: One user's turn, or messages.
-        tokenizer: With a chat template.
-        tools, chat_template_kwargs: As in the rows of `prepare_dataset`.
+    Token ids of a prompt, one user's turn or messages, as the target sees it, with the chat template's generation
+    prompt; `tools` and `chat_template_kwargs` as in the rows of `prepare_dataset`.
 
     Raises:
         ValueError: the prompt is neither, or the chat template is missing or refuses it.
@@ -98,13 +90,8 @@ def encode_prompt(
 
 
 class ChatTemplate:
-    r"""
-    A tokenizer's chat template with the options of one row.
-
-    Args:
-        tokenizer: With a chat template.
-        tools: JSON schemas, or their list as JSON.
-        options: Further variables of the template, or their object as JSON.
+    """
+    A tokenizer's chat template with the options of one row: tools as JSON schemas and further variables, or as JSON.
 
     Raises:
         ValueError: there is no template, or the tools or options are of another kind.

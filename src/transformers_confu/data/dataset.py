@@ -36,33 +36,22 @@ _ONLY_FOR_THE_REPORT = ["is_first", "is_cut"]
 
 @dataclass
 class DatasetReport:
-    """What `prepare_dataset` kept, cut and dropped.
+    """What `prepare_dataset` kept, cut and dropped."""
 
-    Attributes:
-        rows_in: rows read.
-        rows_kept: rows of the prepared dataset.
-        rows_dropped: rows read that hold no assistant token within the maximum length, or are malformed and skipped.
-        answers_cut: kept rows that lost at least one assistant token to the maximum length.
-        tokens: tokens of the kept rows.
-        assistant_tokens: tokens of the kept rows whose label is not -100.
-    """
-
-    rows_in: int = 0
-    rows_kept: int = 0
-    rows_dropped: int = 0
-    answers_cut: int = 0
-    tokens: int = 0
-    assistant_tokens: int = 0
+    rows_in: int = 0  # read
+    rows_kept: int = 0  # of the prepared dataset
+    rows_dropped: int = 0  # read, but without an assistant token within the maximum length, or malformed and skipped
+    answers_cut: int = 0  # kept, but an assistant token was lost to the maximum length
+    tokens: int = 0  # of the kept rows
+    assistant_tokens: int = 0  # of the kept rows, with another label than -100
 
     def __str__(self) -> str:
-        lines = [f"rows: {self.rows_kept:,} made of {self.rows_in:,}"]
-        if self.rows_dropped:
-            lines.append(
-                f"  dropped, malformed or without an assistant token in the maximum length: {self.rows_dropped:,}"
-            )
-        lines.append(f"tokens: {self.tokens:,}, of which the assistant wrote {self.assistant_tokens:,}")
-        lines.append(f"answers cut at the maximum length: {self.answers_cut:,}")
-        return "\n".join(lines)
+        return (
+            f"rows: {self.rows_kept:,} made of {self.rows_in:,}; dropped, malformed or without an assistant token in "
+            f"the maximum length: {self.rows_dropped:,}\n"
+            f"tokens: {self.tokens:,}, of which the assistant wrote {self.assistant_tokens:,}\n"
+            f"answers cut at the maximum length: {self.answers_cut:,}"
+        )
 
 
 def prepare_dataset(
@@ -81,24 +70,23 @@ def prepare_dataset(
 
     A row is one of
 
-    - `{"messages": [{"role", "content"}, ...]}`: rendered by the chat template; every assistant turn is labelled, its
-      end-of-turn token included, the line break a template puts behind it not. Where a template renders an earlier
-      turn otherwise than the newest (Qwen3's drops its reasoning), each answer becomes a row of its own, with the text
-      before it as the target saw it.
+    - `{"messages": [{"role", "content"}, ...]}`: rendered by the chat template; every assistant turn is labelled, with
+      its end-of-turn token. Where a template renders an earlier turn otherwise than the newest (Qwen3's drops its
+      reasoning), each answer becomes a row of its own, with the text before it as the target saw it.
     - an answered conversation as `regenerate` writes it: `messages` and, for each answer, its `answer_ids` and the
-      `prompt_ids` before it (rendered again if not given). Ids are taken as they are: text that is tokenised again
-      may give other tokens than the target chose.
+      `prompt_ids` before it (rendered again if not given). Ids are taken as they are: tokenised again, text may give
+      other tokens than the target chose.
     - `{"prompt": str | messages, "answer_ids": [int, ...]}`: one prompt (a string is one user turn) and its answer.
     - `{"prompt": str | messages, "completion": str | messages}` (TRL's form): as `messages`.
     - `{"input_ids": [int, ...], "labels": [int, ...]}`: passed through after a check.
 
     A row may also hold `tools` (a list of JSON schemas) and `chat_template_kwargs` (such as
-    `{"enable_thinking": false}`), each also as JSON, which go to the chat template: give those that the target answers
-    with. Rows longer than `max_length` lose their right end. A row without any assistant token left is dropped.
+    `{"enable_thinking": false}`), each also as JSON, for the chat template. Rows longer than `max_length` lose their
+    right end. A row without any assistant token left is dropped.
 
     Rows from a file, folder or the Hub are tokenised once: the outcome lies in the cache of `datasets`, mapped into
-    memory, and is found again by every process and stage that asks for the same rows, tokenizer and settings. In
-    several processes, call this under `TrainingArguments.main_process_first()`.
+    memory, and is found again for the same rows, tokenizer and settings. In several processes, call this under
+    `TrainingArguments.main_process_first()`.
 
     Args:
         rows: A source that `load_rows` reads, a dataset, or several sources or rows.
@@ -152,19 +140,15 @@ def split_by_prompt(
     dataset: Dataset, share: float = HELD_OUT_SHARE, num_rows: int | None = None, seed: int = 0
 ) -> tuple[Dataset, Dataset | None]:
     """
-    Split a dataset into rows to train on and held-out rows.
+    Split a prepared dataset into rows to train on and held-out rows, `None` for a share of 0.
 
     A hash of its prompt decides where a row goes, and nothing else: every answer to a prompt and every turn of its
     conversation is on the same side, in whatever file, order, stage or maximum length it comes.
 
     Args:
-        dataset: With a column `prompt_hash`, as `prepare_dataset` makes it.
         share: Of the prompts, to hold out.
         num_rows: At most so many held-out rows are returned. The others are left out, not trained on.
         seed: Another seed holds out other prompts.
-
-    Returns:
-        Rows to train on, and held-out rows; `None` for a share of 0.
 
     Raises:
         ValueError: the share is no share, or one side is empty.

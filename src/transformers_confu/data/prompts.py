@@ -120,9 +120,8 @@ def find_sources(names: Iterable[str]) -> list[PromptSource]:
 
 class EvaluationOverlap:
     """
-    Tells whether a text holds an evaluation question: any 13 words in a row of one, or the whole of a shorter one.
-
-    Words are runs of letters and digits, in lower case.
+    Tells whether a text holds an evaluation question: any 13 words (runs of letters and digits, in lower case) in a
+    row of one, or the whole of a shorter one.
     """
 
     def __init__(self, questions: Iterable[str]) -> None:
@@ -173,7 +172,6 @@ def build_prompts(
     evaluation: EvaluationOverlap,
     *,
     max_prompts: int | None = None,
-    max_per_source: int | None = None,
     max_turns: int = 4,
     seed: int = 0,
 ) -> tuple[list[dict[str, Any]], PromptReport]:
@@ -188,7 +186,7 @@ def build_prompts(
     Args:
         sources: see `find_sources`.
         evaluation: the questions to keep out.
-        max_prompts, max_per_source: most rows of all and of one source, drawn from those that passed.
+        max_prompts: most rows, drawn from all that passed.
         max_turns: turns of a conversation; further ones are cut.
         seed: of the drawing and of the order.
 
@@ -199,7 +197,6 @@ def build_prompts(
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
     for source in sources:
-        taken = []
         for index, row in enumerate(tqdm(load_rows(source.data), desc=source.name, unit="row")):
             try:
                 turns = [turn.strip() for turn in source.turns(row)][:max_turns]
@@ -215,9 +212,12 @@ def build_prompts(
             unfit = (place for place, turn in enumerate(turns) if not turn or len(turn) > MAX_CHARACTERS)
             turns = turns[: next(unfit, None)]
             prompt = {"prompt": turns[0]} if len(turns) == 1 else {"turns": turns}
-            taken.append({"id": f"{source.name}-{index:06d}", "source": name, "license": license_} | prompt)
-        rows += _draw(taken, max_per_source, f"{seed}/{source.name}", report)
-    rows = _draw(rows, max_prompts, f"{seed}", report)
+            rows.append({"id": f"{source.name}-{index:06d}", "source": name, "license": license_} | prompt)
+    random.Random(seed).shuffle(rows)
+    most = len(rows) if max_prompts is None else max_prompts
+    rows, left = rows[:most], rows[most:]
+    for row in left:
+        report.dropped[row["source"]]["not drawn"] += 1
     report.kept = Counter(row["source"] for row in rows)
     return rows, report
 
@@ -234,14 +234,6 @@ def _reason_to_drop(turns: list[str], seen: set[str], evaluation: EvaluationOver
     return "there already" if " ".join(_words(turns[0])) in seen else None
 
 
-def _draw(rows: list[dict[str, Any]], most: int | None, seed: str, report: PromptReport) -> list[dict[str, Any]]:
-    random.Random(seed).shuffle(rows)
-    most = len(rows) if most is None else most
-    for row in rows[most:]:
-        report.dropped[row["source"]]["not drawn"] += 1
-    return rows[:most]
-
-
 @dataclass
 class PromptArguments:
     """Arguments of the command line."""
@@ -254,7 +246,6 @@ class PromptArguments:
         "Files or Hub datasets of questions to keep out; Spec-Bench, GSM8K's test, HumanEval.", EVALUATION_SETS.copy
     )
     max_prompts: int | None = option("Most prompts, drawn from all.")
-    max_per_source: int | None = option("Most prompts of one source.")
     max_turns: int = option("User's turns of a conversation.", 4)
     seed: int = option("Seed of drawing and order.", 0)
 
@@ -266,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if output.suffix != ".jsonl":
         raise ValueError(f"output is {output}, expected a .jsonl file.")
     questions = [turn for source in arguments.evaluation for row in load_rows(source) for turn in user_turns(row)]
-    settings = {name: getattr(arguments, name) for name in ("max_prompts", "max_per_source", "max_turns", "seed")}
+    settings = {name: getattr(arguments, name) for name in ("max_prompts", "max_turns", "seed")}
     rows, report = build_prompts(find_sources(arguments.sources), EvaluationOverlap(questions), **settings)
     provenance = (
         f"# Prompts of {output.name}\n\n{len(rows):,} prompts, seed {arguments.seed}.\n\n{report}\n\n"

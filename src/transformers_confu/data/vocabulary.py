@@ -13,27 +13,16 @@ from .encoding import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class DraftVocabulary:
-    """A subset of Vd of the target's V tokens.
+    """A subset of Vd of the target's V tokens."""
 
-    Attributes:
-        token_ids: LongTensor [Vd], target ids in ascending order; entry i is the target id of draft id i.
-        coverage: share (0..1) of the counted tokens that the vocabulary holds.
-    """
-
-    token_ids: torch.LongTensor
-    coverage: float
+    token_ids: torch.LongTensor  # (Vd,), ascending; entry i is the target id of draft id i
+    coverage: float  # share (0..1) of the counted tokens that the vocabulary holds
 
 
 def count_assistant_tokens(dataset: Dataset, vocab_size: int) -> torch.LongTensor:
     """
-    How often each target token occurs among the labels of a dataset; labels of -100 are not counted.
-
-    Args:
-        dataset: From `prepare_dataset`.
-        vocab_size: V, the target's vocabulary size.
-
-    Returns:
-        LongTensor [V].
+    How often each of the target's V tokens occurs among the labels of a prepared dataset, LongTensor [V]; labels of
+    -100 are not counted.
 
     Raises:
         ValueError: a label is neither -100 nor an id of the target.
@@ -58,7 +47,6 @@ def build_draft_vocabulary(
 
     Args:
         counts: LongTensor [V], occurrences of each target token.
-        draft_vocab_size: Vd, from 1 to V.
         always_include: target ids to include whatever their count. Pass every id that ends an answer: a draft that
             cannot propose them loses the last round of each answer.
 
