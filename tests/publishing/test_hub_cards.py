@@ -78,17 +78,18 @@ def test_the_shipped_draft_is_whole_and_small():
 
 
 # Vocabulary, width, layers, key/value heads, their size and RoPE base, of the targets' config.json on the Hub.
-PAPERS_TARGETS = {
+RECIPES = {
     "llama-3.2-3b-instruct": (128256, 3072, 28, 8, 128, 500000.0),
     "llama-3.1-8b-instruct": (128256, 4096, 32, 8, 128, 500000.0),
     "qwen3-4b": (151936, 2560, 36, 8, 128, 1000000.0),
+    "gpt-oss-20b": (201088, 2880, 24, 8, 64, 150000.0),
 }
 
 
-@pytest.mark.parametrize("name", PAPERS_TARGETS)
-def test_a_recipes_draft_fits_the_papers_target(name):
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipes_draft_fits_its_target(name):
     config = ConFuConfig.from_json_file(ROOT / "examples" / "recipes" / name / "draft_config.json")
     sizes = (config.vocab_size, config.target_hidden_size, config.target_num_hidden_layers)
     heads = (config.target_num_key_value_heads, config.target_head_dim)
-    assert (*sizes, *heads, config.rope_parameters["rope_theta"]) == PAPERS_TARGETS[name]
+    assert (*sizes, *heads, config.rope_parameters["rope_theta"]) == RECIPES[name]
     assert config.hidden_size == config.target_hidden_size and config.draft_vocab_size == 32000
