@@ -49,7 +49,7 @@ def load_draft(target: PreTrainedModel, tiny: bool) -> ConFuDraftModel:
         torch.manual_seed(0)
         draft = ConFuDraftModel(ConFuConfig.from_target(target.config)).eval()
     else:
-        draft = loading.load_draft(loading.default_draft(), target.dtype)
+        draft = loading.load_decoding_draft(loading.default_draft(), target)
     return draft.to(target.device)
 
 

@@ -181,7 +181,7 @@ def test_the_terminal(models, type_in, monkeypatch, capsys):
 def test_the_command(models, type_in, monkeypatch, capsys):
     target, tokenizer, draft = models
     monkeypatch.setattr(loading, "load_target", lambda *arguments: (target, tokenizer))
-    monkeypatch.setattr(chat_module, "load_draft", lambda name, dtype: draft)
+    monkeypatch.setattr(chat_module, "load_decoding_draft", lambda name, target: draft)
     type_in("What?")
     assert cli.main(["chat", "--max-new-tokens", "5", "--temperature", "0.5", "--system", "Be short."]) == 0
     assert "[5 tokens, tau" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from transformers import DynamicCache, HfArgumentParser, PreTrainedModel, PreTra
 from transformers.generation.streamers import BaseStreamer
 
 from ..common.answer_text import answer_text, end_token_ids
-from ..common.loading import TargetOptions, default_draft, default_dtype, load_draft
+from ..common.loading import TargetOptions, default_draft, default_dtype, load_decoding_draft
 from ..common.option_files import option
 from ..inference.checks import check_target
 from ..inference.modeling_confu import ConFuDraftModel
@@ -175,5 +175,5 @@ def main(argv: list[str] | None = None) -> None:
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature}
     target, tokenizer = options.load(options.target, options.dtype)
-    draft = load_draft(options.draft, target.dtype).to(input_device(target))
+    draft = load_decoding_draft(options.draft, target)
     converse(Chat(target, tokenizer, draft, options.system), max_new_tokens=options.max_new_tokens, **sampling)

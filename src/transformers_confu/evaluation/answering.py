@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from ..common.answer_text import answer_text, end_token_ids
-from ..common.loading import load_draft
+from ..common.loading import load_decoding_draft
 from ..common.texts import first_difference
 from ..inference.knobs import confu_generation_config
 from ..inference.target import input_device
@@ -52,7 +52,7 @@ class Models:
         target, tokenizer = arguments.load(arguments.target, dtype)
         device = input_device(target)
         assistants: dict[str, Any] = {
-            draft.name: load_draft(draft.source, target.dtype).to(device) for draft in drafts_of(arguments)
+            draft.name: load_decoding_draft(draft.source, target) for draft in drafts_of(arguments)
         }
         if arguments.assistant is not None:
             assistant = AutoModelForCausalLM.from_pretrained(arguments.assistant, dtype=target.dtype).to(device).eval()

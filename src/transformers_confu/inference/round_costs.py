@@ -13,6 +13,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +171,8 @@ def costs_key(target: PreTrainedModel, draft: PreTrainedModel) -> dict[str, Any]
 
 def _fingerprint(model: PreTrainedModel) -> list[Any]:
     config = hashlib.sha256(model.config.to_json_string(use_diff=False).encode()).hexdigest()[:16]
-    weight = next((p for p in model.parameters() if p.ndim == 2), None)
-    layout = None if weight is None else [str(weight.dtype), weight.is_contiguous()]
+    weights = [tensor for tensor in chain(model.parameters(), model.buffers()) if tensor.ndim == 2]
+    layout = sorted({f"{weight.dtype}{'' if weight.is_contiguous() else ', column-major'}" for weight in weights})
     return [type(model).__name__, config, layout, model.config._attn_implementation]
 
 

@@ -38,7 +38,7 @@ def check_call(args: Any, kwargs: dict[str, Any]) -> None:
 def draft_to_train(model: Any) -> ConFuDraftModel:
     """The draft itself, of one that is compiled or named; ValueError where that is no draft, or not in float32."""
     if isinstance(model, str):
-        model = load_draft(model, torch.float32, few_rows=False)
+        model = load_draft(model, torch.float32)
     model = getattr(model, "_orig_mod", model)  # of `torch.compile`
     if not isinstance(model, ConFuDraftModel):
         raise ValueError(

@@ -258,7 +258,7 @@ def draft_of_run(
         if training.stage == "core":  # its channel stays untrained, as that of a converted draft is
             draft.generation_config.confu_contemplation = 0
     else:
-        draft = load_draft(arguments.draft, torch.float32, few_rows=False)
+        draft = load_draft(arguments.draft, torch.float32)
         check_form(draft, arguments)
         if training.stage != "core" and is_channel_untrained(draft):  # of a converted draft, or one of stage core
             size = draft.config.num_soft_prompts
