@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import HfArgumentParser
 
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu.common import loading
@@ -92,15 +91,6 @@ def test_split_and_offloaded_targets_answer_with_a_draft(target_folder, tmp_path
         assert torch.equal(target.generate(ids, assistant_model=draft, max_new_tokens=12, do_sample=False), plain)
 
 
-def test_options_of_a_target_read_from_a_command_line():
-    parser = HfArgumentParser(TargetOptions)
-    for arguments in (["--device_map", "auto", "--trust_remote_code"], ["--device-map=auto", "--trust-remote-code"]):
-        (options,) = parser.parse_args_into_dataclasses(arguments)
-        assert options == TargetOptions(device_map="auto", trust_remote_code=True)
-    with pytest.raises(ValueError, match="give one of the two"):
-        TargetOptions(device="cpu", device_map="auto")
-
-
 def test_a_target_with_code_of_its_own_is_loaded_only_if_allowed(target_folder):
     (target_folder / "configuration_mine.py").write_text(
         "from transformers import LlamaConfig\n\n\nclass MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
@@ -129,6 +119,8 @@ def test_what_cannot_be_loaded_is_named(tmp_path, offline_hub):
             load(str(tmp_path))
     with pytest.raises(ValueError, match="expected the name of a torch dtype"):
         load_target(str(tmp_path), "nothing")
+    with pytest.raises(ValueError, match="give one of the two"):
+        TargetOptions(device="cpu", device_map="auto")
     with pytest.raises(ValueError, match="device_map is .*, expected a JSON object"):
         load_target(str(tmp_path), "float32", device_map="{")
 

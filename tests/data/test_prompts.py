@@ -54,9 +54,6 @@ def test_user_turns_of_every_form(row, turns):
     [
         ("oasst2", {"text": "a", "role": "prompter", "parent_id": None, "lang": "en"}, ["a"]),
         ("oasst2", {"text": "a", "role": "prompter", "parent_id": "x", "lang": "en"}, []),
-        ("oasst2", {"text": "a", "role": "prompter", "parent_id": None, "lang": "de"}, []),
-        ("mbpp-train", {"text": "a", "code": "b"}, ["a"]),
-        ("webquestions-train", {"qId": "w1", "qText": "a"}, ["a"]),
         ("aqua-dev", {"question": "a", "options": ["A)1", "B)2"]}, ["a\nOptions:\nA)1\nB)2"]),
         ("scitldr-train", {"source": ["a.", "b."]}, ["Summarize this abstract in one or two sentences:\n\na. b."]),
     ],

@@ -440,16 +440,6 @@ def test_only_contemplate_rows_carry_a_graph_through_the_target():
     assert calls == [(batch.input_ids.shape[1], False), (anchors.positions.shape[1], True)]
 
 
-def test_the_taps_are_fused_once():
-    """Counting the choices of a router for the log must not run `fc` again, with a graph that nobody needs."""
-    target, draft = make_pair()
-    batch = mixed_batch()
-    calls = []
-    draft.fc.register_forward_hook(lambda module, args, output: calls.append(output.requires_grad))
-    objective_of(target, draft, batch, anchors_of(batch))
-    assert calls == [True]
-
-
 def exact_norm(norm: LlamaRMSNorm, hidden_states: torch.Tensor) -> torch.Tensor:
     variance = hidden_states.pow(2).mean(-1, keepdim=True)
     return norm.weight * hidden_states * torch.rsqrt(variance + norm.variance_epsilon)

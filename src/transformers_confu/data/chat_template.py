@@ -126,8 +126,8 @@ class ChatTemplate:
         Ids of a conversation, and the spans of them that the assistant wrote.
 
         One such pair, or one for each answer if the template renders an earlier answer otherwise than the newest.
-        A span begins behind the generation prompt and ends where the template's text for the answer ends, behind the
-        token that ends the turn and perhaps a line break.
+        A span begins behind the generation prompt and ends where the template's text for the answer does, without the
+        line break that many put behind the end of a turn: the target does not write it.
 
         Raises:
             ValueError: an answer cannot be found in the text, or the tokenizer does not tell where its tokens lie.
@@ -152,7 +152,7 @@ class ChatTemplate:
                     f"before message {index}, so the assistant's text cannot be found: pass rows of 'prompt' and "
                     "'answer_ids'."
                 )
-            spans.append((len(before), len(after)))
+            spans.append((len(before), len(before) + len(after[len(before) :].rstrip())))
             is_one_text &= text.startswith(after)
         if is_one_text:
             return [self._encode_spans(messages, spans)]
@@ -204,16 +204,14 @@ def _parsed(value: Any, name: str, kind: type) -> Any:
 
 def _token_spans(spans: Sequence[Span], offsets: Sequence[tuple[int, int]]) -> Iterator[Span]:
     """
-    Spans of tokens for spans of characters, both in order.
-
-    A token belongs to a span if it shares a character with it. Tokens between its first and last one belong to it too:
-    trimmed white space has an empty offset (x, x), x being the end of the untrimmed one, and shares no character.
+    Spans of tokens for spans of characters, both in order: of all tokens from the first to the last that share a
+    character with it. (Between them trimmed white space may have an empty offset, and shares none.)
     """
     token = 0
     for start, end in spans:
         while token < len(offsets) and offsets[token][1] <= start:
             token += 1
         first = token
-        while token < len(offsets) and (offsets[token][0] < end or tuple(offsets[token]) == (end, end)):
+        while start < end and token < len(offsets) and offsets[token][0] < end:
             token += 1
         yield first, token

@@ -174,9 +174,6 @@ class RowEncoder:
         for input_ids, spans in ChatTemplate(self.tokenizer, *template_options).label(check_messages(messages)):
             labels = [IGNORE_INDEX] * len(input_ids)
             for first, last in spans:
-                # Without the line break that templates put behind the end of a turn: the target does not write it.
-                while last > first and not self.tokenizer.decode([input_ids[last - 1]]).strip():
-                    last -= 1
                 labels[first:last] = input_ids[first:last]
             rows.append((input_ids, labels))
         return rows

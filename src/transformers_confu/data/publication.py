@@ -157,26 +157,21 @@ def _target(made_with: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_shards(folder: Path, rows: Iterable[dict[str, Any]]) -> Counter:
-    """Write one new shard for each split that has new rows; their numbers by split."""
-    for leftover in folder.glob("*.unfinished"):
-        leftover.unlink()
-    added: Counter = Counter()
-    writers: dict[str, pq.ParquetWriter] = {}
-    paths: dict[str, Path] = {}
+    """Write one new shard for each split that has new rows, when all are read; their numbers by split."""
+    tables = {split: [SCHEMA.empty_table()] for split in SPLITS}
     rows = iter(rows)
-    while some := list(islice(rows, _ROWS_AT_ONCE)):
-        for split in SPLITS:
-            part = [row for row in some if is_held_out(row["prompt_hash"]) == (split == "held_out")]
-            if part and split not in writers:
-                number = len(list(folder.glob(f"{split}-*.parquet")))
-                paths[split] = folder / f"{split}-{number:05d}.parquet"
-                writers[split] = pq.ParquetWriter(f"{paths[split]}.unfinished", SCHEMA, compression="zstd")
-            if part:
-                writers[split].write_table(pa.Table.from_pylist(part, schema=SCHEMA))
-                added[split] += len(part)
-    for split, writer in writers.items():
-        writer.close()
-        Path(f"{paths[split]}.unfinished").replace(paths[split])
+    while some := list(islice(rows, _ROWS_AT_ONCE)):  # in Arrow they take a tenth of the room
+        for split, parts in tables.items():
+            of_split = [row for row in some if is_held_out(row["prompt_hash"]) == (split == "held_out")]
+            parts.append(pa.Table.from_pylist(of_split, schema=SCHEMA))
+    added: Counter = Counter()
+    for split, parts in tables.items():
+        table = pa.concat_tables(parts)
+        if len(table):
+            path = folder / f"{split}-{len(list(folder.glob(f'{split}-*.parquet'))):05d}.parquet"
+            pq.write_table(table, f"{path}.unfinished", compression="zstd")
+            Path(f"{path}.unfinished").replace(path)
+            added[split] = len(table)
     return added
 
 
