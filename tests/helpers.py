@@ -3,13 +3,39 @@
 from typing import Literal
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from transformers_confu import ConFuConfig, ConFuDraftModel
 
 
 # The default 0.02 gives a greedy text that repeats one token for ever, on which wrong decoding looks right.
 INITIALIZER_RANGE = 0.3
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": INITIALIZER_RANGE,
+    "init_std": INITIALIZER_RANGE,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
 
 
 def make_tiny_target(
@@ -36,21 +62,7 @@ def make_tiny_target(
         "qwen3": (Qwen3Config, Qwen3ForCausalLM, 12),
         "windows": (Qwen3Config, Qwen3ForCausalLM, 12),
     }[kind]
-    settings = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": head_dim,
-        "max_position_embeddings": 512,
-        "initializer_range": INITIALIZER_RANGE,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
+    settings = SIZES | {"head_dim": head_dim}
     if kind == "windows":
         settings["layer_types"] = ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
         settings |= {"use_sliding_window": True, "sliding_window": 6}
@@ -58,6 +70,36 @@ def make_tiny_target(
         torch.manual_seed(seed)
         model = model_class(config_class(**(settings | overrides)))
     return model.to(dtype).eval()
+
+
+def make_family(family: str, auto_class=AutoModelForCausalLM, **changes) -> PreTrainedModel:
+    """A random fp64 target of any family of Transformers, in eval mode, with what of `SIZES` its config knows."""
+    config_class = getattr(transformers, f"{family}Config")
+    known = config_class().to_dict().keys() | set(config_class.attribute_map)
+    settings = {name: value for name, value in SIZES.items() if name in known}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        target = auto_class.from_config(config_class(**settings | changes))
+    target.generation_config.eos_token_id = None
+    return target.double().eval()
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """For a target of 13 tokens: words t0 to t11, and the one by which stop strings learn how words are joined."""
+    words = Tokenizer(models.WordLevel({f"t{token}": token for token in range(12)} | {"abcdef": 12}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", bos_token="t1", pad_token="t0")
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """For a target of 97 tokens: the letters a to i, and pairs of them."""
+    letters = "abcdefghi"
+    tokens = ["<s>", "</s>", *letters, *(a + b for a in letters for b in letters)]
+    vocabulary = {token: index for index, token in enumerate(tokens)} | {f"<{i}>": i for i in range(len(tokens), 97)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
 def rotate(keys: torch.Tensor, position: int, theta: float = 10000.0) -> torch.Tensor:

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModel, GenerationConfig, GenerationMixin, PreTrainedTokenizerFast
+from transformers import AutoModel, GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
-from helpers import make_tiny_draft, make_tiny_target
+from helpers import make_tiny_draft, make_tiny_target, word_tokenizer
 from hub_stand_in import fill_hub_cache
 from transformers_confu.publishing.publish import write_custom_generate
 
@@ -90,12 +89,6 @@ def test_a_folder_is_loaded_once_and_writes_the_same_text(target, folder, loads)
     for options in (GREEDY, GREEDY | {"do_sample": True, "temperature": 0.7, "top_k": 5}):
         same_as_plain(target, options, custom_generate=str(folder))
     assert loads == [str(folder)]
-
-
-def test_without_trust_nothing_of_it_runs(target, folder, loads):
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
-        target.generate(PROMPT, custom_generate=str(folder), trust_remote_code=False, **GREEDY)
-    assert loads == []
 
 
 def test_a_moved_and_renamed_folder_is_found_where_it_is(target, plain, folder, loads, tmp_path, monkeypatch):
@@ -186,10 +179,7 @@ def test_a_streamer_gets_every_token(target, plain, folder):
 
 
 def test_stop_strings_processors_and_outputs(target, plain, folder):
-    words = Tokenizer(models.WordLevel({f"t{token}": token for token in range(12)} | {"abcdef": 12}, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", bos_token="t1", pad_token="t0")
-    stop = GREEDY | {"stop_strings": f"t{plain[0, 11]}", "tokenizer": tokenizer}
+    stop = GREEDY | {"stop_strings": f"t{plain[0, 11]}", "tokenizer": word_tokenizer()}
     assert same_as_plain(target, stop, custom_generate=str(folder)).shape[1] < plain.shape[1]
 
     def one_token_more_often(input_ids, scores):

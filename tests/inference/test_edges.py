@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from exactness import compare
-from helpers import make_tiny_draft, make_tiny_target
+from helpers import make_family, make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuCandidateGenerator, confu_generation_config
 
 
@@ -76,29 +75,16 @@ def test_contemplate_rows_that_overflow_inside_the_target_are_left_out():
 # Position tables
 
 TABLES = {
-    "GPT2": {"n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 24},
-    "GPTBigCode": {"n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 24},
-    "GPTJ": {"n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 24, "rotary_dim": 8},
-    "OPT": {
-        "hidden_size": 32,
-        "ffn_dim": 64,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 4,
-        "word_embed_proj_dim": 32,
-        "max_position_embeddings": 24,
-    },
+    "GPT2": {},
+    "GPTBigCode": {"num_key_value_heads": 1},
+    "GPTJ": {"rotary_dim": 8},
+    "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32},
 }
 
 
 def with_table(name: str, **changes):
-    config_class = getattr(transformers, f"{name}Config")
-    scale = "init_std" if name == "OPT" else "initializer_range"
-    settings = TABLES[name] | {scale: 0.3, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0} | changes
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        target = AutoModelForCausalLM.from_config(config_class(vocab_size=13, **settings))
-    target.generation_config.eos_token_id = None
-    return target.double().eval()
+    changes = {"vocab_size": 13, "max_position_embeddings": 24, "pad_token_id": 0} | TABLES[name] | changes
+    return make_family(name, **changes)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -148,7 +134,10 @@ def test_a_drafts_mode_changes_nothing():
     "make, found",
     [
         (lambda: make_tiny_target(attention_dropout=0.1), r"`attention_dropout=0.1`"),
-        (lambda: with_table("GPT2", n_positions=64, resid_pdrop=0.2, attn_pdrop=0, embd_pdrop=0), r"`Dropout=0.2`"),
+        (
+            lambda: with_table("GPT2", max_position_embeddings=64, resid_pdrop=0.2, attn_pdrop=0, embd_pdrop=0),
+            r"`Dropout=0.2`",
+        ),
     ],
 )
 def test_a_target_whose_text_is_random_is_refused(make, found):
@@ -210,20 +199,7 @@ def test_autocast_may_differ_from_the_weights(dtype, autocast):
 
 
 def test_falcon_with_one_head_of_keys():
-    config = transformers.FalconConfig(
-        vocab_size=13,
-        hidden_size=32,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        multi_query=True,
-        new_decoder_architecture=False,
-        initializer_range=0.3,
-        eos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        target = AutoModelForCausalLM.from_config(config).double().eval()
-    target.generation_config.eos_token_id = None
+    target = make_family("Falcon", vocab_size=13, multi_query=True, new_decoder_architecture=False)
     draft = make_tiny_draft(target)
     assert draft.config.target_num_key_value_heads == 1
     assert_same(target, draft)

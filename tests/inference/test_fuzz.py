@@ -15,21 +15,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedTokenizerFast,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
 
 from exactness import truly_fp64
-from helpers import make_tiny_draft
+from helpers import make_tiny_draft, word_tokenizer
 from transformers_confu import ConFuGenerate
 from transformers_confu.inference.target import TargetRunner
 
@@ -80,13 +78,6 @@ def pair(family: str, kind: int):
     target.generation_config.eos_token_id = None
     options: dict[str, Any] = [{}, {"rotate_soft_prompts": family != "GPT2"}, {"draft_vocab_size": 10}][kind]
     return target, make_tiny_draft(target, target_hidden_state_indices=[1, 2], **options)
-
-
-@functools.cache
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({f"t{token}": token for token in range(12)} | {"abcdef": 12}, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", bos_token="t1", pad_token="t0")
 
 
 # What a caller may bring along
@@ -227,28 +218,22 @@ class Case:
             call["inputs_embeds"] = self.target.get_input_embeddings()(text).detach()
         else:
             only_new = cache is not None and cache.get_seq_length() > 0 and self.new_ids_only
-            call["input_ids"] = self._new_ids(text, cache) if only_new else text
+            call["input_ids"] = text[:, cache.get_seq_length() :] if only_new else text
         if self.processors:
             call["logits_processor"] = LogitsProcessorList([FavoursByPrefix()])
         criteria = [StopsAtSum()] if self.criteria else []
         streamer = Collects() if self.streams else None
 
+        strings = {"stop_strings": self.stop_strings, "tokenizer": word_tokenizer()} if self.stop_strings else {}
+
         def generate(extra: list[StoppingCriteria]):
             arguments = dict(call, stopping_criteria=StoppingCriteriaList([*criteria, *extra]))
-            if not assisted:
-                strings = {"stop_strings": self.stop_strings, "tokenizer": tokenizer()} if self.stop_strings else {}
-                return self.target.generate(
-                    **arguments, **strings, streamer=streamer, generation_config=config(options)
-                )
-            own = config(options | self.knobs)
-            if self.route_b:
-                strings = {"stop_strings": self.stop_strings, "tokenizer": tokenizer()} if self.stop_strings else {}
+            arguments["generation_config"] = config(options | (self.knobs if assisted else {}))
+            if assisted and self.route_b:
                 method = ConFuGenerate(self.draft, streamer=streamer, **strings)
-                return self.target.generate(**arguments, custom_generate=method, generation_config=own)
-            strings = {"stop_strings": self.stop_strings, "tokenizer": tokenizer()} if self.stop_strings else {}
-            return self.target.generate(
-                **arguments, **strings, assistant_model=self.draft, streamer=streamer, generation_config=own
-            )
+                return self.target.generate(**arguments, custom_generate=method)
+            arguments |= {"assistant_model": self.draft} if assisted else {}
+            return self.target.generate(**arguments, **strings, streamer=streamer)
 
         if assisted and interrupt and self.interrupt_after is not None and not self.streams:
             state, length = torch.get_rng_state(), 0 if cache is None else cache.get_seq_length()
@@ -268,10 +253,6 @@ class Case:
         if streamer is not None:
             result["streamed"] = (streamer.tokens, streamer.ended)
         return result
-
-    @staticmethod
-    def _new_ids(text: torch.LongTensor, cache: DynamicCache) -> torch.LongTensor:
-        return text[:, cache.get_seq_length() :]
 
 
 def config(options: dict[str, Any]) -> GenerationConfig:

@@ -3,27 +3,21 @@
 import functools
 import math
 import sys
-import threading
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    DynamicCache,
     LogitsProcessor,
     MaxLengthCriteria,
-    PreTrainedTokenizerFast,
     StoppingCriteria,
     SynthIDTextWatermarkingConfig,
-    TextIteratorStreamer,
     WatermarkingConfig,
 )
 from transformers.generation.streamers import BaseStreamer
 
 from exactness import FP64_ROUNDING, Oracle, assert_close, assert_identical, compare, truly_fp64
-from helpers import make_tiny_draft, make_tiny_target
+from helpers import letter_tokenizer, make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuCandidateGenerator, confu_generation_config
-from transformers_confu.inference.target import TargetRunner
 
 
 NEW_TOKENS = 24
@@ -109,23 +103,6 @@ def test_all_fields_together(contemplation, options, oracle):
         assert_close((one.keys, one.values), (two.keys, two.values), FP64_ROUNDING)
 
 
-@pytest.mark.parametrize("field", ["scores", "logits", "attentions", "hidden_states", None])
-def test_each_field_alone(field):
-    target, draft = tiny("eager")
-    options = GREEDY | {"return_dict_in_generate": True} | ({f"output_{field}": True} if field else {})
-    plain = target.generate(PROMPT, **options)
-    other = assisted(target, draft, PROMPT, **options)
-    assert type(plain) is type(other) and plain.keys() == other.keys()
-    if field:
-        assert_close(plain[field], other[field], 1e-6 if field in ("scores", "logits") else FP64_ROUNDING)
-
-
-def test_fields_without_a_dict_are_not_returned():
-    target, draft = tiny()
-    other = assisted(target, draft, PROMPT, output_scores=True, output_hidden_states=True, **GREEDY)
-    assert torch.equal(other, target.generate(PROMPT, **GREEDY))
-
-
 def test_some_of_the_hidden_states():
     target, draft = tiny()
     options = GREEDY | {"return_dict_in_generate": True, "output_hidden_states": [0, 3]}
@@ -163,25 +140,6 @@ def test_the_first_token_can_be_the_last():
     assert math.isnan(draft.last_statistics.tau)
 
 
-@draft_and_oracle
-def test_several_eos_tokens(oracle):
-    target, draft = tiny()
-    text = greedy_text()
-    options = GREEDY | {"eos_token_id": [96, text[8], text[14]], "pad_token_id": 0}
-    other = assisted(target, draft, PROMPT, oracle_text=text if oracle else None, **options)
-    assert torch.equal(target.generate(PROMPT, **options), other)
-    assert other[0, -1] in (text[8], text[14])
-
-
-@draft_and_oracle
-@pytest.mark.parametrize("limit", [{"max_new_tokens": n} for n in (1, 2, 3, 8)] + [{"max_length": 7 + 5}])
-def test_maximal_length(limit, oracle):
-    target, draft = tiny()
-    text = greedy_text() if oracle else None
-    other = assisted(target, draft, PROMPT, oracle_text=text, do_sample=False, **limit)
-    assert torch.equal(target.generate(PROMPT, do_sample=False, **limit), other)
-
-
 @pytest.mark.parametrize("max_time, new_tokens", [(0.0, 1), (1e9, NEW_TOKENS)])
 def test_maximal_time(max_time, new_tokens):
     target, draft = tiny()
@@ -190,22 +148,10 @@ def test_maximal_time(max_time, new_tokens):
     assert other.shape[1] == PROMPT.shape[1] + new_tokens
 
 
-@functools.cache
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """97 tokens: characters and pairs of them."""
-    letters = "abcdefghi"
-    tokens = ["<s>", "</s>", *letters, *(a + b for a in letters for b in letters)]
-    vocabulary = {token: index for index, token in enumerate(tokens)} | {f"<{i}>": i for i in range(len(tokens), 97)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-
-
 @draft_and_oracle
 def test_stop_strings(oracle):
     target, draft = tiny()
-    tokenizer, text = tiny_tokenizer(), greedy_text()
+    tokenizer, text = letter_tokenizer(), greedy_text()
     words = tokenizer.batch_decode([[token] for token in text])
     # Within one token or across two, at any offset.
     for stop in (words[6], words[4][-1] + words[5][:1], words[9] + words[10]):
@@ -335,18 +281,6 @@ def test_streaming(options, oracle):
     assert recorders[1].events[-1] == "end"
 
 
-def test_streaming_text_from_a_thread():
-    target, draft = tiny()
-    tokenizer = tiny_tokenizer()
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
-    arguments = {"inputs": PROMPT, "assistant_model": draft, "streamer": streamer} | GREEDY
-    thread = threading.Thread(target=target.generate, kwargs=arguments)
-    thread.start()
-    streamed = "".join(streamer)
-    thread.join()
-    assert streamed == tokenizer.decode(greedy_text())
-
-
 # --- prompts of every form
 
 
@@ -392,13 +326,6 @@ def test_left_padding_changes_nothing_in_the_rounds():
     assert draft.last_statistics.emitted == rounds
 
 
-def test_a_mask_inferred_from_padding():
-    target, draft = tiny()
-    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), PROMPT], dim=-1)
-    options = GREEDY | {"pad_token_id": 0, "eos_token_id": 1}
-    assert torch.equal(target.generate(padded, **options), assisted(target, draft, padded, **options))
-
-
 @greedy_and_sampled
 @pytest.mark.parametrize("with_ids", [True, False])
 @pytest.mark.parametrize("mask", [None, "left padding", "holes"])
@@ -413,15 +340,6 @@ def test_embedded_prompts(with_ids, mask, options):
     comparison = compare(target, draft, PROMPT if with_ids else None, options, KNOBS, call=call)
     assert_identical(comparison)
     assert comparison.assisted_ids.shape[1] == NEW_TOKENS + (PROMPT.shape[1] if with_ids else 0)
-
-
-def test_embedded_prompts_need_a_draft_that_reads_them():
-    target, _ = tiny()
-    draft = make_tiny_draft(target, hidden_size=16, head_dim=4)
-    embeddings = target.get_input_embeddings()(PROMPT).detach()
-    with pytest.raises(ValueError, match="embeds tokens itself .* pass `input_ids`"):
-        target.generate(inputs_embeds=embeddings, assistant_model=draft, **GREEDY)
-    assert_identical(compare(target, draft, PROMPT, GREEDY, KNOBS))
 
 
 def test_positions_of_the_callers_own():
@@ -503,25 +421,6 @@ def test_each_call_has_statistics_of_its_own():
 # --- side by side, and cut short
 
 
-def test_threads_share_a_draft():
-    target, draft = tiny()
-    prompts = [random_ids(4 + i, seed=20 + i) for i in range(6)]
-    expected = [target.generate(prompt, **GREEDY) for prompt in prompts]
-    texts = [None] * len(prompts)
-    together = threading.Barrier(len(prompts), timeout=60)
-
-    def work(index):
-        together.wait()
-        texts[index] = assisted(target, draft, prompts[index], **GREEDY)
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(one, two) for one, two in zip(expected, texts, strict=True))
-
-
 def test_inference_mode():
     target, draft = tiny()
     with torch.inference_mode():
@@ -563,27 +462,3 @@ def test_an_interrupt_leaves_the_cache_as_it_was(forward, layer):
         assert torch.equal(cached.keys, keys) and torch.equal(cached.values, values)
     again = assisted(target, draft, text, call={"cache": cache}, **GREEDY)
     assert torch.equal(again, target.generate(text, **GREEDY))
-
-
-def test_an_interrupt_leaves_an_empty_cache_usable():
-    target, draft = tiny()
-    cache = DynamicCache()
-
-    class Interrupting(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            if input_ids.shape[1] > PROMPT.shape[1] + 4:
-                raise KeyboardInterrupt
-            return scores
-
-    with pytest.raises(KeyboardInterrupt):
-        assisted(target, draft, PROMPT, call={"cache": cache, "logits_processor": [Interrupting()]}, **GREEDY)
-    assert cache.get_seq_length() == 0
-    expected = target.generate(PROMPT, **GREEDY)
-    assert torch.equal(expected, target.generate(PROMPT, cache=cache, **GREEDY))
-
-
-def test_a_refused_call_does_no_work(monkeypatch):
-    target, draft = tiny()
-    monkeypatch.setattr(TargetRunner, "__init__", lambda *args: pytest.fail("work was begun"))
-    with pytest.raises(ValueError, match="batch_size = 1"):
-        target.generate(PROMPT.repeat(2, 1), assistant_model=draft, **GREEDY)

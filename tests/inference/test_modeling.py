@@ -1,19 +1,17 @@
 """The draft network against EAGLE-3 written out row by row, its checkpoint, and its mixtures of experts."""
 
-import json
 import math
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, DynamicCache
+from transformers import DynamicCache
 
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import (
     ConFuCandidateGenerator,
     ConFuConfig,
     ConFuDraftModel,
-    ConFuGenerate,
     confu_generation_config,
 )
 from transformers_confu.inference.modeling_confu import ConFuExpertMixture, FutureToken
@@ -88,14 +86,6 @@ def test_an_untrained_channel_adds_nothing_to_the_residual_stream(target):
     draft = ConFuDraftModel(ConFuConfig.from_target(target.config, num_soft_prompts=2))
     assert not draft.future_channel.future_residual.weight.any()
     assert draft.future_channel.soft_prompts.std() > 0 and draft.future_channel.future_token.experts.std() > 0
-
-
-def test_soft_prompts_of_a_layer_are_cast_to_its_cache(target):
-    channel = make_tiny_draft(target).future_channel
-    like = torch.zeros(3, 2, 7, 8, dtype=torch.bfloat16)
-    keys, values = channel.slots(3, like)
-    assert torch.equal(keys, channel.soft_prompts[3, 0].bfloat16().expand(3, 2, 4, 8))
-    assert torch.equal(values, channel.soft_prompts[3, 1].bfloat16().expand(3, 2, 4, 8))
 
 
 # The forward
@@ -343,13 +333,6 @@ def test_a_checkpoint_survives_the_disk(target, tmp_path):
     assert loaded.instance_id != draft.instance_id  # its state is not that of another draft
 
 
-def test_saved_weights_bear_eagle_3s_names(target, tmp_path):
-    draft = make_tiny_draft(target, draft_vocab_size=40)
-    draft.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
-    assert {name for name in saved if not name.startswith("future_channel.")} == eagle3_shapes(draft.config).keys()
-
-
 def test_default_knobs_of_a_draft_survive_the_disk(target, tmp_path):
     draft = make_tiny_draft(make_tiny_target(eos_token_id=[5, 6]))
     draft.generation_config.confu_tree_size = 16
@@ -403,21 +386,6 @@ def test_buffers_that_a_checkpoint_lacks_are_initialised(target, tmp_path):
     expected = [10000 ** (-i / 4) for i in range(4)]
     assert loaded.rotary_emb.inv_freq.tolist() == pytest.approx(expected)
     assert loaded.rotary_emb.original_inv_freq.tolist() == pytest.approx(expected)
-
-
-def test_a_checkpoint_decodes_with_its_own_code(target, tmp_path):
-    make_tiny_draft(target).save_pretrained(tmp_path / "checkpoint")
-    entries = json.loads((tmp_path / "checkpoint" / "config.json").read_text())["auto_map"]
-    assert entries == {
-        "AutoConfig": "modeling_confu.ConFuConfig",
-        "AutoModel": "modeling_confu.ConFuDraftModel",
-    }
-    loaded = AutoModel.from_pretrained(tmp_path / "checkpoint", trust_remote_code=True)
-    assert type(loaded) is not ConFuDraftModel and type(loaded).__name__ == "ConFuDraftModel"
-    expected = target.generate(PROMPT, max_new_tokens=12)
-    assert torch.equal(target.generate(PROMPT, assistant_model=loaded, max_new_tokens=12), expected)
-    assert loaded.last_statistics.rounds > 0  # its own engine ran
-    assert torch.equal(target.generate(PROMPT, custom_generate=ConFuGenerate(loaded), max_new_tokens=12), expected)
 
 
 # The draft vocabulary
@@ -489,9 +457,3 @@ def test_gates_are_computed_in_float32():
     gates, _ = mixture.route(torch.randn(3, 6, dtype=torch.bfloat16))
     assert gates.dtype == torch.float32 and torch.allclose(gates.sum(-1), torch.ones(3), rtol=0, atol=1e-6)
     assert mixture(torch.randn(3, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
-
-
-def test_a_draft_alone_generates_nothing(target):
-    draft = make_tiny_draft(target)
-    with pytest.raises(TypeError, match="A ConFu draft generates nothing by itself: call `target.generate"):
-        draft.generate(PROMPT, max_new_tokens=3)

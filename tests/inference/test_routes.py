@@ -10,11 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedTokenizerFast, pipeline
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, pipeline
 from transformers.generation.streamers import BaseStreamer
 
-from helpers import make_tiny_draft, make_tiny_target
+from helpers import make_tiny_draft, make_tiny_target, word_tokenizer
 from transformers_confu import ConFuCandidateGenerator, ConFuGenerate, confu_generation_config
 from transformers_confu.inference.generation_confu import ASSISTED_DECODING_PARAMETERS, install_dispatch
 from transformers_confu.inference.rounds import FixedRounds
@@ -35,15 +34,6 @@ def draft(target):
     return make_tiny_draft(target)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Words t0 to t11, and the one by which stop strings learn how words are joined."""
-    vocabulary = {f"t{token}": token for token in range(12)} | {"abcdef": 12}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", bos_token="t1", pad_token="t0")
-
-
 class Recorder(BaseStreamer):
     def __init__(self):
         self.received, self.ends = [], 0
@@ -59,8 +49,8 @@ class Recorder(BaseStreamer):
 # A
 
 
-def test_a_pipeline_decodes_with_a_loaded_draft(target, draft, tokenizer):
-    text = "t3 t4 t5 t2 t7"
+def test_a_pipeline_decodes_with_a_loaded_draft(target, draft):
+    text, tokenizer = "t3 t4 t5 t2 t7", word_tokenizer()
     plain = pipeline("text-generation", model=target, tokenizer=tokenizer)(text, **GREEDY)
     assisted = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=draft)(text, **GREEDY)
     assert assisted == plain
@@ -131,8 +121,8 @@ def test_custom_generate_streams(target, draft):
 
 
 @pytest.mark.parametrize("as_list", [False, True])
-def test_custom_generate_stops_at_strings(target, draft, tokenizer, as_list):
-    plain = target.generate(PROMPT, **GREEDY)[0].tolist()
+def test_custom_generate_stops_at_strings(target, draft, as_list):
+    tokenizer, plain = word_tokenizer(), target.generate(PROMPT, **GREEDY)[0].tolist()
     word = f"t{plain[PROMPT.shape[1] + 6]}"
     stop = [word, "t99"] if as_list else word
     expected = target.generate(PROMPT, stop_strings=stop, tokenizer=tokenizer, **GREEDY)

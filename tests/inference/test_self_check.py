@@ -4,39 +4,19 @@ import functools
 
 import pytest
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, FalconConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from helpers import make_tiny_draft, make_tiny_target
+from helpers import make_family, make_tiny_draft, make_tiny_target
 from transformers_confu import confu_generation_config
 from transformers_confu.inference.self_check import prove_target
 
 
 PROMPT = torch.tensor([[3, 14, 15, 92, 65]])
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
 
 
 def generate(target, draft=None, **options):
     config = confu_generation_config(target, **{"max_new_tokens": 16, "do_sample": False} | options)
     return target.generate(PROMPT, assistant_model=draft, generation_config=config)
-
-
-def build(config) -> LlamaForCausalLM:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).double().eval()
 
 
 def with_forward(change):
@@ -96,27 +76,15 @@ def prepares_itself():
 
 
 def alibi_unnamed():
-    target = build(
-        FalconConfig(
-            vocab_size=97,
-            hidden_size=32,
-            num_hidden_layers=5,
-            num_attention_heads=4,
-            alibi=True,
-            initializer_range=0.3,
-            eos_token_id=None,
-        )
-    )
+    target = make_family("Falcon", alibi=True)
     target.config.alibi = False
     return target
 
 
 def looped(mode: str):
     layers = {"n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2, "num_hidden_layers": 6}
-    config = transformers.DoryConfig(
-        **SIZES | layers, layer_types=["full_attention"] * 6, n_recurrent_loops=2, recurrent_kv_cache_mode=mode
-    )
-    return build(config)
+    layers |= {"layer_types": ["full_attention"] * 6, "n_recurrent_loops": 2, "recurrent_kv_cache_mode": mode}
+    return make_family("Dory", **layers)
 
 
 def looped_unnamed(mode: str):
@@ -132,17 +100,9 @@ def looped_unnamed(mode: str):
 
 
 def llama4():
-    return build(
-        transformers.Llama4TextConfig(
-            **SIZES,
-            layer_types=["full_attention"] * 5,
-            no_rope_layers=[1, 0, 1, 1, 0],
-            attn_temperature_tuning=True,
-            floor_scale=4,
-            moe_layers=[],
-            intermediate_size_mlp=64,
-        )
-    )
+    layers = {"layer_types": ["full_attention"] * 5, "no_rope_layers": [1, 0, 1, 1, 0], "moe_layers": []}
+    scaled = {"attn_temperature_tuning": True, "floor_scale": 4}
+    return make_family("Llama4Text", **layers, **scaled, intermediate_size_mlp=64, pad_token_id=0)
 
 
 def llama4_unnamed():

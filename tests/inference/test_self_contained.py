@@ -129,34 +129,6 @@ def test_the_package_may_come_first(checkpoints, target, plain):
     assert not hasattr(GenerationMixin._assisted_decoding.__wrapped__, "dispatches_confu")
 
 
-def test_changed_code_of_a_folder_is_what_runs_next(checkpoints, target, tmp_path):
-    folder = shutil.copytree(checkpoints / "one" / "draft", tmp_path / "draft")
-    before = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    code = folder / "decoding.py"
-    code.write_text(code.read_text().replace("draft.engine = 'one'", "draft.engine = 'changed'"))
-    after = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    for draft, engine in ((before, "one"), (after, "changed"), (before, "one")):
-        target.generate(PROMPT, assistant_model=draft, **GREEDY)
-        assert draft.engine == engine
-
-
-def test_without_trust_and_package_the_error_is_that_of_transformers(checkpoints):
-    """With the package imported nothing is asked: `test_auto_classes.py`."""
-    printed = run(f"""
-        import transformers.dynamic_module_utils
-        from transformers import AutoConfig, AutoModel
-
-        transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # ask nobody
-        for auto_class in (AutoConfig, AutoModel):
-            for trust in (None, False):
-                try:
-                    auto_class.from_pretrained({str(checkpoints / "one" / "draft")!r}, trust_remote_code=trust)
-                except ValueError as error:
-                    print("trust_remote_code=True" in str(error))
-    """)
-    assert printed == ["True"] * 4
-
-
 @pytest.mark.usefixtures("offline_hub")
 def test_a_revision_pins_code_and_weights(checkpoints, target, plain, tmp_path):
     folders = {"main": checkpoints / "one" / "draft", "v2": checkpoints / "two" / "draft"}
@@ -171,11 +143,6 @@ def test_a_revision_pins_code_and_weights(checkpoints, target, plain, tmp_path):
     draft.save_pretrained(tmp_path / "saved")
     again = AutoModel.from_pretrained(tmp_path / "saved", trust_remote_code=True)
     assert again.config.auto_map["AutoModel"] == "modeling_confu.ConFuDraftModel"
-
-
-def test_a_checkpoint_holds_no_pickle(checkpoints):
-    suffixes = {file.suffix for file in (checkpoints / "one" / "draft").rglob("*") if file.is_file()}
-    assert suffixes == {".json", ".py", ".safetensors"}
 
 
 def test_a_draft_loaded_with_its_own_code_says_how_to_use_it(checkpoints, tmp_path):
