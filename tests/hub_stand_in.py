@@ -75,10 +75,6 @@ class HubServer:
         if action is None:
             return httpx2.Response(200 if model in self.private else 404, json={"id": model})
         revision = unquote(revision)
-        if action == "branch":
-            exists = (model, revision) in self.branches
-            self.branches.setdefault((model, revision), dict(self.branches[model, "main"]))
-            return httpx2.Response(409 if exists else 200, json={"error": "exists"} if exists else {})
         if (model, revision) not in self.branches:
             return httpx2.Response(404, headers={"x-error-code": "RevisionNotFound"}, json={"error": "no such branch"})
         if action == "tree":

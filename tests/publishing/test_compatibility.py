@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3Config, T5Config
+from transformers import LlamaConfig, PreTrainedTokenizerFast, T5Config
 
 from eagle3_source import Source
 from helpers import make_tiny_draft, make_tiny_target
@@ -64,9 +64,7 @@ OTHER_TARGETS = [
     ({"vocab_size": 98}, "`confu convert resize DRAFT --vocab_size 98 --output NEW`"),
     # A trillion parameters, if anything of it were made.
     ({"hidden_size": 1 << 15, "intermediate_size": 1 << 17}, "`hidden_size=32`, but LlamaForCausalLM has 32768"),
-    ({"num_hidden_layers": 6}, "`num_hidden_layers=5`, but LlamaForCausalLM has 6"),
     ({"num_key_value_heads": 1}, "caches 1 key/value heads of size 8, but the draft's soft prompts"),
-    ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "uses RoPE type 'dynamic'"),
 ]
 
 
@@ -78,8 +76,6 @@ def test_another_target(target, changes, sentence):
 def test_kinds_of_targets_that_no_draft_fits(target):
     draft = make_tiny_draft(target)
     assert "T5Config" in errors(T5Config(), draft)
-    chunked = Qwen3Config(**target.config.to_dict() | {"layer_types": ["chunked_attention"] * 5})
-    assert "layers of type chunked_attention" in errors(chunked, draft)
     loaded = make_tiny_target(eos_token_id=[2, 5])
     loaded.config._attn_implementation = "flash_attention_2"
     assert "attn_implementation='flash_attention_2'" in errors(loaded, draft)

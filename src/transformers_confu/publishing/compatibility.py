@@ -270,6 +270,3 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nRounds of {key['target'][2][0]} on {key['device'][0]}, {key['threads']} threads, by {path}")
         print(f"(delete that file to have them measured anew): {costs}.")
     return 0
-
-
-__all__ = ["Finding", "check_compatibility"]

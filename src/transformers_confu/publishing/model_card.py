@@ -1,6 +1,5 @@
 """The model card of a draft: facts from a `card.yaml` beside the draft, and what its config says, as Markdown."""
 
-import math
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -39,9 +38,9 @@ class Evaluation:
         dataset (`str`), dataset_id (`str`): The questions' name, and their id on the Hub or a short one.
         setting (`str`): How many questions, temperature, dtype, machine, N and depth; without a full stop.
         rows (`list[dict]`): One for each arm: `arm` (its name), `contemplation` (contemplate rows per round, C),
-            `tau`, `speed_up` and `speed_up_mean` as the card defines them, each a number or `[median, lowest,
-            highest]` of several runs; all but `arm` may be left out. `others: true` marks another method, for
-            comparison: it stands in the table, but is no result of this draft.
+            `tau`, `speed_up` and `speed_up_mean` as the card defines them, numbers; all but `arm` may be left out.
+            `others: true` marks another method, for comparison: it stands in the table, but is no result of this
+            draft.
         note (`str`, *optional*): How figures were made from runs, and the command.
     """
 
@@ -59,20 +58,13 @@ class Evaluation:
                     f"A row of the evaluation on {self.dataset} is {row!r}; expected `arm`, and of the others any of "
                     f"{', '.join(sorted(known - {'arm'}))}."
                 )
-            for name in FIGURES:
-                values = row[name] if isinstance(row.get(name), list) else [row.get(name, 0)]
-                numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
-                if len(values) not in (1, 3) or not numbers:
-                    raise ValueError(
-                        f"`{name}` of {row['arm']!r} is {row[name]!r}; expected a number or [median, lowest, highest]."
-                    )
+            if wrong := [name for name in FIGURES if not isinstance(row.get(name, 0), int | float)]:
+                raise ValueError(f"`{wrong[0]}` of {row['arm']!r} is {row[wrong[0]]!r}; expected a number.")
 
     def cells(self) -> list[list[str]]:
         """The rows as the card's table shows them."""
 
         def cell(figure: Any) -> str:
-            if isinstance(figure, list):
-                return "{:.3f} [{:.3f}, {:.3f}]".format(*figure)
             return f"{figure:.3f}" if isinstance(figure, float) else "" if figure is None else str(figure)
 
         return [[cell(row.get(name)) for name in ("arm", "contemplation", *FIGURES)] for row in self.rows]
@@ -92,7 +84,7 @@ class Evaluation:
                             dataset_config=self.setting,  # results that differ in nothing else would be merged
                             metric_type=metric,
                             metric_name=f"{name} ({arm})",
-                            metric_value=row[metric][0] if isinstance(row[metric], list) else row[metric],
+                            metric_value=row[metric],
                         )
                     )
         return results

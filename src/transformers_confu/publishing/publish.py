@@ -69,10 +69,7 @@ def publish(
     *,
     dry_run: str | os.PathLike | None = None,
     private: bool | None = None,
-    revision: str | None = None,
     create_pr: bool = False,
-    token: str | bool | None = None,
-    commit_message: str = "Upload ConFu draft",
     prompts: Sequence[str] | None = None,
 ) -> str:
     """
@@ -83,10 +80,6 @@ def publish(
     commit, which also removes code and weights that an earlier one left in the repository. LICENSE and NOTICE files of
     the folder that it comes from go along; without any, this package's licence, which holds for the code.
 
-    ```python
-    >>> publish(draft, target, tokenizer, "org/confu-draft", CardFacts.load("card.yaml"), private=True)
-    ```
-
     Args:
         draft ([`ConFuDraftModel`]): In the dtype that is published; its `generation_config` holds the knobs that suit
             it.
@@ -94,11 +87,9 @@ def publish(
             precision, for targets too large for that, differences are counted in the card.
         tokenizer ([`PreTrainedTokenizerBase`]): The target's.
         repo_id (`str`, *optional*): `"organisation/name"`. A dry run can do without.
-        facts ([`CardFacts`], *optional*): What the card tells that cannot be read from the draft. `base_model` may be
-            left out where the target was loaded from the Hub.
+        facts ([`CardFacts`], *optional*): What the card tells that cannot be read from the draft.
         dry_run (`str` or `os.PathLike`, *optional*): A new folder; everything is written there and nothing uploaded.
-        private, revision, create_pr, token, commit_message: As `push_to_hub` takes them. A branch `revision` is made
-            if it is not there.
+        private, create_pr: As `push_to_hub` takes them.
         prompts (`Sequence[str]`, *optional*): Held-out prompts to measure `confu_future_gain` on. Without any, those
             of the check serve, unless the draft's generation config has a gain.
 
@@ -110,9 +101,9 @@ def publish(
         huggingface_hub.errors.HfHubHTTPError: the Hub refused.
     """
     facts = named(facts or CardFacts(), target.name_or_path)
-    check_arguments(repo_id, facts, dry_run, revision, create_pr)
+    check_arguments(repo_id, facts, dry_run)
     require_fit(check_compatibility(target, tokenizer, draft))
-    api = HfApi(token=token)
+    api = HfApi()
     if dry_run is None:
         api.whoami()  # whoever is not logged in shall know before the check, which takes its time
     beside = None if dry_run is None else Path(dry_run).absolute().parent
@@ -125,15 +116,12 @@ def publish(
             os.replace(folder, dry_run)
             return str(dry_run)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
         # If it is refused, the repository stays: it may have been there before.
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            revision=revision,
             create_pr=create_pr,
-            commit_message=commit_message,
+            commit_message="Upload ConFu draft",
             delete_patterns=["*.py", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth"],
         )
     return commit.pr_url or commit.commit_url
@@ -155,25 +143,21 @@ def named(facts: CardFacts, target_name: str) -> CardFacts:
     return replace(facts, base_model=target_name)
 
 
-def check_arguments(
-    repo_id: str | None, facts: CardFacts, dry_run: str | os.PathLike | None, revision: str | None, create_pr: bool
-) -> None:
+def check_arguments(repo_id: str | None, facts: CardFacts, dry_run: str | os.PathLike | None) -> None:
     """Refuse what cannot be published, before any work."""
     if dry_run is None and repo_id is None:
         raise ValueError("Name the repository to publish to, or a new folder for a dry run.")
     if repo_id is not None and (repo_id.count("/") != 1 or not all(repo_id.split("/"))):
         raise ValueError(f"The repository is {repo_id!r}; expected 'organisation/name'.")
-    if create_pr and revision not in (None, "main"):
-        raise ValueError(f"A pull request goes to main, but `revision` is {revision!r}; give one of the two.")
     if dry_run is not None and Path(dry_run).exists():
         raise ValueError(f"{dry_run} exists; a dry run writes a new folder. Delete it or choose another.")
     if dry_run is None and facts.base_model is None:
         raise ValueError(
-            "The target was not loaded from the Hub, so its name there is not known; give it as `base_model` "
-            "(--base_model, or in card.yaml), such as 'Qwen/Qwen3-4B'."
+            "The target was not loaded from the Hub, so its name there is not known; give it as `base_model` in "
+            f"{CARD_FILE}, such as 'Qwen/Qwen3-4B'."
         )
     if facts.license in (None, "unknown"):
-        logger.warning_once("No licence is stated; give it as `license` (--license, or in card.yaml), such as 'mit'.")
+        logger.warning_once(f"No licence is stated; give it as `license` in {CARD_FILE}, such as 'mit'.")
 
 
 def require_fit(findings: list[Finding]) -> None:
@@ -216,34 +200,20 @@ def build(
     share(folder)
 
 
-@dataclass
-class PublishOptions:
+@dataclass(kw_only=True)
+class PublishOptions(TargetOptions):
     """Options of `confu publish` beside draft, target, repository and knobs."""
 
     dry_run: str | None = option("New folder to write everything to; nothing is uploaded.")
     card: str | None = option(f"Facts of the model card; {CARD_FILE} in the draft's folder if not given.")
     card_only: bool = option("Only write README.md into the draft's folder, from its facts.", False)
-    base_model: str | None = option("Id of the target on the Hub, where it is loaded from a folder.")
-    license: str | None = option("Licence of the weights, such as apache-2.0.")
-    language: list[str] | None = option("Languages, such as en de.")
-    datasets: list[str] | None = option("Ids of the training data on the Hub.")
     prompts: str | None = option(
         "JSONL file of held-out rows with a `prompt`, to measure `confu_future_gain` on; by default a few of our own."
     )
     private: bool = option("Make a new repository private.", False)
-    revision: str | None = option("Branch to push to; made if it is not there.")
     create_pr: bool = option("Open a pull request.", False)
-    token: str | None = option("Access token, in place of the one you are logged in with.")
-    commit_message: str = option("Message of the commit.", "Upload ConFu draft")
     dtype: str = option("Of the published weights.", "bfloat16")
     target_dtype: str = option("In which the target runs in the check; half precision proves less.", "float32")
-
-    def facts(self, folder: str) -> CardFacts:
-        """The facts of the card's file, if there is one, and of the options, which go first."""
-        path = Path(self.card or Path(folder, CARD_FILE))
-        facts = CardFacts.load(path) if self.card or path.is_file() else CardFacts()
-        given = {name: getattr(self, name) for name in ("base_model", "license", "language", "datasets")}
-        return replace(facts, **{name: value for name, value in given.items() if value is not None})
 
 
 def read_prompts(path: str) -> list[str]:
@@ -257,7 +227,7 @@ def read_prompts(path: str) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = HfArgumentParser(
-        (PublishOptions, TargetOptions),
+        PublishOptions,
         allow_abbrev=False,
         description="Check a draft against its target, write its model card, and push it to the Hub.",
         epilog="Log in first with `hf auth login`. With --dry_run OUT only the folder OUT is written.",
@@ -273,24 +243,25 @@ def main(argv: list[str] | None = None) -> None:
             type=float if entry.type is float else int,
             help="knob that the published draft decodes with",
         )
-    options, loading, positional = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    options, positional = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
 
     # All that can be refused without the target's weights goes first.
     target_name = HUB_ID if positional.target == "demo" else positional.target
-    facts = named(options.facts(positional.draft), target_name)
+    card = Path(options.card or Path(positional.draft, CARD_FILE))
+    facts = named(CardFacts.load(card) if options.card or card.is_file() else CardFacts(), target_name)
     if options.card_only:
         write_card(positional.draft, facts, positional.repository or positional.draft)
         print(Path(positional.draft, "README.md"))
         return
-    check_arguments(positional.repository, facts, options.dry_run, options.revision, options.create_pr)
+    check_arguments(positional.repository, facts, options.dry_run)
     if options.prompts and positional.confu_future_gain is not None:
         raise ValueError("--confu_future_gain says what --prompts would measure; give one of the two.")
     prompts = read_prompts(options.prompts) if options.prompts else None
-    tokenizer = load_tokenizer(positional.target, loading.trust_remote_code)
-    target_config = load_target_config(positional.target, loading.trust_remote_code)
-    require_fit(check_compatibility(target_config, tokenizer, positional.draft, loading.trust_remote_code))
+    tokenizer = load_tokenizer(positional.target, options.trust_remote_code)
+    target_config = load_target_config(positional.target, options.trust_remote_code)
+    require_fit(check_compatibility(target_config, tokenizer, positional.draft, options.trust_remote_code))
 
-    target, tokenizer = loading.load(positional.target, options.target_dtype)
+    target, tokenizer = options.load(positional.target, options.target_dtype)
     draft = load_draft(positional.draft, dtype_named(options.dtype))
     for knob in ConFuKnobs.names():
         if getattr(positional, knob) is not None:
@@ -304,10 +275,7 @@ def main(argv: list[str] | None = None) -> None:
             facts,
             dry_run=options.dry_run,
             private=options.private or None,
-            revision=options.revision,
             create_pr=options.create_pr,
-            token=options.token,
-            commit_message=options.commit_message,
             prompts=prompts,
         )
     except OSError as error:  # all that the Hub refuses is one
