@@ -105,7 +105,7 @@ def test_a_repository_is_downloaded_with_pickles_only_where_there_is_nothing_bet
     monkeypatch.setattr(checkpoints, "snapshot_download", snapshot_download)
     for files in ("shards", "bin"):
         flat().write(tmp_path / "org" / files, files)
-        draft = convert_eagle3(f"org/{files}", target, hub_arguments={"revision": "v1"})
+        draft = convert_eagle3(f"org/{files}", target, revision="v1")
         assert draft.config.target_hidden_state_indices == [2, 4, 6]
     assert asked == [
         ("org/shards", "v1", ["*.json", "*.safetensors"]),

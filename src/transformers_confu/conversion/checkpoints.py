@@ -2,7 +2,6 @@
 
 import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -25,21 +24,17 @@ from ..common.files import read_json
 EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
 
 
-def fetch(source: str | Path, **hub_arguments: Any) -> Path:
+def fetch(source: str | Path, revision: str | None = None) -> Path:
     """
     The folder of a checkpoint: a local one, or a copy of a Hub repository's, with pickles only if it has nothing
     better.
-
-    Args:
-        source: Folder or Hub id.
-        hub_arguments: For [`~huggingface_hub.snapshot_download`]: `revision`, `token`, `cache_dir`, ...
     """
     if Path(source).is_dir():
         return Path(source)
     try:
-        folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"], **hub_arguments))
+        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
-            snapshot_download(str(source), allow_patterns=["*.json", "pytorch_model*.bin"], **hub_arguments)
+            snapshot_download(str(source), revision=revision, allow_patterns=["*.json", "pytorch_model*.bin"])
     except HFValidationError as error:
         raise ValueError(f"'{source}' is neither a folder nor the id of a Hub repository.") from error
     except OSError as error:

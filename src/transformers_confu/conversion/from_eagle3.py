@@ -29,7 +29,7 @@ def convert_eagle3(
     target: str | Path | PreTrainedConfig | PreTrainedModel,
     *,
     dtype: torch.dtype | None = None,
-    hub_arguments: dict[str, Any] | None = None,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     **overrides: Any,
 ) -> ConFuDraftModel:
@@ -51,7 +51,7 @@ def convert_eagle3(
             sizes and special tokens. Of a folder or repository only the file with the embeddings is read, and only if
             the draft brings a table of the target's width: a copy of the target's is left out, any other is kept.
         dtype: Of the result; the source's by default.
-        hub_arguments: For downloading `source`: `revision`, `token`, `cache_dir`, ...
+        revision: Branch, tag or commit of `source` on the Hub.
         trust_remote_code: Whether the target's configuration may run code that comes with it.
         overrides: Fields of [`ConFuConfig`]: sizes of the future channel, or what the source's config leaves open or
             says wrongly, such as `target_hidden_state_indices`, `norm_output` or `norm_before_residual`.
@@ -61,7 +61,7 @@ def convert_eagle3(
             target; weights are missing, unexpected or of another shape; or the draft computes something that a ConFu
             draft cannot.
     """
-    folder = fetch(source, **(hub_arguments or {}))
+    folder = fetch(source, revision)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json; a checkpoint has one.")
     source_config = read_json(folder / "config.json")
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         positional.source,
         options.target,
         dtype=None if options.dtype is None else dtype_named(options.dtype),
-        hub_arguments={"revision": options.revision} if options.revision else None,
+        revision=options.revision,
         trust_remote_code=options.trust_remote_code,
         **{name: value for name, value in overrides.items() if value is not None},
     )
@@ -250,6 +250,3 @@ def main(argv: list[str] | None = None) -> None:
         f"{draft.config.draft_vocab_size} of {draft.config.vocab_size}. It decodes in EAGLE-3 mode; train its future "
         "channel next."
     )
-
-
-__all__ = ["convert_eagle3"]

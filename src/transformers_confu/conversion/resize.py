@@ -64,6 +64,3 @@ def main(argv: list[str] | None = None) -> None:
     draft.save_pretrained(options.output)
     share(options.output)
     print(f"{options.output}: a draft for a target of {options.vocab_size} tokens")
-
-
-__all__ = ["resize_vocabulary"]

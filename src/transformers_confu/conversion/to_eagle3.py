@@ -259,6 +259,3 @@ def main(argv: list[str] | None = None) -> None:
         load_draft(positional.draft), options.output, options.format, options.target, options.trust_remote_code
     )
     print(f"{options.output}: an EAGLE-3 draft, without the future channel")
-
-
-__all__ = ["export_eagle3"]
