@@ -64,7 +64,7 @@ if [ "$gpus" -gt 1 ]; then several=(--multi_gpu); fi
 run accelerate launch ${several[@]+"${several[@]}"} --num_processes "$gpus" --num_machines 1 --mixed_precision no --dynamo_backend no --module transformers_confu.cli train \
   "$yaml" --data "$work/answers.jsonl" --output_dir "$work/runs"
 
-run confu evaluate --target "$target" --drafts "confu=$work/runs/joint" --eagle3_drafts "core=${CORE:-$work/runs/core}" \
+run confu evaluate --target "$target" --drafts "confu=$work/runs/joint" "core=${CORE:-$work/runs/core}" \
   --tree_sizes 30 60 --temperatures 0 0.7 1 --runs 1 --output "$work/results.jsonl" --report "$work/report" \
   ${CHAT_TEMPLATE_KWARGS:+--chat_template_kwargs "$CHAT_TEMPLATE_KWARGS"}
 

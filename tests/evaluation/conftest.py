@@ -34,7 +34,7 @@ def options(tiny_folders, tmp_path) -> dict:
         "output": str(tmp_path / "records.jsonl"),
         "dtypes": ["float64"],
         "max_new_tokens": [12],
-        "tree_sizes": [8],
+        "tree_sizes": ["8"],
         "contemplations": ["0", "3", "full"],
         "depths": [4],
         "branchings": [2],

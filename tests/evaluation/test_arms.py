@@ -1,20 +1,24 @@
 """Which arms run under which settings."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from transformers import GenerationConfig, HfArgumentParser
 
+from transformers_confu.common.option_files import read_option_file
 from transformers_confu.evaluation.arguments import EvaluationArguments
 from transformers_confu.evaluation.arms import Arm, comparisons, drafts_of, labels
 
 
-OWN = GenerationConfig(confu_tree_size=16, confu_depth=4, confu_contemplation=4)
+KNOBS = {"confu_tree_size": 16, "confu_depth": 4, "confu_contemplation": 4}
+EAGLE3 = KNOBS | {"confu_contemplation": 0}  # of a draft whose future channel is not trained
 
 
 def plan(**options):
     arguments = EvaluationArguments(output="o.jsonl", **options)
-    return comparisons(arguments, {draft.name: OWN for draft in drafts_of(arguments)})
+    own = {name: GenerationConfig(**EAGLE3 if "eagle3" in name else KNOBS) for name in drafts_of(arguments)}
+    return comparisons(arguments, own)
 
 
 def names(**options):
@@ -31,14 +35,16 @@ def test_budgets_are_those_of_the_draft_and_no_arm_runs_twice():
         "ConFu, C = N, N = 16",
     ]
     # 4 is the default, and 4 and 99 are all rows of a tree of 4.
-    assert names(drafts=["d"], tree_sizes=[4], contemplations=["default", 4, 99, "full"], baselines=["plain"]) == [
+    assert names(
+        drafts=["d"], tree_sizes=["4"], contemplations=["default", "4", "99", "full"], baselines=["plain"]
+    ) == [
         "plain generate",
         "ConFu, C = N, N = 4",
     ]
 
 
 def test_several_drafts_are_told_apart_by_name():
-    found = names(drafts=["confu=runs/a", "runs/b"], eagle3_drafts=["c/eagle3"], contemplations=["0", "full"])
+    found = names(drafts=["confu=runs/a", "runs/b", "c/eagle3"], contemplations=["0", "full"])
     assert found[2:] == [
         "confu: EAGLE-3 mode, N = 16",
         "confu: ConFu, C = N, N = 16",
@@ -50,26 +56,24 @@ def test_several_drafts_are_told_apart_by_name():
         names(drafts=["runs/b", "other/b"])
 
 
-def test_all_combinations_or_one_factor_at_a_time():
-    options = {"drafts": ["d"], "temperatures": [0.0, 1.0], "tree_sizes": [16, 8], "dtypes": ["bfloat16", "float32"]}
-    grid = plan(**options)
-    assert {(s.dtype, s.temperature): {arm.tree_size for arm in arms if arm.draft} for s, arms in grid.items()} == {
+def test_all_combinations():
+    options = {
+        "drafts": ["d"],
+        "temperatures": [0.0, 1.0],
+        "tree_sizes": ["16", "8"],
+        "dtypes": ["bfloat16", "float32"],
+    }
+    found = plan(**options)
+    assert {(s.dtype, s.temperature): {arm.tree_size for arm in arms if arm.draft} for s, arms in found.items()} == {
         (dtype, temperature): {16, 8} for dtype in ("bfloat16", "float32") for temperature in (0.0, 1.0)
     }
-    one = plan(one_factor=True, **options)
-    assert {(s.dtype, s.temperature): {arm.tree_size for arm in arms if arm.draft} for s, arms in one.items()} == {
-        ("bfloat16", 0.0): {16, 8},
-        ("bfloat16", 1.0): {16},
-        ("float32", 0.0): {16},
-    }
-    options = {"drafts": ["d"], "contemplations": ["0"], "depths": [3, 5], "branchings": [2, 4]}
     pairs = [(3, 2), (3, 4), (5, 2), (5, 4)]
-    assert names(**options)[2:] == [f"EAGLE-3 mode, N = 16, depth {depth}, branching {b}" for depth, b in pairs]
-    assert len(names(one_factor=True, **options)) == 2 + 3
+    found = names(drafts=["d"], contemplations=["0"], depths=[3, 5], branchings=[2, 4])
+    assert found[2:] == [f"EAGLE-3 mode, N = 16, depth {depth}, branching {b}" for depth, b in pairs]
 
 
 def test_a_draft_without_knobs_of_its_own_runs_automatic_rounds():
-    arguments = EvaluationArguments(output="o.jsonl", drafts=["d"], baselines=["plain"], tree_sizes=["own", 8])
+    arguments = EvaluationArguments(output="o.jsonl", drafts=["d"], baselines=["plain"], tree_sizes=["own", "8"])
     (arms,) = comparisons(arguments, {"d": GenerationConfig()}).values()
     assert list(labels(arms).values())[1:] == [
         "EAGLE-3 mode, automatic",
@@ -80,14 +84,6 @@ def test_a_draft_without_knobs_of_its_own_runs_automatic_rounds():
     assert Arm("draft", "d").knobs == {} and arms[1].knobs == {"confu_contemplation": 0}
 
 
-def test_yaml_may_give_one_value_for_a_list():
-    given = EvaluationArguments(
-        output="o.jsonl", drafts="d", temperatures=0.7, tree_sizes=8, contemplations=[0, "full"]
-    )
-    assert (given.drafts, given.temperatures, given.tree_sizes) == (["d"], [0.7], ["8"])
-    assert given.contemplations == ["0", "full"]
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -95,10 +91,10 @@ def test_yaml_may_give_one_value_for_a_list():
         ({"temperatures": [-1.0]}, "expected temperatures of 0 or above"),
         ({"max_new_tokens": [1]}, "limits of at least 2 tokens"),
         ({"baselines": ["prompt_lookup"]}, "expected 'plain', which every speed-up refers to"),
-        ({"tree_sizes": [8, 8]}, r"`tree_sizes` is \[8, 8\]; leave out what comes twice"),
+        ({"tree_sizes": ["8", "8"]}, r"`tree_sizes` is \['8', '8'\]; leave out what comes twice"),
         ({"dtypes": []}, "`dtypes` is empty"),
         ({"contemplations": ["some"]}, "holds 'some'; expected a number of rows, 'default' or 'full'"),
-        ({"tree_sizes": [0]}, "`confu_tree_size` is 0"),
+        ({"tree_sizes": ["0"]}, "`confu_tree_size` is 0"),
         ({"tree_sizes": ["big"]}, "`tree_sizes` holds 'big'; expected a number of nodes, or 'own'"),
         ({"depths": [0]}, "`confu_depth` is 0"),
         ({"device": "cpu", "device_map": "auto"}, "give one of the two"),
@@ -111,10 +107,14 @@ def test_wrong_options_are_refused(options, message):
 
 def test_the_published_measurements_are_what_they_say():
     root = Path(__file__).parents[2]
+    shipped = GenerationConfig.from_pretrained(root / "hub_cards" / "confu-smollm2-135m-instruct")
     found = {}
     for path in (root / "examples" / "evaluate_smollm2").glob("*.yaml"):
-        (arguments,) = HfArgumentParser(EvaluationArguments).parse_yaml_file(path)
-        settings = comparisons(arguments, {draft.name: OWN for draft in drafts_of(arguments)})
+        (options,) = read_option_file(
+            [str(path)], {option.name: option.type for option in fields(EvaluationArguments)}
+        )
+        (arguments,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(options)
+        settings = comparisons(arguments, dict.fromkeys(drafts_of(arguments), shipped))
         found[path.stem] = {(s.dtype, s.temperature): len(arms) for s, arms in settings.items()}
     assert found == {  # plain, in some prompt lookup, and budgets times tree sizes
         "base": {("bfloat16", 0.0): 2 + 3},

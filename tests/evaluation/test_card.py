@@ -17,7 +17,6 @@ def test_a_report_hands_its_figures_to_the_draft(options, tmp_path, monkeypatch,
     monkeypatch.setattr(report, "draw", lambda *data, **options: None)  # pictures take their time
     another = options | {
         "drafts": [f"mine={tiny_folders['draft']}", f"theirs={tiny_folders['draft']}"],
-        "max_turns": 1,
         "baselines": ["plain"],
     }
     Path("run.yaml").write_text(yaml.safe_dump(another | {"output": "run.jsonl", "contemplations": ["0", "3"]}))

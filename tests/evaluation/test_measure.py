@@ -28,7 +28,7 @@ from transformers_confu.evaluation.report import about
 from transformers_confu.inference.draft_tree import DraftTree
 
 
-FEW = {"contemplations": ["3"], "baselines": ["plain"], "runs": 1, "max_turns": 1}
+FEW = {"contemplations": ["3"], "baselines": ["plain"], "runs": 1}
 
 
 def measure(options, **changes):
@@ -229,7 +229,7 @@ def test_a_draft_of_known_acceptance_is_measured_as_the_closed_form_says(options
     prompts = ["".join("abcdefghi"[(i * j + j) % 9] for i in range(8)) for j in range(12)]
     questions = tmp_path / "prompts.txt"
     questions.write_text("\n".join(prompts))
-    options |= FEW | {"questions": str(questions), "max_new_tokens": [new_tokens], "tree_sizes": [depth + 1]}
+    options |= FEW | {"questions": str(questions), "max_new_tokens": [new_tokens], "tree_sizes": [str(depth + 1)]}
     corrupted = Corrupted(probability, depth, new_tokens)
     decode, propose = corrupted.patches()
     with decode, propose, mock.patch.object(Models, "warm_up"):
@@ -417,7 +417,7 @@ def test_turns_that_are_too_long_are_left_out_and_named(options, tmp_path):
         {"question_id": 8, "category": "rag", "turns": ["abc", "abc" * 200, "a"]},
     ]
     questions.write_text("".join(json.dumps(question) + "\n" for question in [*long, *QUESTIONS[1:]]))
-    changes = FEW | {"questions": str(questions), "max_turns": None}
+    changes = FEW | {"questions": str(questions)}
     with mock.patch.object(answering.logger, "warning") as warning:
         file = measure(options, **changes)
     assert [call.args[0] % call.args[1:] for call in warning.call_args_list] == [
@@ -443,13 +443,13 @@ def test_answers_end_with_eos_for_all_arms_alike(options, tmp_path):
     target.config.eos_token_id = target.generation_config.eos_token_id = eos
     target.save_pretrained(tmp_path / "target")
     tiny_tokenizer().save_pretrained(tmp_path / "target")
-    measure(options, target=str(tmp_path / "target"), max_turns=1)
+    measure(options, target=str(tmp_path / "target"))
     lengths = {}
     for row in answers_of(options):
-        (turn,) = row["turns"]
-        ids = turn["token_ids"]
-        assert eos not in ids[:-1] and (ids[-1] == eos or len(ids) == 12)
-        assert lengths.setdefault(row["question_id"], len(ids)) == len(ids)
-        if row["arm"]["kind"] == "draft":
-            assert sum(turn["rounds"]["emitted"]) == len(ids) - 1
-    assert lengths["81"] <= 6
+        for number, turn in enumerate(row["turns"]):
+            ids = turn["token_ids"]
+            assert eos not in ids[:-1] and (ids[-1] == eos or len(ids) == 12)
+            assert lengths.setdefault((row["question_id"], number), len(ids)) == len(ids)
+            if row["arm"]["kind"] == "draft":
+                assert sum(turn["rounds"]["emitted"]) == len(ids) - 1
+    assert lengths["81", 0] <= 6

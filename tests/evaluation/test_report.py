@@ -49,7 +49,7 @@ def measured(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def measure(name, *argv, **changes):
-        settings = options | {"max_turns": 1, "output": f"{name}.jsonl"} | changes
+        settings = options | {"output": f"{name}.jsonl"} | changes
         Path(f"{name}.yaml").write_text(yaml.safe_dump(settings))
         assert cli.main(["evaluate", f"{name}.yaml", *argv]) == 0
         return f"{name}.jsonl"
@@ -68,7 +68,7 @@ def tables_on(page):
 
 
 def test_one_measurement_gives_pages_of_one_file_each(measured, capsys):
-    changes = {"costs": True, "report": "out", "tree_sizes": [8, 4], "depths": [4, 2], "one_factor": True}
+    changes = {"costs": True, "report": "out", "tree_sizes": ["8", "4"], "depths": [4, 2]}
     records = measured("base", "--runs", "2", **changes)  # options behind a file override it
     printed = capsys.readouterr().out
     for said in ("| ConFu, C = 3, N = 8, depth 4 |", "**base (4 questions, float64", "Report: out/report.html"):
@@ -91,10 +91,10 @@ def test_one_measurement_gives_pages_of_one_file_each(measured, capsys):
     assert markdown.split(MARK)[1].strip().startswith("**base (4 questions, float64, T = 0, up to 12 tokens)**: ")
     rows = tables_on(markdown)["Accepted length and speed of every arm"]
     trees = {(row["N"], row["depth"], row["branching"]) for row in rows if row["arm"].startswith("ConFu")}
-    assert trees == {("8", "4", "2"), ("8", "2", "2"), ("4", "4", "2")}
+    assert trees == {(size, depth, "2") for size in "84" for depth in "42"}
     costs = RecordFile(records).costs
     kinds = [cost["arm"] and (cost["arm"]["tree_size"], cost["arm"]["contemplation"]) for cost in costs]
-    assert kinds == [None, (8, 3), (8, 8), (8, 3), (8, 8), (4, 3), (4, 4)]
+    assert kinds == [None, *[(8, 3), (8, 8)] * 2, *[(4, 3), (4, 4)] * 2]
     assert all(seconds > 0 for cost in costs for seconds in cost.get("per_round", {}).values())
 
     # A torn second run is not counted, and to report on it leaves the records as they are.

@@ -19,7 +19,7 @@ from ..inference.knobs import confu_generation_config
 from ..inference.target import input_device
 from .arguments import EvaluationArguments
 from .arms import PROMPT_LOOKUP_TOKENS, Arm, Setting, drafts_of
-from .machine import peak_memory, reset_peak_memory, synchronise
+from .machine import synchronise
 from .questions import Question
 
 
@@ -52,7 +52,7 @@ class Models:
         target, tokenizer = arguments.load(arguments.target, dtype)
         device = input_device(target)
         assistants: dict[str, Any] = {
-            draft.name: load_decoding_draft(draft.source, target) for draft in drafts_of(arguments)
+            name: load_decoding_draft(source, target) for name, source in drafts_of(arguments).items()
         }
         if arguments.assistant is not None:
             assistant = AutoModelForCausalLM.from_pretrained(arguments.assistant, dtype=target.dtype).to(device).eval()
@@ -117,7 +117,7 @@ class Models:
         order = random.Random(seed).sample(list(calls), len(calls))
         conversations = {arm: self._converse(question, calls[arm], arm.kind, seed) for arm in order}
         plain = conversations[Arm("plain")]
-        num_turns = len(question.turns[: self.arguments.max_turns])
+        num_turns = len(question.turns)
         if skipped := num_turns - len(plain):
             logger.warning(
                 "Question %s: %d of its turns, with an answer of up to %d tokens, exceed the target's context of %d.",
@@ -137,7 +137,7 @@ class Models:
         """Answer the turns of a question, with the arm's own answers in between."""
         texts: list[str] = []
         conversation: Conversation = []
-        for text in question.turns[: self.arguments.max_turns]:
+        for text in question.turns:
             texts.append(text)
             prompt = self.encode(*texts)
             if len(prompt) + kwargs["generation_config"].max_new_tokens > self.context_length:
@@ -156,7 +156,8 @@ def answer_prompt(target: PreTrainedModel, prompt: list[int], kwargs: dict[str, 
     ids = torch.tensor([prompt], device=device)
     counter = EmissionCounter() if kind in ("prompt_lookup", "assistant") else None
     synchronise(device)
-    reset_peak_memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
     output = target.generate(ids, attention_mask=torch.ones_like(ids), streamer=counter, **kwargs)
     synchronise(device)
@@ -175,7 +176,7 @@ def answer_prompt(target: PreTrainedModel, prompt: list[int], kwargs: dict[str, 
         "prompt_tokens": len(prompt),
         "token_ids": output[0, len(prompt) :].tolist(),
         "seconds": seconds,
-        "peak_memory_bytes": peak_memory(device),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "rounds": rounds,
     }
 

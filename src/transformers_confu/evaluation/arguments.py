@@ -14,9 +14,10 @@ class EvaluationArguments(TargetOptions):
     """Which arms answer which questions, how often, and where the records and the report go."""
 
     output: str = option("JSONL file of the records; an interrupted measurement goes on in it.", ...)
-    drafts: list[str] = option("ConFu drafts: folders or Hub ids, or `name=folder` to name them.", list)
-    eagle3_drafts: list[str] = option(
-        "Drafts without a trained future channel, which run in EAGLE-3 mode only; as `drafts`.", list
+    drafts: list[str] = option(
+        "ConFu drafts: folders or Hub ids, or `name=folder` to name them. One whose future channel is not trained, so "
+        "that its own `confu_contemplation` is 0, runs in EAGLE-3 mode only.",
+        list,
     )
     target: str = option("Target: a folder, a Hub id, or 'demo'.", "demo")
     assistant: str | None = option("A small model with the target's vocabulary, for vanilla assisted generation.")
@@ -29,7 +30,6 @@ class EvaluationArguments(TargetOptions):
         "Options of the target's chat template, as JSON: '{\"enable_thinking\": false}'."
     )
     num_per_group: int | None = option("Questions of each group; all if not given.")
-    max_turns: int | None = option("Turns of a conversation at most.")
     runs: int = option("Timed passes over the questions; more can be added later.", 3)
     dtypes: list[str] = option(
         "Dtypes of target and drafts; bfloat16 where the hardware computes in it.", lambda: [default_dtype()]
@@ -49,34 +49,23 @@ class EvaluationArguments(TargetOptions):
         "Contemplate rows, C: 0 is EAGLE-3 mode, `full` the paper, `default` the draft's own.",
         lambda: ["0", "default", "full"],
     )
-    one_factor: bool = option(
-        "Vary dtype, temperature, limit, tree size, depth and branching one at a time around the first value of each "
-        "list, in place of all combinations.",
-        False,
-    )
     costs: bool = option("Also time the mixtures of experts, and the target's forward by rows.", True)
-    seed: int = option("Seed of the order of arms, of sampling and of the bootstrap.", 0)
+    seed: int = option("Seed of the order of arms and of sampling.", 0)
     report: str | None = option("Folder for the report: HTML, Markdown, pictures.")
 
     def __post_init__(self):
         super().__post_init__()
         for entry in fields(self):
             value = getattr(self, entry.name)
-            # YAML gives what is written: one value for a list, a number for a text.
-            if "list" in str(entry.type) and value is not None and not isinstance(value, list):
-                value = [value]
-                setattr(self, entry.name, value)
             if isinstance(value, list) and len(set(map(str, value))) < len(value):
                 raise ValueError(f"`{entry.name}` is {value}; leave out what comes twice.")
-            if value == [] and entry.name not in ("drafts", "eagle3_drafts", "baselines"):
+            if value == [] and entry.name not in ("drafts", "baselines"):
                 raise ValueError(f"`{entry.name}` is empty; give at least one value.")
         if isinstance(self.chat_template_kwargs, str):
             self.chat_template_kwargs = json_option("chat_template_kwargs", self.chat_template_kwargs)
-        self.contemplations = [str(budget) for budget in self.contemplations]
-        self.tree_sizes = [str(size) for size in self.tree_sizes]
         if wrong := [size for size in self.tree_sizes if size != "own" and not size.isdecimal()]:
             raise ValueError(f"`tree_sizes` holds {wrong[0]!r}; expected a number of nodes, or 'own'.")
-        for name in ("runs", "num_per_group", "max_turns"):
+        for name in ("runs", "num_per_group"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; expected at least 1.")
         if min(self.temperatures) < 0 or min(self.max_new_tokens) < 2:

@@ -79,38 +79,22 @@ def labels(arms: Iterable[Arm]) -> dict[Arm, str]:
     return names
 
 
-@dataclass(frozen=True)
-class Draft:
-    """A draft by name: its folder or Hub id, and whether its future channel is trained."""
-
-    name: str
-    source: str
-    contemplates: bool
-
-
-def drafts_of(arguments: EvaluationArguments) -> list[Draft]:
-    """All drafts of a measurement. Names are given (`name=source`) or the last part of the source."""
-    drafts = []
-    for given, contemplates in ((arguments.drafts, True), (arguments.eagle3_drafts, False)):
-        for entry in given:
-            name, _, source = entry.rpartition("=")
-            drafts.append(Draft(name or Path(source).name, source, contemplates))
-    names = [draft.name for draft in drafts]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(
-            f"More than one draft is called {', '.join(sorted(twice))}; name them, as in "
-            f"`first={drafts[names.index(min(twice))].source}`."
-        )
+def drafts_of(arguments: EvaluationArguments) -> dict[str, str]:
+    """Name of each draft of a measurement, as given (`name=source`) or the last part of the source -> its source."""
+    drafts: dict[str, str] = {}
+    for entry in arguments.drafts:
+        name, _, source = entry.rpartition("=")
+        name = name or Path(source).name
+        if name in drafts:
+            raise ValueError(f"More than one draft is called {name}; name them, as in `first={drafts[name]}`.")
+        drafts[name] = source
     return drafts
 
 
 def comparisons(arguments: EvaluationArguments, own_knobs: dict[str, GenerationConfig]) -> dict[Setting, list[Arm]]:
     r"""
-    Which arms run under which settings, in order.
-
-    All combinations, or with `one_factor` those in which at most one of dtype, temperature, limit, tree size, depth
-    and branching is not the first of its list. Equal arms (a budget that is cut at the tree's size, or the draft's own
-    that is also asked for) run once.
+    Which arms run under which settings, in order: all combinations. Equal arms (a budget that is cut at the tree's
+    size, or the draft's own that is also asked for) run once.
 
     Args:
         arguments ([`EvaluationArguments`]): The measurement.
@@ -122,29 +106,29 @@ def comparisons(arguments: EvaluationArguments, own_knobs: dict[str, GenerationC
     factors += [values or [None] for values in (arguments.depths, arguments.branchings)]
     plan: dict[Setting, list[Arm]] = {}
     for combination in itertools.product(*factors):
-        varied = sum(value != values[0] for value, values in zip(combination, factors, strict=True))
-        if arguments.one_factor and varied > 1:
-            continue
         arms = plan.setdefault(Setting(*combination[:3]), list(baselines))
         for draft in drafts_of(arguments):
-            budgets = arguments.contemplations if draft.contemplates else ["0"]
-            for arm in _draft_arms(draft, combination[3:], budgets, own_knobs[draft.name]):
+            for arm in _draft_arms(draft, combination[3:], arguments.contemplations, own_knobs[draft]):
                 if arm not in arms:
                     arms.append(arm)
     return plan
 
 
-def _draft_arms(draft: Draft, tree: tuple[int | None, ...], budgets: list[str], own: GenerationConfig) -> list[Arm]:
-    """The arms of one draft and tree (what is `None` is the draft's own), one for each budget of contemplate rows."""
+def _draft_arms(draft: str, tree: tuple[int | None, ...], budgets: list[str], own: GenerationConfig) -> list[Arm]:
+    """
+    The arms of one draft and tree (what is `None` is the draft's own), one for each budget of contemplate rows. With
+    `confu_contemplation` 0 of its own a draft's future channel is not trained, and 0 is all that it can do.
+    """
     given = {f"confu_{name}": value for name, value in zip(TREE_KNOBS, tree, strict=True) if value is not None}
     knobs = ConFuKnobs.resolve(GenerationConfig(**given), own)
+    is_trained = getattr(own, "confu_contemplation", None) != 0
     arms = []
-    for budget in budgets:
+    for budget in budgets if is_trained else ["0"]:
         if budget not in ("default", "full") and not budget.isdecimal():
             raise ValueError(f"`contemplations` holds {budget!r}; expected a number of rows, 'default' or 'full'.")
         named = {"full": knobs.tree_size, "default": knobs.contemplation}
         rows = named[budget] if budget in named else int(budget)
         if rows is not None and knobs.tree_size is not None:
             rows = min(rows, knobs.tree_size)
-        arms.append(Arm("draft", draft.name, knobs.tree_size, knobs.depth, knobs.branching, rows))
+        arms.append(Arm("draft", draft, knobs.tree_size, knobs.depth, knobs.branching, rows))
     return arms

@@ -26,8 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.set_verbosity_warning()
     logging.disable_progress_bar()  # of loading; the measurement has its own
     file = measure(arguments, command)
-    comparisons = comparisons_of([file], arguments.seed)
+    comparisons = comparisons_of([file])
     print(f"\n{markdown(speed_table(comparisons))}\n")
     print(*map(conclusion, comparisons), sep="\n\n")
     if arguments.report is not None:
-        print(f"\nReport: {write_report([file], Path(arguments.report), arguments.seed)}")
+        print(f"\nReport: {write_report([file], Path(arguments.report))}")

@@ -48,10 +48,9 @@ class Comparison:
         file ([`RecordFile`]): The measurement.
         setting ([`Setting`]): The setting.
         names (`dict[Arm, str]`, *optional*): How the arms are called; see [`labels`].
-        seed (`int`): Of the bootstrap.
     """
 
-    def __init__(self, file: RecordFile, setting: Setting, names: dict[Arm, str] | None = None, seed: int = 0):
+    def __init__(self, file: RecordFile, setting: Setting, names: dict[Arm, str] | None = None):
         self.file, self.setting = file, setting
         asked: dict[int, list[str]] = {}  # run -> question ids
         for (of_setting, run, question), unit in file.units.items():
@@ -82,7 +81,7 @@ class Comparison:
         by_question = {name: sums[name].unstack("arm").loc[self.questions, list(self.arms)] for name in sums}
         self.tokens, self.seconds, self.emitted, self.rounds = by_question.values()  # each (questions, arms)
         # How often each question counts, (1 + RESAMPLES, questions): once, and in every resample.
-        generator = np.random.default_rng(seed)
+        generator = np.random.default_rng(0)
         self._weights = np.ones((1 + RESAMPLES, len(self.questions)))
         for members in self.groups.values():
             shares = np.full(len(members), 1 / len(members))
@@ -181,7 +180,7 @@ def _counts(answer: dict[str, Any]) -> dict[str, Any]:
         "calls": len(turns),
         "tokens": sum(len(turn["token_ids"]) for turn in turns),
         "seconds": sum(turn["seconds"] for turn in turns),
-        "peak": max(turn["peak_memory_bytes"] for turn in turns),
+        "peak": max(turn["peak_memory_bytes"] or np.nan for turn in turns),
         "departs": answer["departure"] is not None,
         **{name: (answer["departure"] or {}).get(name, np.nan) for name in ("position", "gap")},
     }
@@ -199,7 +198,7 @@ def _counts(answer: dict[str, Any]) -> dict[str, Any]:
     return counts
 
 
-def comparisons_of(files: Iterable[RecordFile], seed: int = 0) -> list[Comparison]:
+def comparisons_of(files: Iterable[RecordFile]) -> list[Comparison]:
     """Every setting of every file, with one set of names for all arms."""
     files = list(files)
     settings: list[tuple[RecordFile, Setting]] = []
@@ -209,4 +208,4 @@ def comparisons_of(files: Iterable[RecordFile], seed: int = 0) -> list[Compariso
             raise ValueError(f"{file.path} holds no answers; run its `confu evaluate`, with questions that fit.")
         settings += [(file, setting) for setting in answered]
     names = labels(Arm(**answer["arm"]) for file in files for _, answer in file.answers)
-    return [Comparison(file, setting, names, seed) for file, setting in settings]
+    return [Comparison(file, setting, names) for file, setting in settings]

@@ -25,7 +25,7 @@ from ..inference.knobs import ConFuKnobs
 from ..inference.measured_costs import CONTEXT
 from .answering import Models
 from .arguments import EvaluationArguments
-from .arms import Arm, Draft, Setting, comparisons, drafts_of
+from .arms import Arm, Setting, comparisons, drafts_of
 from .costs import forward_curve, mixture_costs
 from .machine import describe_machine
 from .questions import Question, load_questions, stratified
@@ -34,8 +34,7 @@ from .records import RecordFile
 
 # Options that do not change what is measured. Drafts and questions are known by their content.
 NOT_IDENTITY = (
-    "output", "report", "runs", "costs", "questions", "num_per_group", "drafts", "eagle3_drafts", "device",
-    "trust_remote_code",
+    "output", "report", "runs", "costs", "questions", "num_per_group", "drafts", "device", "trust_remote_code",
 )  # fmt: skip
 COST_CONTEXT = 64  # tokens of context, at most, in the call that times the mixtures
 
@@ -50,7 +49,7 @@ def measure(arguments: EvaluationArguments, command: str = "") -> RecordFile:
     """
     questions = stratified(load_questions(arguments.questions), arguments.num_per_group)
     drafts = drafts_of(arguments)
-    own_configs = {draft.name: own_generation_config(draft.source) for draft in drafts}
+    own_configs = {name: own_generation_config(source) for name, source in drafts.items()}
     plan = comparisons(arguments, own_configs)
     machine = describe_machine(torch.device(arguments.device or default_device()))
     file = RecordFile(arguments.output)
@@ -99,7 +98,7 @@ def own_generation_config(source: str) -> GenerationConfig:
 def _settings(
     arguments: EvaluationArguments,
     questions: list[Question],
-    drafts: list[Draft],
+    drafts: dict[str, str],
     own_configs: dict[str, GenerationConfig],
 ) -> dict[str, Any]:
     """What is measured: a file of records is gone on with only if all of it is the same."""
@@ -111,16 +110,16 @@ def _settings(
         **{name: value for name, value in vars(arguments).items() if name not in NOT_IDENTITY},
         "target": target,
         "questions": {"number": len(questions), "sha256": hashlib.sha256(content.encode()).hexdigest()},
-        "drafts": {draft.name: _fingerprint(draft) for draft in drafts},
+        "drafts": {name: _fingerprint(source) for name, source in drafts.items()},
         "own_knobs": {name: ConFuKnobs.of(config) for name, config in own_configs.items()},
     }
 
 
-def _fingerprint(draft: Draft) -> str:
+def _fingerprint(source: str) -> str:
     """SHA-256 of a draft's weights in a folder; a Hub id as it is."""
-    folder = Path(draft.source)
+    folder = Path(source)
     if not folder.is_dir():
-        return draft.source
+        return source
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with open(path, "rb") as file:
@@ -152,7 +151,7 @@ def measure_costs(
     for arm in tqdm(missing, desc=f"costs, {dtype}", unit="arm", disable=not missing):
         cost: dict[str, Any] = {"kind": "cost", "dtype": dtype, "arm": arm and asdict(arm)}
         if arm is None:
-            any_draft = models.assistants[drafts_of(models.arguments)[0].name]
+            any_draft = models.assistants[next(iter(drafts_of(models.arguments)))]
             cost |= {"context": CONTEXT, "points": forward_curve(models.target, any_draft)}
         else:
             cost["per_round"] = mixture_costs(models.target, models.assistants[arm.draft], arm, context)

@@ -9,8 +9,9 @@ and under `command` by what. Every further line is of one of two kinds:
   null. That names turn, position of the first other token, and `gap`, how far apart the target's logits of the two
   tokens lie in one forward over the common text (null if one text ends there, or when sampling). A turn has
   `prompt_tokens` (earlier turns included), `token_ids` up to and including EOS, `seconds` of the whole call,
-  `peak_memory_bytes`, and `rounds` (null for plain generation): tokens `emitted` by each round, and for drafts how
-  many of them were drafted (`accepted`), rows, seconds by part and bytes of caches, as in `ConFuStatistics`.
+  `peak_memory_bytes` (of a GPU, else null), and `rounds` (null for plain generation): tokens `emitted` by each round,
+  and for drafts how many of them were drafted (`accepted`), rows, seconds by part and bytes of caches, as in
+  `ConFuStatistics`.
 - "cost": what the target's forward costs by rows, or what the mixtures add to a round of an arm (see `costs.py`).
 """
 

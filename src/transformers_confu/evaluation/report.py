@@ -34,22 +34,8 @@ from .tables import (
 )
 
 
+HOW, STYLE = Path(__file__).with_name("how_it_was_measured.md"), Path(__file__).with_name("report.css")
 MARK = "<!-- Written by `confu report` from here on; what stands above this line is kept. -->"
-COUNTING = [
-    "Tokens are generated token ids up to and including EOS or the limit. Time is that of the whole call of "
-    "`generate`, prefill included. All arms run in one process with the same attention kernel and kind of cache, and "
-    "take turns on every question in a new random order. Turns follow the target's own chat template and an arm's own "
-    "earlier answers; where texts depart (bf16), later turns have other prompts.",
-    "tau is tokens emitted in rounds / rounds, over all rounds of all texts; what prefill emits is in neither. It is "
-    "the tau of a tree, decoded for real. The `tau_greedy` that `confu train` logs is another figure: teacher-forced, "
-    "on the answers in the training data, and of a chain, the draft's first choice at each step. A tree keeps several "
-    "choices, so its tau is higher at the same depth; compare each with its own kind only.",
-    "Spec-Bench's own harness counts otherwise: engine tokens against re-tokenised text, EOS overshoot of some "
-    "methods, a limit of length for one method and not for plain generation, rounds that are one short, stale times "
-    "after an error, one chat template for every model, and as speed-up the mean of the questions' rates over the "
-    "mean of plain generation's. Its numbers are not comparable with these.",
-]
-
 Part = str | Table | Plot  # text is a paragraph, or a heading behind "## ", with `code` and **bold** words
 
 
@@ -71,26 +57,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--card", type=Path, help="folder of a draft, whose card.yaml takes over its figures; they appear in its card"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
     arguments = parser.parse_args(argv)
     for path in arguments.records:
         if not path.is_file():
             raise ValueError(f"There is no file {path}; give the `output` of a `confu evaluate`.")
     files = [RecordFile(path) for path in arguments.records]
-    print(write_report(files, arguments.output, arguments.seed))
+    print(write_report(files, arguments.output))
     if arguments.card is not None:
-        for comparison in comparisons_of(files, arguments.seed):
+        for comparison in comparisons_of(files):
             add_evaluation(arguments.card, card_evaluation(comparison, arguments.card))
 
 
-def write_report(files: Sequence[RecordFile], output: Path, seed: int = 0) -> Path:
+def write_report(files: Sequence[RecordFile], output: Path) -> Path:
     r"""
     Write the report.
 
     Args:
         files (`Sequence[RecordFile]`): The measurements, the main one first.
         output (`Path`): A folder, or a .md file (see the command's help).
-        seed (`int`): Of the bootstrap.
 
     Returns:
         The path of the page.
@@ -107,7 +91,7 @@ def write_report(files: Sequence[RecordFile], output: Path, seed: int = 0) -> Pa
         before, mark, _ = page.read_text(encoding="utf-8").partition(MARK)
         if not mark:
             raise ValueError(f"{page} has no line {MARK!r}; add it where the results shall go, or delete the file.")
-    parts = report_parts(files, seed)
+    parts = report_parts(files)
     folder.mkdir(parents=True, exist_ok=True)
     for part in parts:
         if isinstance(part, Plot):
@@ -120,9 +104,9 @@ def write_report(files: Sequence[RecordFile], output: Path, seed: int = 0) -> Pa
     return folder / "report.html"
 
 
-def report_parts(files: Sequence[RecordFile], seed: int = 0) -> list[Part]:
+def report_parts(files: Sequence[RecordFile]) -> list[Part]:
     """All that stands on the page, in order."""
-    everything = comparisons_of(files, seed)
+    everything = comparisons_of(files)
     # Who also measures in half precision does so for its speed, and in full precision for the texts.
     half = {c.file.path for c in everything if c.setting.dtype not in FULL_PRECISION}
     timed = [c for c in everything if c.file.path in half or not half]
@@ -153,7 +137,7 @@ def report_parts(files: Sequence[RecordFile], seed: int = 0) -> list[Part]:
         "## Texts against plain generation's",
         exactness_table(everything),
         "## How it was measured",
-        *COUNTING,
+        *HOW.read_text(encoding="utf-8").strip().split("\n\n"),
         *map(about, files),
     ]
     return [part for part in parts if part is not None and not (isinstance(part, Table) and not part.rows)]
@@ -233,7 +217,8 @@ def html_page(parts: Sequence[Part]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><title>ConFu evaluation</title>'
-        f"<style>{STYLE}</style></head><body><h1>ConFu evaluation</h1>\n{body}\n</body></html>\n"
+        f"<style>{STYLE.read_text(encoding='utf-8')}</style></head><body><h1>ConFu evaluation</h1>\n{body}\n"
+        "</body></html>\n"
     )
 
 
@@ -255,17 +240,3 @@ def _html(part: Part) -> str:
 def _prose(text: str) -> str:
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
     return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
-
-
-STYLE = """
-:root { color-scheme: light dark; --soft: #777; --line: #8884; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-.note, figcaption { color: var(--soft); font-size: .9rem; }
-.wide { overflow-x: auto; }
-summary { font-weight: 600; margin-top: 1rem; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-td:first-child, th:first-child { text-align: left; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; }
-"""
