@@ -123,7 +123,7 @@ def test_what_the_package_refuses_is_one_sentence(body, sentence, fake_command, 
     assert capsys.readouterr().err == f"{sentence}\n"
 
 
-@pytest.mark.parametrize("argv", [["--traceback", "train"], ["train", "--traceback"], ["train", "a", "--traceback"]])
+@pytest.mark.parametrize("argv", [["--traceback", "train"], ["train", "--traceback"]])
 def test_a_traceback_can_be_asked_for(argv, fake_command):
     calls = fake_command(in_package("raise ValueError('A sentence.')"))
     with pytest.raises(ValueError, match="A sentence."):
@@ -162,23 +162,6 @@ def test_a_missing_package_names_the_extra_that_brings_it(package, command, extr
     assert result.stderr == (
         f"This needs the package {package}, which is not installed: pip install 'transformers-confu[{extra}]'.\n"
     )
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ("runs: 0\noutput: a.jsonl\n", "`runs` is 0; expected at least 1.\n"),
-        ("ruins: 1\n", "run.yaml: no option is called `ruins`; did you mean `runs`?\n"),
-        ("runs: [1\n", "run.yaml is no YAML file: while parsing a flow sequence"),
-        (None, "run.yaml: No such file or directory\n"),
-    ],
-)
-def test_evaluate_says_in_words_what_is_wrong(content, sentence, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    if content is not None:
-        Path("run.yaml").write_text(content)
-    assert cli.main(["evaluate", "run.yaml"]) == 1
-    assert capsys.readouterr().err.startswith(sentence)
 
 
 def test_the_module_speaks_as_the_command(tmp_path, monkeypatch, capsys):
