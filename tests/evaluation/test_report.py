@@ -68,10 +68,10 @@ def tables_on(page):
 
 
 def test_one_measurement_gives_pages_of_one_file_each(measured, capsys):
-    changes = {"costs": True, "report": "out", "tree_sizes": ["8", "4"], "depths": [4, 2]}
+    changes = {"costs": True, "report": "out", "tree_sizes": ["8", "4"], "depths": [4, 2], "num_per_group": 1}
     records = measured("base", "--runs", "2", **changes)  # options behind a file override it
     printed = capsys.readouterr().out
-    for said in ("| ConFu, C = 3, N = 8, depth 4 |", "**base (4 questions, float64", "Report: out/report.html"):
+    for said in ("| ConFu, C = 3, N = 8, depth 4 |", "**base (2 questions, float64", "Report: out/report.html"):
         assert said in printed
 
     text = Path("out/report.html").read_text(encoding="utf-8")
@@ -88,7 +88,7 @@ def test_one_measurement_gives_pages_of_one_file_each(measured, capsys):
     assert re.findall(r"!\[.*\]\(./(.*).png\)", markdown) == plots
     assert all(Path("out", f"{plot}.png").read_bytes().startswith(b"\x89PNG") for plot in plots)
     # The page begins with its conclusion, and names depth and branching.
-    assert markdown.split(MARK)[1].strip().startswith("**base (4 questions, float64, T = 0, up to 12 tokens)**: ")
+    assert markdown.split(MARK)[1].strip().startswith("**base (2 questions, float64, T = 0, up to 12 tokens)**: ")
     rows = tables_on(markdown)["Accepted length and speed of every arm"]
     trees = {(row["N"], row["depth"], row["branching"]) for row in rows if row["arm"].startswith("ConFu")}
     assert trees == {(size, depth, "2") for size in "84" for depth in "42"}

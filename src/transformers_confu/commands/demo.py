@@ -15,19 +15,9 @@ from ..evaluation.answering import Models
 from ..evaluation.arguments import EvaluationArguments
 from ..evaluation.arms import Arm, Setting
 from ..evaluation.questions import Question
+from ..publishing.check_answers import CHECK_PROMPTS
 
 
-PROMPTS = [
-    "Write a short story about a lighthouse keeper who finds a message in a bottle.",
-    "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
-    "A train travels 60 miles in 1.5 hours. What is its average speed, and how far does it travel in 4 hours? "
-    "Explain step by step.",
-    "Summarize in two sentences: The honey bee is a social insect. A colony consists of one queen, some hundred "
-    "drones and tens of thousands of workers. The workers gather nectar and pollen, build the comb, feed the brood "
-    "and guard the hive. By carrying pollen from flower to flower, bees make many plants bear fruit, among them a "
-    "large part of the crops that people eat.",
-    "Translate into French: Good morning! The train to Paris leaves at nine, and I still have to buy a ticket.",
-]
 PLAIN, CONFU = Arm("plain"), Arm("draft", "draft")  # without knobs: the draft does what it does by itself
 
 
@@ -63,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     calls = models.calls(setting, [PLAIN, CONFU])
     models.warm_up(calls)
     units = []
-    for number, prompt in enumerate(options.prompt or PROMPTS):
+    for number, prompt in enumerate(options.prompt or CHECK_PROMPTS):
         question = Question(str(number), "demo", (prompt,))
         runs = [models.answer(question, run, setting, calls) for run in range(options.runs)]
         show(prompt, runs, models.tokenizer)

@@ -92,23 +92,17 @@ def stratified(questions: Iterable[Question], num_per_group: int | None) -> list
     questions = list(questions)
     if num_per_group is None:
         return questions
-    seen: Counter[str] = Counter()
-    ranks: dict[Question, int] = {}  # of each in its category
-    for question in questions:
-        ranks[question] = seen[question.category]
-        seen[question.category] += 1
-    taken: Counter[str] = Counter()
-    chosen = set()
-    for question in sorted(questions, key=ranks.__getitem__):  # stable: the file's order within a rank
-        if taken[question.group] < num_per_group:
-            taken[question.group] += 1
-            chosen.add(question)
-    for group, number in taken.items():
+    pandas: Any = require("pandas")
+    rows = [{"category": question.category, "group": question.group} for question in questions]
+    frame = pandas.DataFrame(rows)
+    frame["rank"] = frame.groupby("category").cumcount()  # of each in its category
+    chosen = frame.sort_values("rank", kind="stable").groupby("group").head(num_per_group).sort_index()
+    for group, number in chosen["group"].value_counts().items():
         if number < num_per_group:
             raise ValueError(
                 f"Group {group} holds {number} questions, `num_per_group` asks for {num_per_group}; lower it."
             )
-    return [question for question in questions if question in chosen]
+    return [questions[index] for index in chosen.index]
 
 
 def fetch(source: str | Path | None) -> Path:

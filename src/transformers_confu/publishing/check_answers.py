@@ -13,8 +13,13 @@ from ..inference.knobs import confu_generation_config
 CHECK_PROMPTS = [
     "Write a short story about a lighthouse keeper who finds a message in a bottle.",
     "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
-    "A train travels 60 miles in 1.5 hours. What is its average speed? Explain step by step.",
-    "Translate into French: Good morning! The train to Paris leaves at nine.",
+    "A train travels 60 miles in 1.5 hours. What is its average speed, and how far does it travel in 4 hours? "
+    "Explain step by step.",
+    "Summarize in two sentences: The honey bee is a social insect. A colony consists of one queen, some hundred "
+    "drones and tens of thousands of workers. The workers gather nectar and pollen, build the comb, feed the brood "
+    "and guard the hive. By carrying pollen from flower to flower, bees make many plants bear fruit, among them a "
+    "large part of the crops that people eat.",
+    "Translate into French: Good morning! The train to Paris leaves at nine, and I still have to buy a ticket.",
 ]
 CHECK_TOKENS = 64
 GAIN_TREE = {"confu_tree_size": 16, "confu_depth": 4, "confu_branching": 8}
