@@ -13,6 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GptOssConfig,
     LlamaConfig,
@@ -70,9 +71,20 @@ CONFIGS = {
     ),
     "gpt-oss-20b": GptOssConfig(**SIZES, num_hidden_layers=6, head_dim=8, num_local_experts=4, sliding_window=8),
     "gemma-3": Gemma3TextConfig(**SIZES, num_hidden_layers=6, head_dim=8, sliding_window=8),
+    "gemma-3n": Gemma3nTextConfig(
+        **SIZES,
+        num_hidden_layers=6,
+        head_dim=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=len(WORDS),
+        hidden_size_per_layer_input=4,
+        laurel_rank=4,
+    ),
 }
 # Trained by the recipe of another one; and where the experts' product has no fp64.
-RECIPE_OF, DECODED_IN = {"gemma-3": "qwen3-4b"}, {"gpt-oss-20b": torch.float32}
+RECIPE_OF, DECODED_IN = {"gemma-3": "qwen3-4b", "gemma-3n": "qwen3-4b"}, {"gpt-oss-20b": torch.float32}
 
 
 @pytest.fixture(params=NAMES)
