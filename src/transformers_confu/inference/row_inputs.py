@@ -23,14 +23,15 @@ class RowInputs:
     """
 
     def __init__(self, target: PreTrainedModel):
-        self.target, self.embed, self.decoder = target, target.get_input_embeddings(), target.get_decoder()
+        self.embed, self.decoder = target.get_input_embeddings(), target.get_decoder()
         config = target.config
         self.has_layer_inputs = bool(getattr(config.get_text_config(decoder=True), "hidden_size_per_layer_input", 0))
         # The ids that mark an image or a sound may occur in a text, and are then embedded otherwise: by Gemma 4 as
         # padding, by Gemma 3n by modules of their own.
         self.placeholders: list[int] = []
         if config.model_type in ("gemma4", "gemma4_unified"):
-            self.placeholders = [config.image_token_id, config.video_token_id, config.audio_token_id]
+            marks = (config.image_token_id, config.video_token_id, config.audio_token_id)
+            self.placeholders = [mark for mark in marks if mark is not None]
             self.padding = config.text_config.pad_token_id
         model = target.base_model
         self.embedders: list[nn.Module] = (
