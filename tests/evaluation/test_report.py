@@ -17,6 +17,7 @@ from transformers_confu.evaluation.figures import comparisons_of
 from transformers_confu.evaluation.records import RecordFile
 from transformers_confu.evaluation.report import MARK
 from transformers_confu.evaluation.tables import Table
+from transformers_confu.publishing.model_card import CARD_FILE, CardFacts
 
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -125,6 +126,40 @@ def test_several_measurements_on_one_page(measured, capsys):
         assert f"`confu evaluate {Path(name).stem}.yaml`" in page
     pictures = re.findall(r"!\[.*\]\((.*)\)", page)
     assert {Path("docs", picture) for picture in pictures} == set(Path("docs/results").iterdir())
+
+
+def test_a_report_hands_its_figures_to_the_draft(measured, tiny_folders, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *data, **options: None)  # pictures take their time
+    drafts = [f"mine={tiny_folders['draft']}", f"theirs={tiny_folders['draft']}"]
+    measured("run", drafts=drafts, baselines=["plain"], contemplations=["0", "3"])
+    CardFacts(license="mit").save(Path("mine").mkdir() or Path("mine", CARD_FILE))
+    for _ in range(2):  # the same records once more change nothing
+        assert cli.main(["report", "run.jsonl", "--output", "out", "--card", "mine"]) == 0
+    facts = CardFacts.load(Path("mine", CARD_FILE))
+    (evaluation,) = facts.evaluations
+    assert facts.license == "mit" and "4 questions, float64, T = 0, up to 12 tokens; on cpu (" in evaluation.setting
+    rows = {row.pop("arm"): row for row in evaluation.rows}
+    # From the raw records: tokens that rounds emitted over rounds, and total tokens over total time.
+    file = RecordFile("run.jsonl")
+    (comparison,) = comparisons_of([file])
+    for name, arm in comparison.arms.items():
+        if arm.kind == "plain":
+            assert name not in rows
+            continue
+        of_arm = [turn for _, a in file.answers if a["arm"] == vars(arm) for turn in a["turns"]]
+        plain = [turn for _, a in file.answers if a["arm"]["kind"] == "plain" for turn in a["turns"]]
+        rate, plain_rate = (
+            sum(len(turn["token_ids"]) for turn in turns) / sum(turn["seconds"] for turn in turns)
+            for turns in (of_arm, plain)
+        )
+        emitted = [count for turn in of_arm for count in turn["rounds"]["emitted"]]
+        assert rows[name]["tau"] == round(sum(emitted) / len(emitted), 3)
+        assert rows[name]["speed_up"] == round(rate / plain_rate, 3)
+        assert rows[name].get("others", False) == (arm.draft != "mine")
+        assert rows[name].get("contemplation") == arm.contemplation
+    Path("stranger").mkdir()
+    with pytest.raises(ValueError, match="measured the drafts mine, theirs, not stranger"):
+        cli.main(["--traceback", "report", "run.jsonl", "--output", "out", "--card", "stranger"])
 
 
 def test_text_above_the_mark_is_kept_and_other_files_are_not_touched(answered, tmp_path, monkeypatch, capsys):

@@ -26,10 +26,7 @@ class Chat:
     >>> chat.ask("Name five of them.", max_new_tokens=128)
     ```
 
-    Args:
-        target ([`PreTrainedModel`]), draft ([`ConFuDraftModel`]).
-        tokenizer ([`PreTrainedTokenizerBase`]): The target's, with a chat template.
-        system (`str`, *optional*): System prompt; the template's own default without it.
+    `tokenizer` is the target's, with a chat template, which has a default of its own for a system prompt.
 
     Raises:
         ValueError: the draft was not made for this target, or the tokenizer has no chat template.
@@ -60,13 +57,9 @@ class Chat:
         self.written = ""  # what the template has made of them
 
     def ask(self, question: str, streamer: BaseStreamer | None = None, **options: Any) -> str:
-        r"""
-        The answer to the next turn. If it is interrupted, the turn has not taken place.
-
-        Args:
-            question (`str`): What the user says.
-            streamer ([`BaseStreamer`], *optional*): Gets the ids as they come.
-            options: Of `generate`, such as `max_new_tokens`.
+        """
+        The answer to the next turn; `options` are `generate`'s, such as `max_new_tokens`. If it is interrupted, the
+        turn has not taken place.
         """
         messages = [*self.messages, {"role": "user", "content": question}]
         prompt = self._render(messages)

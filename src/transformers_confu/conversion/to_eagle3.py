@@ -24,6 +24,8 @@ from .dialects import LAYER_IDS
 
 logger = logging.getLogger(__name__)
 
+TEMPLATE = Path(__file__).with_name("eagle3_card_template.md")
+
 
 def export_eagle3(
     draft: ConFuDraftModel,
@@ -225,15 +227,7 @@ def _card(format: str, target_name: str | None) -> ModelCard:
         tags=["speculative-decoding", "draft-model", "eagle3", format],
         pipeline_tag="text-generation",
     )
-    for_target = f" for `{target_name}`" if target_name else ""
-    return ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n"
-        f"# EAGLE-3 draft{for_target}\n\n"
-        f"The EAGLE-3 part of a ConFu draft, written in the form '{format}' by transformers-confu. "
-        "**ConFu's future channel is not in it**: it drafts as the ConFu draft does with `confu_contemplation=0`, so "
-        "accepted lengths measured with contemplation do not hold for it.\n\n"
-        "It is a draft for speculative decoding and writes no text by itself.\n"
-    )
+    return ModelCard.from_template(data, template_path=str(TEMPLATE), target_name=target_name, format=format)
 
 
 @dataclass

@@ -31,18 +31,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Arm:
-    r"""
-    One way of decoding.
-
-    Args:
-        kind (`str`): "plain", "prompt_lookup", "assistant" or "draft".
-        draft (`str`): Name of the draft, of an arm of that kind; else empty.
-        tree_size, depth, branching, contemplation (`int`, *optional*): Its knobs. Without the first three its rounds
-            are automatic, and then without the last the number of contemplate rows, too.
+    """
+    One way of decoding, and a draft's knobs. Without the first three its rounds are automatic, and then without the
+    last the number of contemplate rows, too.
     """
 
-    kind: str
-    draft: str = ""
+    kind: str  # "plain", "prompt_lookup", "assistant" or "draft"
+    draft: str = ""  # its name
     tree_size: int | None = None
     depth: int | None = None
     branching: int | None = None
@@ -94,11 +89,7 @@ def drafts_of(arguments: EvaluationArguments) -> dict[str, str]:
 def comparisons(arguments: EvaluationArguments, own_knobs: dict[str, GenerationConfig]) -> dict[Setting, list[Arm]]:
     r"""
     Which arms run under which settings, in order: all combinations. Equal arms (a budget that is cut at the tree's
-    size, or the draft's own that is also asked for) run once.
-
-    Args:
-        arguments ([`EvaluationArguments`]): The measurement.
-        own_knobs (`dict[str, GenerationConfig]`): Name of a draft -> its own generation config.
+    size, or the draft's own that is also asked for) run once. `own_knobs`: name of a draft -> its generation config.
     """
     baselines = [Arm(kind) for kind in [*arguments.baselines, *(["assistant"] if arguments.assistant else [])]]
     factors: list[list[Any]] = [arguments.dtypes, arguments.temperatures, arguments.max_new_tokens]

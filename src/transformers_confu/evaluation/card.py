@@ -10,11 +10,8 @@ from .figures import Comparison
 
 def card_evaluation(c: Comparison, folder: Path) -> Evaluation:
     """
-    One setting of a measurement as the card shows it. Arms of other drafts and methods count as others.
-
-    Args:
-        c ([`Comparison`]): The setting, with all its arms.
-        folder (`Path`): Of the draft. Its name is the draft's name in the measurement, unless that has one draft only.
+    One setting of a measurement as the card of the draft in `folder` shows it. The folder's name is the draft's in the
+    measurement, unless that has one draft only. Arms of other drafts and methods count as others.
 
     Raises:
         ValueError: none of several drafts has the folder's name.

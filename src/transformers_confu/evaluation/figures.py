@@ -40,14 +40,9 @@ class Interval(NamedTuple):
 
 
 class Comparison:
-    r"""
+    """
     All arms of a measurement under one setting, on the questions of the first run; of later runs, those that are
-    complete.
-
-    Args:
-        file ([`RecordFile`]): The measurement.
-        setting ([`Setting`]): The setting.
-        names (`dict[Arm, str]`, *optional*): How the arms are called; see [`labels`].
+    complete. `names` is how the arms are called, see [`labels`].
     """
 
     def __init__(self, file: RecordFile, setting: Setting, names: dict[Arm, str] | None = None):

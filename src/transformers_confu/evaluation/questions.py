@@ -16,14 +16,7 @@ MT_BENCH_CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "ex
 
 @dataclass(frozen=True)
 class Question:
-    r"""
-    One conversation: what the user says, turn by turn. The answers in between are the model's own.
-
-    Args:
-        id (`str`): Unique in its file.
-        category (`str`): As the file names it.
-        turns (`tuple[str, ...]`): At least one, none empty.
-    """
+    """One conversation: what the user says, turn by turn. The answers in between are the model's own."""
 
     id: str
     category: str

@@ -69,15 +69,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write_report(files: Sequence[RecordFile], output: Path) -> Path:
-    r"""
-    Write the report.
-
-    Args:
-        files (`Sequence[RecordFile]`): The measurements, the main one first.
-        output (`Path`): A folder, or a .md file (see the command's help).
-
-    Returns:
-        The path of the page.
+    """
+    Write the report on measurements, the main one first, to a folder or a .md file (see the command's help); the path
+    of the page.
 
     Raises:
         ValueError: a measurement is empty, or `output` is a file of another kind.

@@ -32,20 +32,13 @@ Row = dict[str, Any]
 
 @dataclass
 class Table:
-    r"""
-    Args:
-        title (`str`): What it shows.
-        note (`str`): What the figures are and how they were counted.
-        rows (`list[dict]`): Cells by column: text, numbers or [`Interval`].
-        digits (`int`): Decimals of numbers that are no counts.
-        folded (`bool`): A detail that is opened by a click.
-    """
+    """What a table shows, what its figures are and how they were counted."""
 
     title: str
     note: str
-    rows: list[Row]
-    digits: int = 2
-    folded: bool = False
+    rows: list[Row]  # cells by column: text, numbers or intervals
+    digits: int = 2  # of numbers that are no counts
+    folded: bool = False  # a detail that is opened by a click
 
     def cells(self) -> pd.DataFrame:
         """The cells as text, without empty columns."""

@@ -48,12 +48,10 @@ def check_compatibility(
     Compare a draft with a target, whose weights are not needed and not read.
 
     Args:
-        target: The target: a folder or Hub id, a configuration, or a model. Of a model its way of loading is checked
-            too: attention implementation, adapters, parallelism.
-        tokenizer ([`PreTrainedTokenizerBase`], *optional*): The target's. Compared with the draft's, if `draft` is a
-            folder or Hub id that holds one.
-        draft: The draft: a folder or Hub id, whose files are checked too, or a model.
-        trust_remote_code: Whether code that comes with the target may be run.
+        target: A folder or Hub id, a configuration, or a model. Of a model its way of loading is checked too:
+            attention implementation, adapters, parallelism.
+        tokenizer: The target's. Compared with the draft's, if `draft` is a folder or Hub id that holds one.
+        draft: A folder or Hub id, whose files are checked too, or a model.
 
     Returns:
         What does not fit, errors first; an empty list if all is well.

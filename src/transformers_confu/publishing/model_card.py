@@ -209,11 +209,9 @@ def model_card(
     The card of a draft.
 
     Args:
-        facts ([`CardFacts`]).
-        config ([`ConFuConfig`]): Of the draft.
-        repo_id (`str`): Where it is or will be published, for the snippets; or a folder.
-        knobs (`dict[str, int]`, *optional*): The `confu_*` entries of its generation config.
-        check (`str`, *optional*): What a check before publishing found, Markdown.
+        repo_id: Where it is or will be published, for the snippets; or a folder.
+        knobs: The `confu_*` entries of its generation config.
+        check: What a check before publishing found, Markdown.
     """
     results = [result for evaluation in facts.evaluations for result in evaluation.results()]
     data = ModelCardData(
