@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast, T5Config
 
 from eagle3_source import Source
 from helpers import make_tiny_draft, make_tiny_target
-from transformers_confu import ConFuDraftModel, cli
+from transformers_confu import ConFuConfig, ConFuDraftModel, cli
 from transformers_confu.common.loading import load_draft
 from transformers_confu.publishing.compatibility import check_compatibility
 
@@ -57,6 +58,18 @@ def test_a_draft_fits_its_own_target(target, folder, monkeypatch, capsys):
         assert check_compatibility(given, None, draft) == []
         assert check_compatibility(given, make_tokenizer(), folder) == []
     assert "custom code" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["Gemma3n", "Gemma4", "Llava"])
+def test_a_target_of_text_and_images(kind):
+    """Nothing that reads images is needed; of Gemma 3n it would be a library of its own."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "head_dim": 8}
+    if kind == "Gemma3n":
+        sizes["num_kv_shared_layers"] = 0
+    text_config = getattr(transformers, "LlamaConfig" if kind == "Llava" else f"{kind}TextConfig")(**sizes)
+    config = getattr(transformers, f"{kind}Config")(text_config=text_config)
+    draft = ConFuDraftModel(ConFuConfig.from_target(config))
+    assert check_compatibility(config, None, draft) == []
 
 
 OTHER_TARGETS = [
