@@ -18,13 +18,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuDraftModel, confu_generation_config
 from transformers_confu.inference import decoding, measured_costs, round_costs
-from transformers_confu.inference.cached_rows import crop
+from transformers_confu.inference.cached_rows import crop, lengthen
 from transformers_confu.inference.draft_tree import DraftTree, TreeGrower
 from transformers_confu.inference.grouped_attention import without_repeated_heads
 from transformers_confu.inference.growing_cache import GrowingLayer, let_grow, room_to_grow
 from transformers_confu.inference.knobs import ConFuKnobs
 from transformers_confu.inference.measured_costs import measure_round_costs
-from transformers_confu.inference.round_costs import DRAFT_ROWS, TARGET_ROWS, RoundCosts, costs_path, in_steps
+from transformers_confu.inference.round_costs import DRAFT_ROWS, TARGET_ROWS, RoundCosts, costs_path
 from transformers_confu.inference.rounds import AutomaticRounds, FixedRounds
 from transformers_confu.inference.target import TargetRunner
 
@@ -35,7 +35,9 @@ PROMPT = torch.tensor([[3, 4, 5, 2, 7]])
 def costs(row: float, level: float) -> RoundCosts:
     """Each further row costs `row` steps, a draft level `level`."""
     steps = tuple(1 + row * (rows - 1) for rows in TARGET_ROWS)
-    return RoundCosts(TARGET_ROWS, steps, DRAFT_ROWS, (level,) * len(DRAFT_ROWS), step_seconds=0.1)
+    shared = {"target_rows": TARGET_ROWS, "target_steps": steps, "draft_rows": DRAFT_ROWS}
+    shared |= {"draft_steps": (level,) * len(DRAFT_ROWS), "step_seconds": 0.1}
+    return RoundCosts(**shared, longer=RoundCosts(**shared, context=2048))
 
 
 # --- costs
@@ -48,8 +50,33 @@ def test_costs_between_and_beyond_the_measured_rows():
 
 
 def test_measured_costs_never_fall_with_the_rows():
-    assert in_steps([2.0, 3.0, 2.5, 8.0], [1, 2, 4, 8], 2.0) == (1.0, 1.5, 1.5, 4.0)
-    assert in_steps([2.0, 90.0, 3.0], [1, 2, 4], 2.0) == (1.0, 2.0, 2.0)  # two forwards of one row cost no more
+    noisy = RoundCosts.of({1: 2.0, 2: 3.0, 4: 2.5, 8: 8.0}, {1: 0.3, 4: 0.2})
+    assert noisy.target_steps == (1.0, 1.5, 1.5, 4.0) and noisy.draft_steps == (0.15, 0.15)
+    # Two forwards of one row cost no more.
+    assert RoundCosts.of({1: 2.0, 2: 90.0, 4: 3.0}, {1: 0.3}).target_steps == (1.0, 2.0, 2.0)
+
+
+def test_costs_grow_with_the_text_in_a_straight_line():
+    long = RoundCosts((1, 4), (1.0, 2.5), (1,), (0.1,), step_seconds=0.2, context=1100)
+    table = RoundCosts((1, 2, 4), (1.0, 1.2, 1.6), (1,), (0.1,), step_seconds=0.1, context=100, longer=long)
+    assert table.at(0) == table.at(100) == table
+    # In seconds: 0.1, 0.12, 0.16 and 0.2, 0.3, 0.5; half way and twice as far as measured.
+    for length, seconds, level in ((600, (0.15, 0.21, 0.33), 0.015), (2100, (0.3, 0.48, 0.84), 0.03)):
+        found = table.at(length)
+        assert found.target_steps == pytest.approx([taken / seconds[0] for taken in seconds])
+        assert (found.step_seconds, found.draft(1)) == pytest.approx((seconds[0], level / seconds[0]))
+
+
+def test_automatic_rounds_ask_for_the_costs_of_their_length():
+    dear = RoundCosts((1, 16), (1.0, 16.0), (1,), (0.1,), step_seconds=1.0, context=1000)
+    table = RoundCosts((1, 16), (1.0, 1.15), (1,), (0.1,), step_seconds=0.1, longer=dear)
+    grower = TreeGrower(torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log(), branching=5)
+    sizes = []
+    for length in (50, 1000):
+        rounds = AutomaticRounds(table, contemplation=0, future_gain=0.0)
+        rounds.depth(1, length)
+        sizes.append(rounds.tree_size(grower))
+    assert sizes == [6, 1]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +87,7 @@ def test_measured_costs_never_fall_with_the_rows():
         {"target_steps": (1.0, 1.5)},
         {"target_rows": (2, 4, 8)},
         {"draft_steps": (0.0, 1.0)},
+        {"longer": RoundCosts((1,), (1.0,), (1,), (0.1,), step_seconds=0.1)},  # behind a text no longer
     ],
 )
 def test_impossible_costs_are_no_table(values):
@@ -188,6 +216,9 @@ def test_a_measurement_leaves_models_and_random_state_alone():
     table, _ = measure_round_costs(target, draft)
     assert torch.equal(state, torch.random.get_rng_state())
     assert table.target_rows == TARGET_ROWS and table.target_steps[0] == 1.0
+    assert (table.context, table.longer) == (18, None)  # a leaf stands at the last of 20 positions
+    table, _ = measure_round_costs(target := make_tiny_target(), make_tiny_draft(target))
+    assert (table.context, table.longer.context) == (128, 510)
     assert torch.equal(target.generate(PROMPT, max_new_tokens=5, do_sample=False), before)
 
 
@@ -207,7 +238,7 @@ class RandomDraft:
 
 def grown(draft: RandomDraft, rounds, max_depth: int) -> tuple[DraftTree, int]:
     """The tree that `rounds` let grow, and the rows that the draft computed for it."""
-    depth, rows = min(rounds.depth(1), max_depth), 0
+    depth, rows = min(rounds.depth(1, 0), max_depth), 0
     grower = TreeGrower(draft(())[None], rounds.branching)
     paths: list[tuple[int, ...]] = [()]
     for _ in range(1, depth):
@@ -267,7 +298,7 @@ def expected_rate(draft_acceptance: float, table: RoundCosts, probability: float
     logits[0] = math.log(probability)
     tokens = spent = 0.0
     for _ in range(rounds_count):
-        depth = rounds.depth(1)
+        depth = rounds.depth(1, 0)
         steps, tree = 0.0, DraftTree.root_only(torch.tensor([0]))
         if depth:
             steps += table.draft(1)
@@ -506,17 +537,29 @@ def test_a_growing_layer_with_a_window_reads_the_last_rows_of_the_text(window, p
 
 
 @pytest.mark.parametrize("kind", ["llama", "windows"])
+def test_a_lengthened_cache_is_as_large_as_that_of_a_long_text(kind):
+    target = make_tiny_target(kind)
+    short, long = DynamicCache(config=target.config), DynamicCache(config=target.config)
+    for cache, length in ((short, 9), (long, 40)):
+        target(input_ids=torch.arange(length)[None], cache=cache, use_cache=True)
+    lengthen(short, 40)
+    for found, expected in zip(short.layers, long.layers, strict=True):
+        assert found.keys.shape == expected.keys.shape == found.values.shape
+        assert found.get_seq_length() == expected.get_seq_length() == 40
+
+
+@pytest.mark.parametrize("kind", ["llama", "windows"])
 def test_measured_rounds_leave_the_text_as_it_was(kind, monkeypatch):
     """Else later ones would be measured behind less text."""
     target = make_tiny_target(kind)
     draft, caches = make_tiny_draft(target), []
     monkeypatch.setattr(measured_costs, "let_grow", lambda cache: (caches.append(cache), let_grow(cache)))
-    rounds = measured_costs._target_rounds(target, draft)
+    run = torch.no_grad()(measured_costs._target_rounds)(target, draft, 200)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in caches[0].layers]
     for _ in range(3):
-        for run in rounds.values():
+        for rows in TARGET_ROWS:
             with torch.no_grad():
-                run()
+                run(rows)
     for layer, (keys, values) in zip(caches[0].layers, before, strict=True):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
 

@@ -22,7 +22,7 @@ from ..common.demo_target import demo_target_path
 from ..common.files import read_json
 from ..common.loading import default_device, refusals
 from ..inference.knobs import ConFuKnobs
-from ..inference.measured_costs import CONTEXT
+from ..inference.round_costs import CONTEXT
 from .answering import Models
 from .arguments import EvaluationArguments
 from .arms import Arm, Setting, comparisons, drafts_of

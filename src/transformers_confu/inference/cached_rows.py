@@ -7,6 +7,7 @@ the first row that a layer holds is row `get_seq_length() - keys.shape[-2]` of t
 
 from collections.abc import Callable
 
+import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -61,6 +62,17 @@ def crop(cache: DynamicCache, length: int) -> None:
     for layer in filled_layers(cache):
         kept = max(length - first_row_held(layer), 0)
         layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
+
+
+def lengthen(cache: DynamicCache, length: int) -> None:
+    """Let `cache` be that of a text of `length` rows, which repeat those that it holds: to measure, not to decode."""
+    for layer in filled_layers(cache):
+        window = getattr(layer, "sliding_window", None)
+        rows = length if window is None else min(length, window - 1)
+        places = torch.arange(rows, device=layer.keys.device) % rows_held(layer)
+        layer.keys, layer.values = layer.keys[..., places, :], layer.values[..., places, :]
+        if window is not None:
+            layer.cumulative_length = length
 
 
 def way_back(cache: DynamicCache) -> Callable[[], None]:

@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 
 from .cached_rows import filled_layers
 from .draft_tree import DraftTree, TreeGrower
+from .growing_cache import let_grow
 from .knobs import ConFuKnobs
 from .rounds import FixedRounds, Rounds
 from .target import additive_mask, input_device, main_stream, position_table_size
@@ -137,7 +138,9 @@ class ConFuCandidateGenerator(CandidateGenerator):
                 without it the draft runs in EAGLE-3 mode.
         """
         root_tokens = root_tokens.to(self._token_ids.device)
-        depth = min(rounds.depth(sum(row.taps.shape[1] for row in self._pending)), max_depth) if max_depth > 0 else 0
+        pending_rows = sum(row.taps.shape[1] for row in self._pending)
+        length = self._cache.get_seq_length() + pending_rows
+        depth = min(rounds.depth(pending_rows, length), max_depth) if max_depth > 0 else 0
         if depth < 1:
             rounds.tree_size(None)
             return DraftTree.root_only(root_tokens)
@@ -172,7 +175,8 @@ class ConFuCandidateGenerator(CandidateGenerator):
     def _extend(self, future: Any):
         """Store the pending true rows; output of the newest, which starts the tree."""
         rows, self._pending = self._pending, []
-        return self.draft(
+        is_first = self._cache.get_seq_length() == 0
+        output = self.draft(
             inputs_embeds=torch.cat([row.inputs_embeds for row in rows], dim=1),
             features=self.draft.fuse_taps(torch.cat([row.taps for row in rows], dim=1)),
             position_ids=torch.cat([row.position_ids for row in rows], dim=1),
@@ -180,6 +184,9 @@ class ConFuCandidateGenerator(CandidateGenerator):
             future=future,
             num_queries=1,
         )
+        if is_first:
+            let_grow(self._cache)
+        return output
 
     def _tree_mask(self, ancestors: torch.BoolTensor, num_true_rows: int) -> torch.Tensor:
         """Frontier rows `(B, k, drafted rows)` -> additive mask `(B, 1, k, true + drafted rows)`."""

@@ -1,26 +1,33 @@
 """Measures what rounds cost: forwards of the target over trees, levels of the draft."""
 
-import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
-from .cached_rows import crop
+from .cached_rows import crop, lengthen
 from .candidate_generator_confu import ConFuCandidateGenerator, log_softmax
 from .draft_tree import DraftTree
 from .grouped_attention import without_repeated_heads
 from .growing_cache import let_grow
-from .round_costs import DRAFT_ROWS, TARGET_ROWS, RoundCosts, in_steps, least_seconds
+from .round_costs import (
+    CONTEXT,
+    DRAFT_ROWS,
+    DRAFT_ROWS_LONG,
+    LONG_CONTEXT,
+    TARGET_ROWS,
+    TARGET_ROWS_LONG,
+    RoundCosts,
+    least_seconds,
+)
 from .rounds import AutomaticRounds
 from .target import TargetRunner, additive_mask, input_device
 
 
 logger = logging.get_logger(__name__)
-
-CONTEXT = 128
-"""Cached rows behind which forwards are measured."""
 
 
 @torch.no_grad()
@@ -29,57 +36,63 @@ def measure_round_costs(target: PreTrainedModel, draft: PreTrainedModel) -> tupl
     r"""
     The costs of rounds of this target and draft, with the threads of now; and whether the machine was quiet.
 
-    Takes about three seconds at most, or as long as ten single forwards of the target where those take longer. The
-    text is of one token; neither model, nor torch's random state, is changed.
+    Takes about three seconds at most, or as long as twenty single forwards of the target where those take longer. The
+    text is of one token, and a long one repeats the rows of a short one; neither model, nor torch's random state, is
+    changed.
     """
     logger.info("Measuring once what rounds cost with this target and draft on this machine.")
-    parts = _target_rounds(target, draft) | _draft_levels(target, draft)
+    config = target.config.get_text_config(decoder=True)
+    # A tree's leaf stands two positions behind the text.
+    most = max((getattr(config, "max_position_embeddings", None) or LONG_CONTEXT + 2) - 2, 1)
+    parts: dict[Any, Callable[[], None]] = {}
+    for context, target_rows, draft_rows in (
+        (min(CONTEXT, most), TARGET_ROWS, DRAFT_ROWS),
+        (min(LONG_CONTEXT, most), TARGET_ROWS_LONG, DRAFT_ROWS_LONG),
+    ):
+        rounds, levels = _target_rounds(target, draft, context), _draft_levels(target, draft, context)
+        parts |= {(context, "target", rows): partial(rounds, rows) for rows in target_rows}
+        parts |= {(context, "draft", rows): partial(levels, rows) for rows in draft_rows}
     seconds, is_quiet = least_seconds(parts, input_device(target))
-    step = seconds[f"target {TARGET_ROWS[0]}"]
-    costs = RoundCosts(
-        target_rows=TARGET_ROWS,
-        target_steps=in_steps((seconds[f"target {rows}"] for rows in TARGET_ROWS), TARGET_ROWS, step),
-        draft_rows=DRAFT_ROWS,
-        draft_steps=in_steps((seconds[f"draft {rows}"] for rows in DRAFT_ROWS), [math.inf] * len(DRAFT_ROWS), step),
-        step_seconds=step,
-    )
+    costs: RoundCosts | None = None
+    for context in sorted({context for context, *_ in parts}, reverse=True):
+        of_target, of_draft = (
+            {rows: taken for (behind, what, rows), taken in seconds.items() if (behind, what) == (context, of)}
+            for of in ("target", "draft")
+        )
+        costs = RoundCosts.of(of_target, of_draft, context=context, longer=costs)
+    assert costs is not None
     logger.info("Measured%s: %s.", "" if is_quiet else ", though the machine has other work", costs)
     return costs, is_quiet
 
 
-def _target_rounds(target: PreTrainedModel, draft: PreTrainedModel) -> dict[str, Callable[[], None]]:
-    """Verification of trees of so many nodes."""
+def _target_rounds(target: PreTrainedModel, draft: PreTrainedModel, context: int) -> Callable[[int], None]:
+    """Verification of trees of so many nodes behind so many tokens."""
     device = input_device(target)
-    positions = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None) or CONTEXT + 2
-    length = max(min(CONTEXT, positions - 2), 1)
     runner = TargetRunner(target, draft.config, draft.future_channel)
     cache = DynamicCache(config=target.config)
     target(
-        input_ids=torch.zeros(1, length, dtype=torch.long, device=device),
+        input_ids=torch.zeros(1, min(context, CONTEXT), dtype=torch.long, device=device),
         cache=cache,
         use_cache=True,
         return_dict=True,
     )
+    lengthen(cache, context)
     let_grow(cache)
-    visible = torch.ones(1, length, dtype=torch.bool, device=draft.device)
-    root_positions = torch.tensor([length], device=draft.device)
+    visible = torch.ones(1, context, dtype=torch.bool, device=draft.device)
+    root_positions = torch.tensor([context], device=draft.device)
     routed_by = torch.zeros(1, draft.config.taps_size, device=draft.device, dtype=draft.dtype)
 
-    def round_of(rows: int) -> Callable[[], None]:
+    def run(rows: int) -> None:
         tokens = torch.zeros(1, rows, dtype=torch.long, device=draft.device)
         tree = DraftTree.from_parents(tokens, torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.float32))
+        runner.verify(tree, None, routed_by, cache, root_positions, visible)
+        crop(cache, context)
 
-        def run() -> None:
-            runner.verify(tree, None, routed_by, cache, root_positions, visible)
-            crop(cache, length)
-
-        return run
-
-    return {f"target {rows}": round_of(rows) for rows in TARGET_ROWS}
+    return run
 
 
-def _draft_levels(target: PreTrainedModel, draft: PreTrainedModel) -> dict[str, Callable[[], None]]:
-    """Levels of so many nodes."""
+def _draft_levels(target: PreTrainedModel, draft: PreTrainedModel, context: int) -> Callable[[int], None]:
+    """Levels of so many nodes behind so many tokens."""
     generator = ConFuCandidateGenerator(draft, target)
     device = draft.device
     cache = DynamicCache(config=draft.config)
@@ -97,12 +110,11 @@ def _draft_levels(target: PreTrainedModel, draft: PreTrainedModel) -> dict[str, 
         )
         log_softmax(output.logits).topk(min(AutomaticRounds.branching, draft.config.draft_vocab_size))
 
-    def level_of(rows: int) -> Callable[[], None]:
-        def run() -> None:
-            level(rows, CONTEXT)
-            crop(cache, CONTEXT)
+    def run(rows: int) -> None:
+        level(rows, context)
+        crop(cache, context)
 
-        return run
-
-    level(CONTEXT, behind=0)
-    return {f"draft {rows}": level_of(rows) for rows in DRAFT_ROWS}
+    level(min(context, CONTEXT), behind=0)
+    lengthen(cache, context)
+    let_grow(cache)
+    return run

@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,8 +25,10 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-TARGET_ROWS = (1, 2, 4, 8, 16, 32, 64)
-DRAFT_ROWS = (1, 4, 8)
+CONTEXT, LONG_CONTEXT = 128, 2048
+"""Tokens behind which rounds are measured."""
+TARGET_ROWS, TARGET_ROWS_LONG = (1, 2, 4, 8, 16, 32, 64), (1, 4, 16, 64)
+DRAFT_ROWS, DRAFT_ROWS_LONG = (1, 4, 8), (1, 8)
 SECONDS = 3.0
 """Most time that a measurement takes, but for its first forwards."""
 MAX_REPEATS = 7
@@ -43,7 +45,9 @@ class RoundCosts:
         target_rows, target_steps (`tuple`): A forward over so many rows costs so many steps; the first is (1, 1.0).
         draft_rows, draft_steps (`tuple`): The same of a level of the draft, its head and the choice of children
             included.
-        step_seconds (`float`): One step, for people; no decision depends on it.
+        step_seconds (`float`): One step.
+        context (`int`): Tokens of text behind which these are the costs.
+        longer (`RoundCosts`, *optional*): The costs behind a longer text.
     """
 
     target_rows: tuple[int, ...]
@@ -51,6 +55,36 @@ class RoundCosts:
     draft_rows: tuple[int, ...]
     draft_steps: tuple[float, ...]
     step_seconds: float
+    context: int = CONTEXT
+    longer: "RoundCosts | None" = None
+
+    @classmethod
+    def of(cls, target: dict[int, float], draft: dict[int, float], **others: Any) -> "RoundCosts":
+        """Costs from seconds by rows. What falls with the rows, or exceeds what they cost one by one, is noise."""
+        step = target[1]
+        target_steps: list[float] = []
+        draft_steps: list[float] = []
+        for rows, seconds in target.items():
+            target_steps.append(max(min(seconds / step, float(rows)), *target_steps[-1:], 1.0))
+        for seconds in draft.values():
+            draft_steps.append(max(seconds / step, *draft_steps[-1:], 0.0))
+        return cls(tuple(target), tuple(target_steps), tuple(draft), tuple(draft_steps), step, **others)
+
+    def at(self, length: int) -> "RoundCosts":
+        """The costs behind a text of so many tokens: seconds grow with it in a straight line."""
+        if self.longer is None or length <= self.context:
+            return self
+        share = (length - self.context) / (self.longer.context - self.context)
+
+        def between(rows: int, cost: Callable[["RoundCosts", int], float]) -> float:
+            short, long = (costs.step_seconds * cost(costs, rows) for costs in (self, self.longer))
+            return short + share * max(long - short, 0.0)
+
+        return RoundCosts.of(
+            {rows: between(rows, RoundCosts.target) for rows in self.target_rows},
+            {rows: between(rows, RoundCosts.draft) for rows in self.draft_rows},
+            context=length,
+        )
 
     def __post_init__(self):
         for rows, steps in ((self.target_rows, self.target_steps), (self.draft_rows, self.draft_steps)):
@@ -63,6 +97,8 @@ class RoundCosts:
             )
             if not is_valid:
                 raise ValueError(f"{rows} rows cannot cost {steps} steps.")
+        if not 0 < self.step_seconds < math.inf or (self.longer and self.longer.context <= self.context):
+            raise ValueError(f"Behind {self.context} tokens a step cannot cost {self.step_seconds} seconds.")
 
     def target(self, rows: int) -> float:
         """Steps of a forward of the target over so many rows."""
@@ -81,8 +117,8 @@ class RoundCosts:
         target = ", ".join(f"{n}: {c:.2f}" for n, c in zip(self.target_rows, self.target_steps, strict=True))
         draft = ", ".join(f"{n}: {c:.2f}" for n, c in zip(self.draft_rows, self.draft_steps, strict=True))
         return (
-            f"one step takes {1000 * self.step_seconds:.1f} ms; steps of the target by rows {target}; "
-            f"of a draft level by rows {draft}"
+            f"behind {self.context} tokens one step takes {1000 * self.step_seconds:.1f} ms; steps of the target by "
+            f"rows {target}; of a draft level by rows {draft}" + ("" if self.longer is None else f"; {self.longer}")
         )
 
 
@@ -96,7 +132,7 @@ def _interpolated(rows: tuple[int, ...], steps: tuple[float, ...], count: int) -
     return max(steps[left] + slope * (count - rows[left]), steps[0])
 
 
-def least_seconds(parts: dict[str, Callable[[], Any]], device: torch.device) -> tuple[dict[str, float], bool]:
+def least_seconds(parts: dict[Any, Callable[[], Any]], device: torch.device) -> tuple[dict[Any, float], bool]:
     """
     Seconds of each part, the least of several rounds of all parts: other work on the machine only adds to them.
 
@@ -108,7 +144,7 @@ def least_seconds(parts: dict[str, Callable[[], Any]], device: torch.device) -> 
     for part in parts.values():
         part()  # the first of a shape may compile, allocate or fetch
     clock = time.thread_time if device.type == "cpu" else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    seconds: dict[Any, list[float]] = {name: [] for name in parts}
     begun, begun_thread = time.perf_counter(), time.thread_time()
     for repeat in range(MAX_REPEATS):
         for name, part in parts.items():
@@ -126,16 +162,6 @@ def least_seconds(parts: dict[str, Callable[[], Any]], device: torch.device) -> 
 def _wait_for(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize()
-
-
-def in_steps(seconds: Iterable[float], most_steps: Iterable[float], step: float) -> tuple[float, ...]:
-    """
-    Seconds in steps. What falls with the number of rows, or exceeds what it can be at most, is noise.
-    """
-    steps: list[float] = []
-    for value, most in zip(seconds, most_steps, strict=True):
-        steps.append(max(min(value / step, float(most)), *steps[-1:]) if steps else min(value / step, float(most)))
-    return tuple(steps)
 
 
 # --- the file
@@ -188,16 +214,16 @@ def read_costs(key: dict[str, Any]) -> RoundCosts | None:
         content = json.loads(costs_path(key).read_text(encoding="utf-8"))
         if content["key"] != json.loads(json.dumps(key)):
             return None
-        costs = content["costs"]
-        return RoundCosts(
-            target_rows=tuple(costs["target_rows"]),
-            target_steps=tuple(costs["target_steps"]),
-            draft_rows=tuple(costs["draft_rows"]),
-            draft_steps=tuple(costs["draft_steps"]),
-            step_seconds=float(costs["step_seconds"]),
-        )
+        return _as_costs(content["costs"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _as_costs(values: dict[str, Any]) -> RoundCosts:
+    """From what `asdict` made of them, and JSON of that."""
+    longer = values.pop("longer")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return RoundCosts(**values, longer=longer and _as_costs(longer))
 
 
 def write_costs(key: dict[str, Any], costs: RoundCosts, names: tuple[str, str] = ("", "")) -> None:

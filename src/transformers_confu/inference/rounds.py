@@ -20,8 +20,11 @@ class Rounds(Protocol):
     contemplates: bool
     """Whether any round may have contemplate rows."""
 
-    def depth(self, pending_rows: int) -> int:
-        """Longest path of drafted tokens, 0 in a plain round; `pending_rows`: true rows the draft has yet to read."""
+    def depth(self, pending_rows: int, length: int) -> int:
+        """
+        Longest path of drafted tokens, 0 in a plain round, behind a text of `length` tokens; `pending_rows` true rows
+        the draft has yet to read.
+        """
 
     def width(self, grower: TreeGrower) -> int:
         """How many of the grower's frontier nodes to expand; 0: the tree is grown."""
@@ -44,7 +47,7 @@ class FixedRounds:
         self.branching = knobs.branching
         self.contemplates = knobs.contemplation > 0
 
-    def depth(self, pending_rows: int) -> int:
+    def depth(self, pending_rows: int, length: int) -> int:
         # No deeper than a chain that fills the tree.
         return min(self.knobs.depth, self.knobs.tree_size - 1)
 
@@ -100,7 +103,7 @@ class AutomaticRounds:
     MEMORY = 0.75  # of the running mean of what drafting gained, per round
 
     def __init__(self, costs: RoundCosts, contemplation: int | None, future_gain: float):
-        self.costs = costs
+        self.costs_by_length = costs
         self.contemplation = contemplation
         self.future_gain = future_gain
         self.contemplates = contemplation != 0 and (contemplation is not None or future_gain > 0)
@@ -111,9 +114,10 @@ class AutomaticRounds:
         self.expanded, self.continued = self.PRIOR_WEIGHT, 0.6 * self.PRIOR_WEIGHT
         self.gain = 0.0
         self.pause, self.next_pause = 0, self.FIRST_PAUSE
-        self._start()
+        self._start(0)
 
-    def _start(self) -> None:
+    def _start(self, length: int) -> None:
+        self.costs = self.costs_by_length.at(length)
         self.levels = self.rows = 0
         self.cost = 0.0
         self.probabilities: list[float] = []
@@ -128,8 +132,8 @@ class AutomaticRounds:
         kind = bisect(self.CLASSES, -log_prob)
         return min(math.exp(log_prob) * self.accepted[kind] / self.expected[kind], 1.0)
 
-    def depth(self, pending_rows: int) -> int:
-        self._start()
+    def depth(self, pending_rows: int, length: int) -> int:
+        self._start(length)
         if self.pause > 0:
             self.pause -= 1
             return 0
