@@ -68,15 +68,12 @@ def regenerate(
     state is not touched.
 
     Args:
-        target: The model in evaluation mode; one that a draft can serve, see `check_target`.
-        tokenizer: Its tokenizer, with a chat template.
+        target: In evaluation mode; one that a draft can serve, see `check_target`.
         prompts: Rows of `id` and `prompt` or `turns`; see [`Conversation`].
         output_path: The `.jsonl` file, created if missing.
-        max_new_tokens: Longest answer, in tokens.
         batch_size: Conversations answered at once. Memory holds as many rows of the longest prompt and answer.
         max_prompt_length: Longer prompts (in tokens, template included) are skipped and counted.
         temperatures: One or more; 0 means greedy.
-        seed: Of the sampling.
 
     Raises:
         ValueError: a setting or a prompt is invalid, or the output holds answers that this call would not write.

@@ -69,17 +69,14 @@ def regenerate_served(
     """
     Let a served target answer prompts, and append each conversation to a JSONL file when it is answered.
 
-    Rows are those of `regenerate`, but that `made_with` holds the model's name on the server and `extra_body`, and
-    that `retokenized` is there if ids were made from text. Prompts take the temperatures in turn, each with a seed of
-    its own; other settings are the server's defaults unless `extra_body` says otherwise. The same call resumes an
-    interrupted one. Rows stand in the order in which they were answered.
+    Rows are those of `regenerate`, in the order in which they were answered, but that `made_with` holds the model's
+    name on the server and `extra_body`, and that `retokenized` is there if ids were made from text. Each prompt has a
+    seed of its own; other settings are the server's defaults unless `extra_body` says otherwise. The same call resumes
+    an interrupted one. What is not named below is as of [`regenerate`].
 
     Args:
         server: Base URL, such as `http://localhost:8000/v1`.
-        tokenizer: The target's, with a chat template.
-        rows, output_path, max_new_tokens, max_prompt_length, temperatures: As of [`regenerate`].
         model: Name of the model on the server. None asks the server, which must then serve just one.
-        seed: Of the sampling, as far as the server heeds it.
         concurrency: Requests under way at once.
         timeout: Seconds until a request counts as failed. Failed ones are repeated, with growing waits, as are those
             that find the server busy (429), failing (5xx) or out of reach.

@@ -16,19 +16,12 @@ from .batch import draft_rows
 
 @dataclass
 class Anchors:
-    r"""
-    Args:
-        positions (`torch.LongTensor` of shape `(batch, anchors)`): Token positions a that a contemplate row stands
-            behind. Padded; what padding computes is read by no draft row.
-        exists (`torch.BoolTensor` of shape `(batch, anchors)`): False on padding.
-        routed_by (`torch.LongTensor` of shape `(batch, anchors)`): Position whose taps route the `[con]` of the row.
-        of_row (`torch.LongTensor` of shape `(batch, length)`): For each draft row the index of its anchor, or -1.
-    """
+    """The anchors of a batch; K of a text, padded, and what padding computes is read by no draft row."""
 
-    positions: torch.LongTensor
-    exists: torch.BoolTensor
-    routed_by: torch.LongTensor
-    of_row: torch.LongTensor
+    positions: torch.LongTensor  # (B, K): of the tokens that a contemplate row stands behind
+    exists: torch.BoolTensor  # (B, K): False on padding
+    routed_by: torch.LongTensor  # (B, K): position whose taps route the `[con]` of the row
+    of_row: torch.LongTensor  # (B, T): for each draft row the index of its anchor, or -1
 
 
 @dataclass(frozen=True)

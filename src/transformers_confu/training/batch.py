@@ -114,13 +114,7 @@ class ConFuDataCollator:
 
 @dataclass
 class TokenBatch:
-    r"""
-    A batch as the objectives read it.
-
-    Args:
-        input_ids, attention_mask, labels (`torch.LongTensor` of shape `(batch, length)`): Padded on the right; labels
-            are -100 outside of answers.
-    """
+    """A batch as the objectives read it, `(B, T)` each: padded on the right, labels -100 outside of answers."""
 
     input_ids: torch.LongTensor
     attention_mask: torch.LongTensor

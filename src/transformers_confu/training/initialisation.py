@@ -31,9 +31,9 @@ def warm_start(
     normalise them, or neither does); `fc` starts as the highest tap. What could not be taken over is logged.
 
     Args:
-        target ([`PreTrainedModel`]): The target. Where its modules are not named as Llama's, less is taken over.
+        target: Where its modules are not named as Llama's, less is taken over.
         draft_token_ids (`torch.LongTensor` of shape `(draft_vocab_size,)`): See [`build_draft_vocabulary`].
-        config ([`ConFuConfig`], *optional*): Defaults to [`ConFuConfig.from_target`].
+        config: Defaults to [`ConFuConfig.from_target`].
         soft_prompt_ids (`torch.LongTensor` of shape `(num_soft_prompts,)`, *optional*): A text whose keys and values
             in the target become the soft prompts; random ones without it.
     """

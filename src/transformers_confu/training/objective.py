@@ -26,17 +26,11 @@ class Objective:
 
 @dataclass
 class Recipe:
-    r"""
-    How a draft is trained, beside its data.
+    """How a draft is trained, beside its data."""
 
-    Args:
-        num_steps, decay: TTT steps, and the weight of step s as `decay ** s`.
-        loss: Name of one of `LOSSES`.
-    """
-
-    num_steps: int
-    decay: float
-    loss: str = "kl"
+    num_steps: int  # of TTT
+    decay: float  # step s weighs decay ** s
+    loss: str = "kl"  # one of `LOSSES`
 
 
 def compute_live(

@@ -55,27 +55,18 @@ def read_batch(
 
 @dataclass
 class Teaching:
-    r"""
+    """
     What the target says about a batch.
 
     Position j of the target says what token j + 1 should be. The M positions that teach some draft row are numbered
     through the batch, row by row.
-
-    Args:
-        taps (`torch.FloatTensor` of shape `(batch, length, taps_size)`): The target's taps.
-        probabilities (`torch.FloatTensor` of shape `(M, draft_vocab_size)`): The target's distribution within the
-            draft vocabulary, each row summing to 1.
-        out_of_vocabulary_mass (`torch.FloatTensor` of shape `(M,)`): Its probability of all other tokens.
-        entropies (`torch.FloatTensor` of shape `(M,)`): Of the distribution within the draft vocabulary: what
-            cross-entropy has over KL divergence.
-        best_tokens (`torch.LongTensor` of shape `(M,)`): Its likeliest token of all.
     """
 
-    taps: torch.Tensor
-    probabilities: torch.Tensor
-    out_of_vocabulary_mass: torch.Tensor
-    entropies: torch.Tensor
-    best_tokens: torch.LongTensor
+    taps: torch.Tensor  # (B, T, taps_size)
+    probabilities: torch.Tensor  # (M, Vd): its distribution within the draft vocabulary, each row summing to 1
+    out_of_vocabulary_mass: torch.Tensor  # (M,): its probability of all other tokens
+    entropies: torch.Tensor  # (M,): within the draft vocabulary; what cross-entropy has over KL divergence
+    best_tokens: torch.LongTensor  # (M,): its likeliest token of all
 
 
 @torch.no_grad()
