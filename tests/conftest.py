@@ -4,7 +4,6 @@ import atexit
 import os
 import shutil
 import tempfile
-from functools import partial
 
 
 # Before transformers is imported, which reads them once.
@@ -18,7 +17,6 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="confu-tests-")
 import pytest
 import torch
 
-from helpers import make_tiny_target
 from transformers_confu.common.loading import load_target
 from transformers_confu.inference import decoding
 from transformers_confu.inference.round_costs import DRAFT_ROWS, TARGET_ROWS, RoundCosts
@@ -60,18 +58,6 @@ def known_costs(monkeypatch):
 def smollm2():
     """The real target in fp32 and its tokenizer. Shared: a test that changes either must undo it. Mark it `slow`."""
     return load_target("demo", torch.float32, "cpu")
-
-
-@pytest.fixture
-def tiny_llama():
-    """Factory of tiny Llama targets, see `make_tiny_target`."""
-    return partial(make_tiny_target, "llama")
-
-
-@pytest.fixture
-def tiny_qwen3():
-    """Factory of tiny Qwen3 targets, see `make_tiny_target`."""
-    return partial(make_tiny_target, "qwen3")
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Tiny random targets: the logic of decoding in milliseconds, in fp64, where a difference is a fault, not rounding."""
 
+import runpy
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -100,6 +102,12 @@ def letter_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def example_models() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The tiny target and tokenizer of the examples, which have a chat template."""
+    made = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "_targets.py"))
+    return made["tiny_target"](), made["tiny_tokenizer"]()
 
 
 def rotate(keys: torch.Tensor, position: int, theta: float = 10000.0) -> torch.Tensor:

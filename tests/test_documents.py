@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import example_models
 from transformers_confu import ConFuConfig, ConFuDraftModel
 from transformers_confu.cli import COMMANDS, main
 from transformers_confu.publishing.model_card import CardFacts
@@ -37,11 +38,7 @@ def blocks(path: Path, language: str) -> list[str]:
 def workplace(tmp_path_factory) -> Path:
     """A folder where the names that snippets use are tiny models and a few rows of data."""
     folder = tmp_path_factory.mktemp("documents")
-    sys.path.insert(0, str(ROOT / "examples"))
-    from _targets import tiny_target, tiny_tokenizer
-
-    sys.path.pop(0)
-    target, tokenizer = tiny_target(), tiny_tokenizer()
+    target, tokenizer = example_models()
     torch.manual_seed(0)
     draft = ConFuDraftModel(ConFuConfig.from_target(target.config))
     for name in ("org/target", "HuggingFaceTB/SmolLM2-135M-Instruct"):

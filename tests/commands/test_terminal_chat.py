@@ -1,13 +1,11 @@
 """`Chat` and the command around it: every answer is the one that plain `generate` gives to the whole conversation."""
 
 import builtins
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from helpers import make_tiny_draft, make_tiny_target
+from helpers import example_models, make_tiny_draft, make_tiny_target
 from transformers_confu import cli
 from transformers_confu.commands import chat as chat_module
 from transformers_confu.commands.chat import Chat, converse
@@ -21,14 +19,10 @@ FIRST = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.fixture
-def models(monkeypatch):
+def models():
     """The tiny target and tokenizer of the examples, whose chat template this is about, and a draft."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
-    from _targets import tiny_target, tiny_tokenizer
-
-    target = tiny_target().double()
-    yield target, tiny_tokenizer(), make_tiny_draft(target)
-    sys.modules.pop("_targets")
+    target, tokenizer = example_models()
+    return target.double(), tokenizer, make_tiny_draft(target)
 
 
 def plain_answer(target, tokenizer, ids: list[int]) -> list[int]:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from eagle3_source import Source
+from helpers import example_models
 from transformers_confu import ConFuDraftModel
 from transformers_confu.cli import main
 
@@ -23,10 +24,7 @@ TINY = "--use_cpu=True --report_to=none --disable_tqdm=True --max_steps=2 --toke
 @pytest.fixture
 def guide(tmp_path, monkeypatch) -> str:
     """The guide, with folders of this test for the names in it, in whose folder the test runs."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    from _targets import tiny_target, tiny_tokenizer
-
-    target, tokenizer = tiny_target(), tiny_tokenizer()
+    target, tokenizer = example_models()
     config = target.config
     target.save_pretrained(tmp_path / "target")
     tokenizer.save_pretrained(tmp_path / "target")
@@ -37,7 +35,6 @@ def guide(tmp_path, monkeypatch) -> str:
         for number in range(12):
             print(json.dumps({"prompt": f"question {number}", "answer_ids": [*range(40, 60 + number)]}), file=file)
     monkeypatch.chdir(tmp_path)
-    sys.modules.pop("_targets")
     text = (ROOT / "docs" / "migrate_from_eagle3.md").read_text(encoding="utf-8")
     return text.replace("yuhuili/EAGLE3-LLaMA3.1-Instruct-8B", "source").replace(
         "meta-llama/Llama-3.1-8B-Instruct", "target"

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -16,7 +15,7 @@ from transformers import AutoModel
 from transformers.utils import logging
 
 import transformers_confu
-from helpers import make_tiny_draft, make_tiny_target
+from helpers import example_models, make_tiny_draft, make_tiny_target
 from hub_stand_in import HubServer
 from transformers_confu import cli, confu_generation_config
 from transformers_confu.inference.target import TargetRunner
@@ -37,12 +36,8 @@ PROMPTS = ["One prompt.", "And another one."]
 
 
 @pytest.fixture
-def tokenizer(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
-    from _targets import tiny_tokenizer
-
-    yield tiny_tokenizer()
-    sys.modules.pop("_targets")
+def tokenizer():
+    return example_models()[1]
 
 
 @pytest.fixture
