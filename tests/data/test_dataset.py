@@ -466,14 +466,6 @@ def test_a_date_in_a_template_does_not_follow_the_clock():
         assert tokenizer.decode(ids).startswith(TEMPLATE_DATE.strftime("%d %b %Y") + "<|im_start|>user")
 
 
-def test_malformed_rows_may_be_skipped():
-    rows = [*rows_of_prompts(["a", "b"]), {"prompt": "c", "answer_ids": [999_999]}, {"text": "d"}]
-    report = DatasetReport()
-    dataset = prepare_dataset(rows, byte_tokenizer(), 100, skip_malformed=True, report=report)
-    assert dataset.to_list() == prepare_dataset(rows[:2], byte_tokenizer(), 100).to_list()
-    assert (report.rows_in, report.rows_dropped) == (4, 2)
-
-
 def test_other_forms_of_a_conversation():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": ""}]
     expected = prepare_dataset([{"messages": [USER, ANSWER]}], byte_tokenizer(), 100)[0]

@@ -16,13 +16,10 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from .encoding import FEATURES, IGNORE_INDEX, MalformedRow, RowEncoder
 from .rows import load_rows
 
-
-logger = logging.get_logger(__name__)
 
 # Of all prompts, those that training never sees. One share and one seed everywhere, so that the answers of one prompt
 # are on the same side in every file, every stage and every published dataset.
@@ -40,15 +37,15 @@ class DatasetReport:
 
     rows_in: int = 0  # read
     rows_kept: int = 0  # of the prepared dataset
-    rows_dropped: int = 0  # read, but without an assistant token within the maximum length, or malformed and skipped
+    rows_dropped: int = 0  # read, but without an assistant token within the maximum length
     answers_cut: int = 0  # kept, but an assistant token was lost to the maximum length
     tokens: int = 0  # of the kept rows
     assistant_tokens: int = 0  # of the kept rows, with another label than -100
 
     def __str__(self) -> str:
         return (
-            f"rows: {self.rows_kept:,} made of {self.rows_in:,}; dropped, malformed or without an assistant token in "
-            f"the maximum length: {self.rows_dropped:,}\n"
+            f"rows: {self.rows_kept:,} made of {self.rows_in:,}; dropped, without an assistant token in the "
+            f"maximum length: {self.rows_dropped:,}\n"
             f"tokens: {self.tokens:,}, of which the assistant wrote {self.assistant_tokens:,}\n"
             f"answers cut at the maximum length: {self.answers_cut:,}"
         )
@@ -61,7 +58,6 @@ def prepare_dataset(
     *,
     vocab_size: int | None = None,
     made_by: str | None = None,
-    skip_malformed: bool = False,
     num_proc: int | None = None,
     report: DatasetReport | None = None,
 ) -> Dataset:
@@ -94,22 +90,15 @@ def prepare_dataset(
         max_length: Longest row, in tokens.
         vocab_size: The target's vocabulary size, the bound of given ids. Defaults to the tokenizer's.
         made_by: Refuse answers that say they were made by another target than this `fingerprint_of_target`.
-        skip_malformed: Leave malformed rows out, each with a warning, rather than end at the first.
         num_proc: Processes that tokenise. By default up to 8 for many rows.
-        report: A new one, filled in with what was kept, cut and dropped; also logged at level INFO.
+        report: A new one, filled in with what was kept, cut and dropped.
 
     Raises:
         ValueError: a row is malformed (the message names it), the chat template cannot be used, or nothing is left.
     """
     if max_length < 2:
         raise ValueError(f"max_length is {max_length}, expected at least 2 tokens: one to read, one to predict.")
-    encoder = RowEncoder(
-        tokenizer,
-        max_length,
-        len(tokenizer) if vocab_size is None else vocab_size,
-        made_by,
-        skip_malformed,
-    )
+    encoder = RowEncoder(tokenizer, max_length, len(tokenizer) if vocab_size is None else vocab_size, made_by)
     sources = _sources(rows)
     prepared = [_tokenise(dataset, name, encoder, num_proc) for name, dataset in sources if len(dataset)]
     report = DatasetReport() if report is None else report
@@ -119,7 +108,6 @@ def prepare_dataset(
             f"None of {report.rows_in} rows holds an assistant token among its first {max_length}: give rows with "
             "assistant answers, and a max_length above their prompts."
         )
-    logger.info("Prepared the training data.\n%s", report)
     return concatenate_datasets([part.remove_columns(_ONLY_FOR_THE_REPORT) for part in prepared])
 
 

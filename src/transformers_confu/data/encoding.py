@@ -11,13 +11,10 @@ from typing import Any
 import transformers
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from . import chat_template
 from .chat_template import TEMPLATE_FIELDS, ChatTemplate, Messages, check_messages, encode_prompt
 
-
-logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
 
@@ -55,7 +52,6 @@ class RowEncoder:
     max_length: int
     vocab_size: int
     made_by: str | None
-    skip_malformed: bool = False
 
     def fingerprint(self) -> str:
         """Hash of all that the outcome depends on besides the rows, this code included."""
@@ -67,7 +63,7 @@ class RowEncoder:
             state = tokenizer.get_vocab()
         parts = (
             *(type(tokenizer).__name__, state, tokenizer.chat_template, tokenizer.special_tokens_map),
-            *(self.max_length, self.vocab_size, self.made_by, self.skip_malformed),
+            *(self.max_length, self.vocab_size, self.made_by),
             transformers.__version__,
             *_CODE,
         )
@@ -81,11 +77,7 @@ class RowEncoder:
             try:
                 encoded, hashed_prompt = self._encode(row), self._prompt_hash(row)
             except ValueError as error:
-                sentence = f"Row {index}{f' of {name}' if name else ''}: {error}"
-                if not self.skip_malformed:
-                    raise MalformedRow(sentence) from error
-                logger.warning("Left out. %s", sentence)
-                continue
+                raise MalformedRow(f"Row {index}{f' of {name}' if name else ''}: {error}") from error
             is_first = True
             for input_ids, labels in encoded:
                 kept = _count_assistant(labels[: self.max_length])
