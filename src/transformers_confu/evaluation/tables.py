@@ -212,7 +212,8 @@ def memory_table(comparisons: list[Comparison]) -> Table:
         "Rows per forward, and memory in MiB",
         "Nodes (the root is one) and contemplate rows: means over the rounds. Keys and values of the longest text: "
         "the target's, the draft's, and what a round adds to the target's until it is compacted (tree nodes, "
-        "contemplate rows, soft prompts). Peak: most memory in use on a GPU during a call, all weights included.",
+        "contemplate rows, soft prompts). Peak, where it was measured: most memory in use during a call, all weights "
+        "included; on a CPU, of the whole process.",
         _rows(comparisons, cells, drafts_only=False),
         folded=True,
     )
