@@ -11,6 +11,7 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     LlamaForCausalLM,
+    StaticCache,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -120,10 +121,17 @@ IN_A = [
     ({"use_mtp": True}, "`use_mtp=True` asks for another source of guesses than the draft that is given"),
     ({"assistant_tokenizer": object(), "tokenizer": object()}, "`assistant_tokenizer` is not required"),
     # Caches
-    ({"cache_implementation": "static"}, "got a StaticCache; leave"),
+    (
+        {"cache_implementation": "offloaded_static"},
+        "or a StaticCache without windows, got an offloaded StaticCache; leave `cache_implementation`",
+    ),
+    (
+        {"cache": StaticCache(make_tiny_target().config, max_cache_len=7)},
+        "The static cache holds 7 tokens at most, but the text may need 8; make it larger (`max_cache_len`), or",
+    ),
     (
         {"cache": DynamicCache(offloading=True)},
-        "ConFu decoding needs a plain, non-offloaded DynamicCache that is like the target's layers, got an offloaded",
+        "ConFu decoding needs a plain, non-offloaded DynamicCache that is like the target's layers, or a StaticCache",
     ),
     (
         {"cache": cache_of(*(QuantisedLayer() for _ in range(5)))},
@@ -172,7 +180,7 @@ IN_B = [
     ({"use_cache": False}, "requires `use_cache=True`"),
     (mask(0, 1, 1, 1, 1, 1, 1), "`attention_mask` covers 7 tokens, but the inputs are 5"),
     ({"prompt_lookup_num_tokens": 3}, "`prompt_lookup_num_tokens=3` asks for another source of guesses"),
-    ({"cache_implementation": "static"}, "got a StaticCache; leave"),
+    ({"cache_implementation": "offloaded_static"}, "got an offloaded StaticCache; leave"),
     (
         {"draft": {"vocab_size": 98}},
         "The draft was made for a target with `vocab_size=98`, but LlamaForCausalLM has 97; load the target named",
@@ -244,6 +252,15 @@ def test_a_target_with_other_heads_is_refused_before_the_prompt(llama):
         generate(llama, draft, PROMPT.repeat(1, 4))
     handle.remove()
     assert [kwargs["input_ids"].shape[1] for kwargs in lengths] == [4, 1, 1, 1]
+
+
+def test_static_caches_have_no_windows():
+    target = make_tiny_target("windows")
+    draft = make_tiny_draft(target)
+    with pytest.raises(ValueError, match="got a StaticCache with layers of type StaticSlidingWindowLayer; leave"):
+        generate(target, draft, cache_implementation="static")
+    with pytest.raises(ValueError, match="got a StaticCache for layers with windows 6, None; leave"):
+        generate(target, draft, cache=StaticCache(make_tiny_target().config, max_cache_len=64))
 
 
 def test_latent_attention_has_no_place_for_soft_prompts():

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from .configuration_confu import size_of
+from .fixed_cache import FixedLayer
 
 
 def layer_windows(target_config: PreTrainedConfig) -> list[int | None]:
@@ -43,6 +44,8 @@ def filled_layers(cache: DynamicCache) -> list[DynamicLayer]:
 
 def rows_held(layer: DynamicLayer) -> int:
     """Rows of the text that a layer holds."""
+    if isinstance(layer, FixedLayer):
+        return layer.get_seq_length()
     return layer.keys.shape[-2] if layer.is_initialized else 0
 
 
@@ -60,8 +63,11 @@ def first_row_held(layer: DynamicLayer) -> int:
 def crop(cache: DynamicCache, length: int) -> None:
     """Cut every layer to the first `length` rows of the text, also where layers differ in length."""
     for layer in filled_layers(cache):
-        kept = max(length - first_row_held(layer), 0)
-        layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
+        if isinstance(layer, FixedLayer):
+            layer.used = length - layer.capacity
+        else:
+            kept = max(length - first_row_held(layer), 0)
+            layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
 
 
 def lengthen(cache: DynamicCache, length: int) -> None:

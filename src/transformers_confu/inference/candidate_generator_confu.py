@@ -1,5 +1,8 @@
 """The proposing side of decoding: keeps the draft's state for one text and grows trees from it."""
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +11,12 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import CandidateGenerator
 from transformers.utils import ModelOutput
 
-from .cached_rows import filled_layers
+from .cached_rows import crop, filled_layers
 from .draft_tree import DraftTree, TreeGrower
+from .fixed_cache import FixedRoom, keep_rows
 from .growing_cache import let_grow
 from .knobs import ConFuKnobs
-from .rounds import FixedRounds, Rounds
+from .rounds import EqualRounds, FixedRounds, Rounds
 from .target import additive_mask, input_device, main_stream, position_table_size
 
 
@@ -30,6 +34,11 @@ class TrueRows:
     inputs_embeds: torch.Tensor
     taps: torch.Tensor
     position_ids: torch.LongTensor
+
+    def padded(self, count: int) -> "TrueRows":
+        """`count` rows: these, and the newest as often as need be."""
+        rows = torch.arange(count, device=self.taps.device).clamp(max=self.taps.shape[1] - 1)
+        return TrueRows(*(states[:, rows] for states in vars(self).values()))
 
 
 @dataclass
@@ -104,6 +113,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
         self._num_positions = position_table_size(target)
         self._cache = DynamicCache(config=draft.config)
         self._pending: list[TrueRows] = []
+        self._fixed: FixedRoom | None = None
 
     def embed(self, token_ids: torch.LongTensor) -> torch.Tensor:
         """Token ids of any shape -> embeddings on the draft's device and dtype."""
@@ -119,11 +129,6 @@ class ConFuCandidateGenerator(CandidateGenerator):
         """Keys and values of the true rows stored so far."""
         return self._cache
 
-    @property
-    def last_taps(self) -> torch.Tensor:
-        """Taps of the newest token with a true hidden state, `(B, taps_size)`."""
-        return self._pending[-1].taps[:, -1]
-
     def propose(
         self, root_tokens: torch.LongTensor, rounds: Rounds, max_depth: int, future_states: torch.Tensor | None
     ) -> DraftTree:
@@ -138,6 +143,8 @@ class ConFuCandidateGenerator(CandidateGenerator):
                 without it the draft runs in EAGLE-3 mode.
         """
         root_tokens = root_tokens.to(self._token_ids.device)
+        if self._fixed is not None:
+            max_depth = sys.maxsize  # all trees have one shape
         pending_rows = sum(row.taps.shape[1] for row in self._pending)
         length = self._cache.get_seq_length() + pending_rows
         depth = min(rounds.depth(pending_rows, length), max_depth) if max_depth > 0 else 0
@@ -145,13 +152,41 @@ class ConFuCandidateGenerator(CandidateGenerator):
             rounds.tree_size(None)
             return DraftTree.root_only(root_tokens)
 
-        last_taps, last_position = self.last_taps, self._pending[-1].position_ids[:, -1:]
+        rows = self._take_pending()
+        if self._fixed is None:
+            tree = self._grow(root_tokens, rows, None, future_states, rounds, depth)
+        else:
+            count = rows.taps.shape[1]
+            lengths = torch.tensor([self._fixed.length, count], device=root_tokens.device)
+            rows = rows.padded(self._fixed.most_kept)
+            tree = self._compiled_grow(root_tokens, rows, lengths, future_states, rounds, depth)
+            self._fixed.length += count
+        return tree
+
+    def _grow(
+        self,
+        root_tokens: torch.LongTensor,
+        rows: TrueRows,
+        lengths: torch.LongTensor | None,
+        future_states: torch.Tensor | None,
+        rounds: Rounds,
+        depth: int,
+    ) -> DraftTree:
+        """
+        Store true rows and grow a tree behind the last of them. In a room of fixed shape there are `lengths` `(2,)`:
+        how many rows of the text there are, and how many of the given ones are not just copies of the newest.
+        """
+        # The newest row stands last, and sees the first of its copies in its own place, as the rows below it do.
+        seen = None if lengths is None else self._fixed.seen(lengths)
+        last_taps, last_position = rows.taps[:, -1], rows.position_ids[:, -1:]
         future = None
         if future_states is not None:
             future = self.draft.future(future_states[:, None], self.draft.fuse_taps(last_taps)[:, None])
-        output = self._extend(future)
+        output = self._extend(rows, future, seen)
         grower = TreeGrower(log_softmax(output.logits[:, -1]), rounds.branching)
         features, num_true_rows = output.features, self._cache.get_seq_length()
+        if seen is None:
+            seen = torch.ones(1, num_true_rows, dtype=torch.bool, device=features.device)
         for level in range(1, depth):
             width = rounds.width(grower)
             if width == 0:
@@ -163,23 +198,48 @@ class ConFuCandidateGenerator(CandidateGenerator):
                 inputs_embeds=self.embed(frontier_tokens),
                 features=features.gather(1, parents),
                 position_ids=(last_position + level).expand_as(frontier_tokens),
-                attention_mask=self._tree_mask(grower.frontier_ancestors, num_true_rows),
+                attention_mask=self._tree_mask(grower.frontier_ancestors, seen),
                 cache=self._cache,
                 future=future,
             )
             features = output.features
             grower.expand(log_softmax(output.logits))
-        self._cache.crop(num_true_rows - self._cache.get_seq_length())  # drafted features are no true ones
+        if lengths is None:
+            crop(self._cache, num_true_rows)  # drafted features are no true ones
+        else:
+            keep_rows(self._cache, lengths[:1], torch.arange(rows.taps.shape[1], device=lengths.device))
         return grower.tree(root_tokens, self._token_ids, rounds.tree_size(grower))
 
-    def _extend(self, future: Any):
-        """Store the pending true rows; output of the newest, which starts the tree."""
+    @contextmanager
+    def fixed_room(self, rounds: EqualRounds, compiled: Callable[[Callable], Callable]) -> Iterator[None]:
+        """Keep the draft's rows in a [`FixedRoom`] for a while, and compile what grows trees."""
+        if len(self._pending) > 1:
+            newest = self._pending.pop()
+            self._extend(self._take_pending())
+            self._pending = [newest]
+        if not self._cache.layers[0].is_initialized:  # a text of one token
+            shape = (1, self.draft.config.num_key_value_heads, 0, self.draft.config.head_dim)
+            nothing = torch.empty(shape, device=self.draft.device, dtype=self.draft.dtype)
+            self._cache.update(nothing, nothing, 0)
+        new_rows = rounds.longest_path * (1 + rounds.branching)
+        self._compiled_grow = compiled(self._grow)
+        with FixedRoom(self._cache, rounds.capacity, rounds.longest_path, new_rows, compiled) as self._fixed:
+            yield
+
+    def _take_pending(self) -> TrueRows:
         rows, self._pending = self._pending, []
+        return TrueRows(
+            *(torch.cat(states, dim=1) for states in zip(*(vars(row).values() for row in rows), strict=True))
+        )
+
+    def _extend(self, rows: TrueRows, future: Any = None, seen: torch.BoolTensor | None = None):
+        """Store true rows; output of the newest, which sees all of them, or `seen`, and starts the tree."""
         is_first = self._cache.get_seq_length() == 0
         output = self.draft(
-            inputs_embeds=torch.cat([row.inputs_embeds for row in rows], dim=1),
-            features=self.draft.fuse_taps(torch.cat([row.taps for row in rows], dim=1)),
-            position_ids=torch.cat([row.position_ids for row in rows], dim=1),
+            inputs_embeds=rows.inputs_embeds,
+            features=self.draft.fuse_taps(rows.taps),
+            position_ids=rows.position_ids,
+            attention_mask=None if seen is None else additive_mask(seen[:, None], like=self.draft.norm.weight),
             cache=self._cache,
             future=future,
             num_queries=1,
@@ -188,10 +248,10 @@ class ConFuCandidateGenerator(CandidateGenerator):
             let_grow(self._cache)
         return output
 
-    def _tree_mask(self, ancestors: torch.BoolTensor, num_true_rows: int) -> torch.Tensor:
+    def _tree_mask(self, ancestors: torch.BoolTensor, seen: torch.BoolTensor) -> torch.Tensor:
         """Frontier rows `(B, k, drafted rows)` -> additive mask `(B, 1, k, true + drafted rows)`."""
-        sees = torch.nn.functional.pad(ancestors, (num_true_rows, 0), value=True)
-        return additive_mask(sees, like=self.draft.norm.weight)
+        seen = seen[:, None].expand(-1, ancestors.shape[1], -1)
+        return additive_mask(torch.cat([seen, ancestors], dim=-1), like=self.draft.norm.weight)
 
     def restore(self, state: CarriedState, next_embeds: torch.Tensor) -> None:
         """Continue from a carried state; `next_embeds` `(B, 1, H)` embeds the token after the newest cached one."""
@@ -203,7 +263,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
     ) -> CarriedState:
         """The state to put on `target_cache`, whose newest token has these taps and position (see the fields)."""
         if self._pending:
-            self._extend(future=None)
+            self._extend(self._take_pending())
         return CarriedState(
             draft_id=self.draft.instance_id,
             length=target_cache.get_seq_length(),

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from .cached_rows import cache_windows, filled_layers, layer_windows, rows_held
+from .cached_rows import cache_windows, filled_layers, layer_windows
 from .configuration_confu import STATIC_TARGET_ROPE_TYPES, ConFuConfig, rope_of
 from .soft_prompts import KeyRotation
 
@@ -196,21 +196,25 @@ def check_cache(cache: Any, config: ConFuConfig, target: PreTrainedModel, contem
 
     The type of each layer must be `DynamicLayer` itself, or `DynamicSlidingWindowLayer` where the target has that
     window: other subclasses store rows quantised, offloaded or indexed. A cache may be of a class of the user's, but
-    only with the `update` of `DynamicCache`, in whose place the rows of a round are stored. Soft prompts need a place
-    in it only if the call `contemplates`.
+    only with the `update` of `Cache`, in whose place the rows of a round are stored. Soft prompts need a place
+    in it only if the call `contemplates`. A static cache without windows is copied, see `fixed_cache`.
     """
     found = f"{'an offloaded' if getattr(cache, 'offloading', False) else 'a'} {type(cache).__name__}"
-    if isinstance(cache, DynamicCache) and not cache.offloading:
-        own_layers = [layer for layer in cache.layers if type(layer) is not DummyLayer]
-        foreign_layers = {type(layer) for layer in own_layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    if isinstance(cache, (DynamicCache, StaticCache)) and not cache.offloading:
+        is_static = isinstance(cache, StaticCache)
+        known = {StaticLayer} if is_static else {DynamicLayer, DynamicSlidingWindowLayer}
+        own_layers = [layer for layer in cache.layers if is_static or type(layer) is not DummyLayer]
+        foreign_layers = {type(layer) for layer in own_layers} - known
         windows = cache_windows(target.config)
-        cached = [layer.sliding_window if layer.is_sliding else None for layer in own_layers]
-        if type(cache).update is not DynamicCache.update or "update" in vars(cache):
+        cached = [getattr(layer, "sliding_window", None) for layer in own_layers]
+        if type(cache).update is not Cache.update or "update" in vars(cache):
             found = f"a {type(cache).__name__} with an `update` of its own"
         elif foreign_layers:
             found = (
                 f"a {type(cache).__name__} with layers of type {', '.join(sorted(t.__name__ for t in foreign_layers))}"
             )
+        elif is_static and any(windows):
+            found = f"a StaticCache for layers with windows {_in_short(windows)}"
         elif any(cached) and cached != windows:
             found = (
                 f"a {type(cache).__name__} whose layers have windows {_in_short(cached)}, where those of the target "
@@ -220,9 +224,20 @@ def check_cache(cache: Any, config: ConFuConfig, target: PreTrainedModel, contem
             _check_cached_layers(cache, config, len(windows), contemplates)
             return
     raise ValueError(
-        f"ConFu decoding needs a plain, non-offloaded DynamicCache that is like the target's layers, got {found}; "
-        "leave `cache_implementation` and `cache` unset, or pass `DynamicCache(config=target.config)`."
+        "ConFu decoding needs a plain, non-offloaded DynamicCache that is like the target's layers, or a StaticCache "
+        f"without windows, got {found}; leave `cache_implementation` and `cache` unset, or pass "
+        "`DynamicCache(config=target.config)`."
     )
+
+
+def check_capacity(cache: StaticCache, max_length: int) -> None:
+    """Refuse a static cache that is full before the text is as long as it may be."""
+    capacity, needed = cache.get_max_length(), max_length - 1  # the last token of a text is never cached
+    if capacity < needed:
+        raise ValueError(
+            f"The static cache holds {capacity} tokens at most, but the text may need {needed}; make it larger "
+            "(`max_cache_len`), or generate less (`max_new_tokens`)."
+        )
 
 
 def _in_short(windows: list[int | None]) -> str:
@@ -230,10 +245,10 @@ def _in_short(windows: list[int | None]) -> str:
     return ", ".join(dict.fromkeys(str(window) for window in windows))
 
 
-def _check_cached_layers(cache: DynamicCache, config: ConFuConfig, num_layers: int, contemplates: bool) -> None:
+def _check_cached_layers(cache: Cache, config: ConFuConfig, num_layers: int, contemplates: bool) -> None:
     """Compare the rows of a cache that has some with the target's layers that cache, `num_layers`, and with the
     draft's soft prompts, which become rows of it."""
-    filled = [layer for layer in filled_layers(cache) if rows_held(layer) > 0]
+    filled = [layer for layer in filled_layers(cache) if layer.get_seq_length() > 0]
     if filled and len(filled) != num_layers:
         raise ValueError(
             f"The target has {num_layers} layers that cache, but caches keys and values of {len(filled)}, as targets "

@@ -4,13 +4,14 @@ One round: extend the draft with what the target computed, grow a tree, verify i
 also contemplates, walk the tree along the target's own choices, keep the rows of the path.
 """
 
+import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
@@ -24,14 +25,15 @@ from transformers.utils import ModelOutput
 from .cached_rows import cache_bytes, crop, first_row_held, row_bytes, way_back
 from .call_statistics import ConFuStatistics
 from .candidate_generator_confu import CarriedState, ConFuCandidateGenerator
-from .checks import check_cache, check_call, check_evaluation_mode, check_future_channel, check_target
+from .checks import check_cache, check_call, check_capacity, check_evaluation_mode, check_future_channel, check_target
 from .draft_tree import DraftTree
+from .fixed_cache import FixedRoom, compiled_by, hand_back, not_compiled, rows_of
 from .grouped_attention import without_repeated_heads
 from .growing_cache import room_to_grow
 from .knobs import ConFuKnobs
 from .measured_costs import measure_round_costs
 from .round_costs import round_costs
-from .rounds import AutomaticRounds, FixedRounds, Rounds
+from .rounds import AutomaticRounds, EqualRounds, FixedRounds, Rounds
 from .self_check import prove_target
 from .target import TargetRunner, Verification, autocast_around, input_device, position_table_size
 
@@ -72,7 +74,12 @@ def confu_decode(
         model_kwargs["position_ids"] = torch.arange(length, device=input_ids.device)[None]
     check_call(draft.config, generation_config, input_ids, synced_gpus, model_kwargs)
     contemplates = knobs.contemplation != 0
-    check_cache(model_kwargs["cache"], draft.config, target, contemplates)
+    given = model_kwargs["cache"]
+    check_cache(given, draft.config, target, contemplates)
+    static = given if isinstance(given, StaticCache) else None
+    if static is not None:
+        check_capacity(static, generation_config.max_length)
+        model_kwargs["cache"] = rows_of(static, target.config)
     autocast = autocast_around(target)
     with torch.autocast(input_device(target).type, enabled=False), without_repeated_heads():
         started = time.perf_counter()
@@ -80,11 +87,15 @@ def confu_decode(
             check_future_channel(draft.future_channel, target.dtype)
         self_checked = prove_target(target, draft, contemplates, autocast)
         decoding = _Decoding(
-            draft, target, input_ids, knobs, logits_processor, stopping_criteria, generation_config, autocast
+            draft, target, input_ids, knobs, logits_processor, stopping_criteria, generation_config, autocast, static
         )
         decoding.statistics.self_checked = self_checked
         decoding.statistics.prefill_seconds = time.perf_counter() - started
         output = decoding.run(model_kwargs, streamer)
+    if static is not None and hasattr(model_kwargs["cache"], "confu_state"):
+        hand_back(model_kwargs["cache"], static)
+        if generation_config.return_dict_in_generate:
+            output.cache = static
     draft.last_statistics = decoding.statistics
     return output
 
@@ -120,10 +131,17 @@ class _Decoding:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         autocast: Callable[[], AbstractContextManager],
+        static: StaticCache | None,
     ):
         self.draft, self.target = draft, target
         self.rounds: Rounds
-        if knobs.automatic:
+        self.fixed: FixedRoom | None = None  # for rounds over a static cache
+        self.compiled: Callable[[Callable], Callable] = not_compiled
+        if static is not None:
+            self.rounds = EqualRounds(knobs, static.get_max_length())
+            if target._valid_auto_compile_criteria({"cache": static}, generation_config):
+                self.compiled = compiled_by(generation_config.compile_config or target._default_compile_config())
+        elif knobs.automatic:
             costs = round_costs(target, draft, lambda: measure_round_costs(target, draft))
             self.rounds = AutomaticRounds(costs, knobs.contemplation, knobs.future_gain)
         else:
@@ -147,6 +165,7 @@ class _Decoding:
             generation_config.output_hidden_states if wanted else None, draft.config.target_num_hidden_layers + 1
         )
         self.runner = TargetRunner(target, draft.config, draft.future_channel, self.returned_states, autocast)
+        self.verify = self.compiled(self.runner.verify)
         records = (self.scores, self.logits, self.attentions, self.hidden_states)
         is_greedy = not generation_config.do_sample and not logits_processor and records == (None,) * 4
         # Tokens that end the text, where nothing else but its length does and the choices need no more than logits.
@@ -161,7 +180,7 @@ class _Decoding:
         draft_length = 0 if carried is None else carried.cache.get_seq_length()
         try:
             future = self._prefill(cache, carried, model_kwargs)
-            with self.target._optimize_model_for_decode(), room_to_grow(cache):
+            with self.target._optimize_model_for_decode(), self._room_for_rounds(cache):
                 while not self.finished:
                     future = self._round(cache, future)
         except BaseException:
@@ -218,7 +237,7 @@ class _Decoding:
         if carried is not None:
             self.generator.restore(carried, embeddings[:, :1])
         self.generator.observe(embeddings[:, 1:], taps[:, :-1], position_ids[:, :-1])
-        self.last_taps = taps[:, -1:]
+        self.last_taps = taps[:, -1:].clone(memory_format=torch.contiguous_format)  # strides of any later one
 
         self._emit(outputs.logits[:, -1])
         if self.attentions is not None:
@@ -235,6 +254,21 @@ class _Decoding:
             )[:, 0]
         self.statistics.prefill_seconds += time.perf_counter() - started
         return future
+
+    @contextmanager
+    def _room_for_rounds(self, cache: DynamicCache) -> Iterator[None]:
+        """Caches in which rounds are cheap: growing ones, or ones of fixed shape where the caller's is static."""
+        rounds = self.rounds
+        if not isinstance(rounds, EqualRounds):
+            with room_to_grow(cache):
+                yield
+            return
+        new_rows = rounds.most_rows + self.draft.config.num_soft_prompts
+        with (
+            FixedRoom(cache, rounds.capacity, rounds.longest_path, new_rows, self.compiled) as self.fixed,
+            self.generator.fixed_room(rounds, self.compiled),
+        ):
+            yield
 
     def _new_inputs(self, past_length: int, model_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The part of the prompt that is not in the cache yet: ids or embeddings, and positions."""
@@ -288,12 +322,14 @@ class _Decoding:
         started = time.perf_counter()
         # A round emits at most one token more than its tree is deep.
         room = self._room()
-        tree = self.generator.propose(self.input_ids[:, -1], self.rounds, max_depth=room - 1, future_states=future)
+        tree = self.generator.propose(self.input_ids[0, -1:], self.rounds, max_depth=room - 1, future_states=future)
+        if self.fixed is not None:
+            room = sys.maxsize  # it keeps its shape to the end; what lies beyond is not emitted
         nodes = None
         if self.contemplates and room > 1 and (num_rows := self.rounds.contemplate_rows(tree)) > 0:
             # A node at depth `room` - 1 ends the text: no round is left that could use its future prediction, and its
             # contemplate row would lie one position beyond the longest text.
-            nodes = tree.contemplated_nodes(num_rows, max_depth=room - 2)
+            nodes = tree.contemplated_nodes(num_rows, max_depth=None if tree.size < room else room - 2)
         drafted = time.perf_counter()
 
         verification = self._verify(tree, nodes, cache)
@@ -310,15 +346,20 @@ class _Decoding:
             self.rounds.count(tree, path)
         walked = time.perf_counter()
 
-        path_rows = torch.tensor(path, device=tree.tokens.device)
-        self.runner.compact(cache, verification.prefix_length, path)
+        if self.fixed is None:
+            self.runner.compact(cache, verification.prefix_length, path)
+        else:
+            self.fixed.keep(path)
         self.visible = torch.nn.functional.pad(self.visible, (0, len(path)), value=True)
+        path_rows = torch.tensor(path, device=tree.tokens.device)
         taps = verification.taps[:, path_rows]
-        positions = self.root_positions[:, None] + tree.depths[:, path_rows]
-        self.generator.observe(self.generator.embed(tree.tokens[:, path_rows[1:]]), taps[:, :-1], positions[:, :-1])
-        self.last_taps = taps[:, -1:]
+        self.last_taps = verification.taps[:, path_rows[-1:]]
+        # Each node's taps go with the token that follows it; none does yet where the text ends.
+        known = len(path) - self.finished
+        tokens = self.input_ids[:, self.input_ids.shape[1] - len(path) :][:, :known]
+        positions = self.root_positions[:, None] + torch.arange(known, device=tree.tokens.device)
+        self.generator.observe(self.generator.embed(tokens), taps[:, :known], positions)
         self.root_positions = self.root_positions + len(path)
-        self._observe_newest()
         future = None
         if verification.futures is not None:
             row = tree.contemplate_row_of(nodes)[:, path[-1]]
@@ -345,15 +386,16 @@ class _Decoding:
     def _verify(self, tree: DraftTree, nodes: torch.LongTensor | None, cache: DynamicCache) -> Verification:
         """The target's forward over the tree; once more without contemplate rows, should they overflow in it."""
         length = cache.get_seq_length()
-        arguments = (self.last_taps[:, -1], cache, self.root_positions, self.visible)
+        visible = self.visible if self.fixed is None else self.fixed.padded(self.visible)
+        arguments = (self.last_taps[:, -1], cache, self.root_positions, visible)
         wants_attentions = self.attentions is not None
-        verification = self.runner.verify(tree, nodes, *arguments, output_attentions=wants_attentions)
+        verification = self.verify(tree, nodes, *arguments, output_attentions=wants_attentions)
         if nodes is None or not self._overflowed(verification):
             return verification
         self.statistics.contemplation_overflowed = True
         self.contemplates = False
         crop(cache, length)
-        return self.runner.verify(tree, None, *arguments, output_attentions=wants_attentions)
+        return self.verify(tree, None, *arguments, output_attentions=wants_attentions)
 
     @staticmethod
     def _overflowed(verification: Verification) -> bool:
@@ -461,8 +503,8 @@ class _Decoding:
             }
             for weights, window in zip(outputs.attentions, self.runner.windows, strict=True):
                 layer = of_window[window]
-                before = prefix_length - first_row_held(layer)
-                seen = [*range(before), *(before + row for row in path)]
+                first = first_row_held(layer)
+                seen = [*range(self.visible.shape[1] - first), *(prefix_length - first + row for row in path)]
                 if layer.sliding_window is not None:
                     seen = seen[-layer.sliding_window :]
                 attentions.append(None if weights is None else weights[:, :, node : node + 1, seen])

@@ -1,7 +1,7 @@
 """The knobs of decoding, and how they travel: as entries `confu_*` of a `GenerationConfig`."""
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
@@ -59,6 +59,13 @@ class ConFuKnobs:
     def automatic(self) -> bool:
         """Whether no knob fixes the size of rounds."""
         return all(getattr(self, name) is None for name in self.FIXED)
+
+    def fixed(self) -> "ConFuKnobs":
+        """Knobs for rounds that cannot be automatic."""
+        if not self.automatic:
+            return self
+        contemplation = 0 if self.contemplation is None and self.future_gain <= 0 else self.contemplation
+        return replace(self, **self.FIXED, contemplation=contemplation)
 
     @classmethod
     def names(cls) -> list[str]:

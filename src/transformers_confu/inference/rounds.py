@@ -71,6 +71,31 @@ class FixedRounds:
         pass
 
 
+class EqualRounds(FixedRounds):
+    r"""
+    Rounds that are all of one shape, whatever the draft says: as the knobs say, or of the size that they default to.
+
+    Args:
+        knobs ([`ConFuKnobs`]): Of the call.
+        length (`int`): Rows that the text may have.
+    """
+
+    # Capacities are multiples of this, so that texts of about one length share what was compiled for them.
+    BUCKET = 256
+
+    def __init__(self, knobs: ConFuKnobs, length: int):
+        super().__init__(knobs.fixed())
+        self.longest_path = min(self.knobs.depth + 1, self.knobs.tree_size)
+        """Nodes of the longest path, the root included."""
+        self.most_rows = self.knobs.tree_size + self.knobs.contemplation
+        """Nodes and contemplate rows."""
+        self.capacity = -(-(length + self.longest_path) // self.BUCKET) * self.BUCKET
+        """Rows of the text, and one longest path more, for which there is room."""
+
+    def width(self, grower: TreeGrower) -> int:
+        return self.branching
+
+
 class AutomaticRounds:
     r"""
     The rounds that promise the most tokens per second, plain ones included.

@@ -66,6 +66,7 @@ class TargetRunner:
         self.config = config
         self.channel = channel
         self.windows = layer_windows(target.config)
+        self.num_positions = position_table_size(target)
         self.embed = target.get_input_embeddings()
         self.row_inputs = RowInputs(target)
         self.rotation = KeyRotation(target) if config.rotate_soft_prompts and config.num_soft_prompts else None
@@ -73,6 +74,7 @@ class TargetRunner:
             {*config.target_hidden_state_indices, *config.future_hidden_state_indices, *also_recorded}
         )
         """Indices of the hidden states to record, for `output_hidden_states`."""
+        self.names_logits = can_name_logits(target)
         self.asked_of_all = {"return_dict": True} | without_router_loss(target)
         """Options of every forward over rows that a mask of ours describes."""
 
@@ -115,7 +117,7 @@ class TargetRunner:
         # Their scores are not wanted, but a head is not asked for none. One index, and not the number 1, which makes a
         # slice: over several texts that is not contiguous, and the head's weight would be copied for each of them.
         keep: int | torch.Tensor = 1
-        if can_name_logits(self.target):
+        if self.names_logits:
             keep = torch.zeros(1, dtype=torch.long, device=input_device(self.target))
         outputs = self._contemplate(cache, routed_by, position_ids, root_positions, visible, logits_to_keep=keep)
         return self._select(outputs.hidden_states, self.config.future_hidden_state_indices)
@@ -203,23 +205,23 @@ class TargetRunner:
             depths = torch.cat([depths, depths.gather(1, nodes) + 1], dim=1)
             sees, slots = self._rows_see(sees, nodes)
             written = self._with_slots(cache, root_positions[:, None], keep=True)
+        positions = root_positions[:, None] + depths
+        if self.num_positions is not None:
+            # Nodes beyond the longest text, which are never part of it, must find something in the table.
+            positions = positions.minimum(root_positions[:, None].clamp(min=self.num_positions - 1))
         prefix = visible[:, None, :].expand(-1, depths.shape[1], -1)
         inputs = self.row_inputs(tree.tokens.to(input_device(self.target)), contemplate)
         inputs_embeds = inputs["inputs_embeds"]
         outputs = self.forward(
             **inputs,
             attention_mask=self._masks(cache, prefix, sees, slots, prefix_length + depths, like=inputs_embeds),
-            position_ids=(root_positions[:, None] + depths).to(inputs_embeds.device),
+            position_ids=positions.to(inputs_embeds.device),
             cache=written,
             use_cache=True,
             output_hidden_states=self.recorded,
             **self.asked_of_all,
             **({"output_attentions": True} if output_attentions else {}),
-            **(
-                {"logits_to_keep": torch.arange(num_nodes, device=inputs_embeds.device)}
-                if can_name_logits(self.target)
-                else {}
-            ),
+            **({"logits_to_keep": torch.arange(num_nodes, device=inputs_embeds.device)} if self.names_logits else {}),
         )
         return Verification(
             outputs=outputs,

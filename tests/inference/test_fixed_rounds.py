@@ -1,0 +1,201 @@
+"""Rounds over a static cache: tensors of one shape whatever the text, compiled without a break, and the same text."""
+
+import functools
+from unittest import mock
+
+import pytest
+import torch
+from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, StaticCache
+
+from exactness import assert_close, assert_identical, compare, decode_plainly, truly_fp64
+from helpers import make_tiny_draft, make_tiny_target
+from transformers_confu import confu_generation_config
+from transformers_confu.inference.rounds import EqualRounds
+from transformers_confu.inference.target import TargetRunner
+
+
+KNOBS = {"tree_size": 8, "depth": 3, "branching": 3}
+
+
+@pytest.fixture(autouse=True)
+def wide():
+    with truly_fp64():
+        yield
+
+
+@functools.cache
+def pair(kind: str):
+    target = make_tiny_target(kind)
+    return target, make_tiny_draft(target, draft_vocab_size=60, rotate_soft_prompts=kind == "qwen3")
+
+
+def prompt_of(length: int) -> torch.LongTensor:
+    return torch.randint(2, 97, (1, length), generator=torch.Generator().manual_seed(length))
+
+
+def compile_config() -> CompileConfig:
+    config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    config._compile_all_devices = True  # Transformers compiles nothing on a CPU unless told to
+    return config
+
+
+@pytest.mark.parametrize("length", [1, 9, EqualRounds.BUCKET - 8])  # the last text grows beyond a bucket
+@pytest.mark.parametrize("contemplation", [0, 3, 8])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_the_text_is_that_of_plain_static_generation(kind, contemplation, length):
+    options = {"max_new_tokens": 24, "cache_implementation": "static"}
+    for sampling in ({"do_sample": False}, {"do_sample": True, "temperature": 0.7}):
+        comparison = compare(
+            *pair(kind),
+            prompt_of(length),
+            options | sampling,
+            KNOBS | {"contemplation": contemplation},
+            oracle=True,
+            record=True,
+        )
+        assert_identical(comparison)
+        assert comparison.statistics.tau > 1.5
+        assert isinstance(comparison.assisted.cache, StaticCache)
+        compare_caches(comparison.plain.cache, comparison.assisted.cache)
+
+
+def compare_caches(plain: StaticCache, ours: StaticCache) -> None:
+    assert (length := int(plain.get_seq_length())) == int(ours.get_seq_length())
+    for one, other in zip(plain.layers, ours.layers, strict=True):
+        assert_close(one.keys[..., :length, :], other.keys[..., :length, :], 1e-12)
+        assert_close(one.values[..., :length, :], other.values[..., :length, :], 1e-12)
+
+
+@pytest.mark.parametrize("contemplation", [0, 3, 8])
+def test_trees_and_predictions_are_those_of_the_growing_cache(contemplation):
+    target, draft = pair("qwen3")
+    seen: list[list] = []
+    verify = TargetRunner.verify
+
+    def recorded(runner, tree, nodes, *args, **kwargs):
+        verification = verify(runner, tree, nodes, *args, **kwargs)
+        if contemplation:
+            seen[-1].append((tree.tokens, tree.parents, tree.log_probs, nodes, verification.futures))
+        else:
+            seen[-1].append((tree.tokens, tree.parents, tree.log_probs, verification.taps))
+        return verification
+
+    knobs = {f"confu_{name}": value for name, value in (KNOBS | {"contemplation": contemplation}).items()}
+    with mock.patch.object(TargetRunner, "verify", recorded):
+        for cache in (None, "static"):
+            seen.append([])
+            torch.manual_seed(0)
+            # The last rounds differ: those over a static cache keep their shape where others have less room.
+            config = confu_generation_config(
+                target, max_new_tokens=40, do_sample=True, top_k=3, cache_implementation=cache, **knobs
+            )
+            target.generate(prompt_of(9), assistant_model=draft, generation_config=config)
+    growing, fixed = (rounds[:-8] for rounds in seen)
+    assert len(growing) > 10
+    assert_close(growing, fixed, 1e-12)
+
+
+@pytest.mark.parametrize("contemplation", [0, 6])
+def test_compiled_rounds_have_three_graphs_whatever_the_text(contemplation):
+    target = make_tiny_target(num_hidden_layers=2)
+    draft = make_tiny_draft(target, target_hidden_state_indices=[0, 1, 2])
+    options = {
+        "confu_tree_size": 6,
+        "confu_depth": 2,
+        "confu_branching": 3,
+        "confu_contemplation": contemplation,
+        "cache_implementation": "static",
+        "compile_config": compile_config(),
+    }
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for length, new_tokens, do_sample in ((9, 20, False), (1, 40, True), (130, 20, False)):
+        plain_options = {"max_new_tokens": new_tokens, "do_sample": do_sample}
+        plain, _ = decode_plainly(target, prompt_of(length), plain_options)
+        torch.manual_seed(0)
+        text = target.generate(
+            prompt_of(length),
+            assistant_model=draft,
+            generation_config=confu_generation_config(target, **plain_options, **options),
+        )
+        assert torch.equal(text, plain.sequences)
+        assert draft.last_statistics.rounds > 5
+        # What grows the tree, what verifies it, what keeps its path: compiled in the first call, and never again.
+        assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
+
+
+def test_nothing_is_compiled_where_plain_generation_compiles_nothing():
+    target, draft = pair("llama")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for options in ({}, {"compile_config": compile_config(), "disable_compile": True}):
+        target.generate(
+            prompt_of(5), assistant_model=draft, max_new_tokens=6, cache_implementation="static", **options
+        )
+    assert not torch._dynamo.utils.counters["stats"]
+
+
+@pytest.mark.parametrize("future_gain, rows", [(0.4, 30), (0.0, 0)])
+def test_without_knobs_all_rounds_have_the_size_that_knobs_default_to(future_gain, rows):
+    target, draft = pair("llama")
+    config = confu_generation_config(
+        target, max_new_tokens=9, do_sample=False, cache_implementation="static", confu_future_gain=future_gain
+    )
+    target.generate(prompt_of(5), assistant_model=draft, generation_config=config)
+    statistics = draft.last_statistics
+    assert set(statistics.tree_sizes) == {30}
+    assert statistics.contemplate_rows == rows * statistics.rounds
+
+
+def test_a_text_goes_on_over_a_static_cache():
+    target, draft = pair("qwen3")
+    cache = StaticCache(config=target.config, max_cache_len=60)
+    first = target.generate(prompt_of(9), assistant_model=draft, cache=cache, do_sample=False, max_new_tokens=11)
+    text = torch.cat([first, prompt_of(4)], dim=1)
+    second = target.generate(text, assistant_model=draft, cache=cache, do_sample=False, max_new_tokens=12)
+    assert draft.last_statistics.draft_state == "carried"
+    plain, _ = decode_plainly(target, text, {"do_sample": False, "max_new_tokens": 12})
+    assert torch.equal(second, plain.sequences)
+    # And plain generation goes on over what our rounds left.
+    third = target.generate(second, cache=cache, do_sample=False, max_new_tokens=8)
+    plain, _ = decode_plainly(target, second, {"do_sample": False, "max_new_tokens": 8})
+    assert torch.equal(third, plain.sequences)
+
+
+def test_a_call_that_fails_leaves_a_static_cache_as_it_was():
+    target, draft = pair("llama")
+    cache = StaticCache(config=target.config, max_cache_len=60)
+    first = target.generate(prompt_of(9), assistant_model=draft, cache=cache, do_sample=False, max_new_tokens=11)
+    text = torch.cat([first, prompt_of(4)], dim=1)
+    with mock.patch.object(TargetRunner, "verify", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        target.generate(text, assistant_model=draft, cache=cache, do_sample=False, max_new_tokens=12)
+    assert int(cache.get_seq_length()) == first.shape[1] - 1
+    second = target.generate(text, assistant_model=draft, cache=cache, do_sample=False, max_new_tokens=12)
+    assert draft.last_statistics.draft_state == "carried"
+    plain, _ = decode_plainly(target, text, {"do_sample": False, "max_new_tokens": 12})
+    assert torch.equal(second, plain.sequences)
+
+
+@pytest.mark.parametrize("contemplation", [0, 8])
+def test_trees_may_reach_beyond_the_positions_of_a_table(contemplation):
+    torch.manual_seed(0)
+    config = GPT2Config(n_positions=24, vocab_size=97, n_embd=32, n_layer=3, n_head=4, initializer_range=0.3)
+    target = GPT2LMHeadModel(config).double().eval()
+    target.generation_config.eos_token_id = target.generation_config.pad_token_id = None
+    draft = make_tiny_draft(target, target_hidden_state_indices=[1, 2, 3])
+    options = {"do_sample": False, "max_new_tokens": 19, "cache_implementation": "static"}
+    comparison = compare(target, draft, prompt_of(5), options, KNOBS | {"contemplation": contemplation}, record=True)
+    assert comparison.assisted_ids.shape[1] == 24
+    assert_identical(comparison)
+
+
+def test_contemplate_rows_that_overflow_are_left_out():
+    target, _ = pair("llama")
+    draft = make_tiny_draft(target)
+    with torch.no_grad():
+        draft.future_channel.soft_prompts[:, 1] = 1.7e308  # as values; the projection behind them adds several
+    options = {"do_sample": False, "max_new_tokens": 16, "cache_implementation": "static"}
+    comparison = compare(target, draft, prompt_of(5), options, KNOBS | {"contemplation": 8}, record=False)
+    assert_identical(comparison)
+    assert comparison.statistics.contemplation_overflowed
