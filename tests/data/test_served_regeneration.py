@@ -199,15 +199,13 @@ def test_an_interrupted_run_is_resumed_and_that_of_others_refused(target, tokeni
     written = (tmp_path / "a.jsonl").read_bytes()
     lines = written.splitlines(keepends=True)
     (tmp_path / "a.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:-4])
-    for rows, changed, message in (
-        (prompts, {"temperatures": (0.3,)}, r"line \d+ is no answer .* this call would write"),
-        (prompts[9:], {}, r"line \d+ is no answer .* this call would write"),
-        (prompts, {"seed": 1}, r"line 1 .* other settings \(seed was 0, is 1\): repeat the earlier"),
-        (prompts, {"extra_body": None}, r"other settings \(extra_body was \{'top_p': 0.5\}, is None\)"),
-        (prompts, {"model": None}, r"other settings \(model was 'tiny', is 'other'\)"),
+    for changed, message in (
+        ({"temperatures": (0.3,)}, r"line \d+ is no answer .* this call would write"),
+        ({"extra_body": None}, r"other settings \(extra_body was \{'top_p': 0.5\}, is None\)"),
+        ({"model": None}, r"other settings \(model was 'tiny', is 'other'\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            ask(StandIn(complete, ("other",)), rows, **{"model": "tiny", "extra_body": {"top_p": 0.5}} | changed)
+            ask(StandIn(complete, ("other",)), prompts, **{"model": "tiny", "extra_body": {"top_p": 0.5}} | changed)
     report, rows = ask(complete, prompts, extra_body={"top_p": 0.5})
     assert (report.resumed, report.written) == (5, 5) and rows == whole
 

@@ -341,21 +341,10 @@ def test_the_best_checkpoint_is_that_of_the_highest_tau(target, tmp_path):
                 torch.nn.init.zeros_(model.lm_head.weight)
 
     rows = Dataset.from_dict({"input_ids": [[5, 9, *[11] * 14]] * 4, "labels": [[-100, -100, *[11] * 14]] * 4})
-    trainer = make_trainer(
-        target,
-        tmp_path,
-        train_dataset=rows,
-        eval_dataset=rows,
-        callbacks=[Forget()],
-        max_steps=6,
-        learning_rate=3e-2,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        save_total_limit=1,
-        load_best_model_at_end=True,
-    )
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+    settings |= {"learning_rate": 3e-2, "save_total_limit": 1, "load_best_model_at_end": True}
+    data = {"train_dataset": rows, "eval_dataset": rows}
+    trainer = make_trainer(target, tmp_path, **data, callbacks=[Forget()], **settings)
     trainer.train()
     taus = logged(trainer, "eval_tau_greedy")
     best = taus.index(max(taus)) + 1
