@@ -21,7 +21,6 @@ from transformers_confu.evaluation.answering import Models
 from transformers_confu.evaluation.arguments import EvaluationArguments
 from transformers_confu.evaluation.arms import Arm, Setting, labels
 from transformers_confu.evaluation.figures import comparisons_of
-from transformers_confu.evaluation.metrics.confu_acceptance import acceptance
 from transformers_confu.evaluation.questions import Question
 from transformers_confu.evaluation.records import RecordFile
 from transformers_confu.evaluation.report import about
@@ -247,7 +246,7 @@ def test_a_draft_of_known_acceptance_is_measured_as_the_closed_form_says(options
 
     (comparison,) = comparisons_of([file])
     (name,) = comparison.drafted
-    result = acceptance(*comparison.emitted_and_accepted(name))
+    result = comparison.acceptance(name)
     rounds, survivors = expected(1 - probability, depth, new_tokens - 1)
     assert result["tokens"] == len(prompts) * (new_tokens - 1)
     assert result["tau"] == pytest.approx((new_tokens - 1) / rounds, rel=0.08)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .arms import Arm, Setting, labels
+from .metrics.confu_acceptance import acceptance
 from .records import RecordFile
 
 
@@ -148,15 +149,12 @@ class Comparison:
         means = {name: value / sums["rounds"] for name, value in (parts | {"rest": rest}).items()}
         return means | {"round": sum(means.values()), "prefill": prefill / sums["calls"]}
 
-    def emitted_and_accepted(self, arm: str) -> tuple[list[list[int]], list[list[int]]]:
-        """Tokens that a draft's rounds emitted, and how many of them were drafted; a list for each answer."""
+    def acceptance(self, arm: str) -> dict[str, Any]:
+        """The metric of that name over a draft's rounds, survival up to the depth of its tree (if that is fixed)."""
         answers = self.of(arm)
-        return answers["by_round"].tolist(), answers["accepted"].tolist()
-
-    def depth(self, arm: str) -> int:
-        """Depth of a draft's tree; of automatic rounds the deepest that was accepted."""
-        _, accepted = self.emitted_and_accepted(arm)
-        return self.arms[arm].depth or max((count for counts in accepted for count in counts), default=0)
+        result = acceptance(answers["by_round"].tolist(), answers["accepted"].tolist())
+        result["survival"] += [0.0] * ((self.arms[arm].depth or 0) - len(result["survival"]))
+        return result
 
     def references(self, arm: str) -> list[str]:
         """What a draft's arm is set against: EAGLE-3 mode with the same tree, of every draft; each pair once."""

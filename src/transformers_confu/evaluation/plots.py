@@ -14,7 +14,6 @@ from cycler import cycler
 
 from .arms import TREE_KNOBS
 from .figures import Comparison
-from .metrics.confu_acceptance import acceptance
 
 
 matplotlib.use("Agg")
@@ -91,11 +90,10 @@ def survival(c: Comparison) -> tuple[Any, str, str] | None:
     if not arms:
         return None
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6))
-    depth = max(map(c.depth, arms))
-    for name in arms:
-        result = acceptance(*c.emitted_and_accepted(name))
-        shares = [1, *result["survival"], *[0.0] * (depth - len(result["survival"]))]
-        left.plot(range(depth + 1), shares, label=name)
+    results = {name: c.acceptance(name) for name in arms}
+    depth = max(len(result["survival"]) for result in results.values())
+    for name, result in results.items():
+        left.plot(range(depth + 1), [1, *result["survival"], *[0.0] * (depth - len(result["survival"]))], label=name)
         right.plot(range(1, len(result["conditional"]) + 1), result["conditional"])
     left.set(xlabel="accepted drafted tokens l", ylabel="P(accepted ≥ l)", ylim=(0, 1.03), xticks=range(depth + 1))
     right.set(xlabel="draft step l", ylabel="P(accepted ≥ l | accepted ≥ l − 1)", ylim=(0, 1.03))
@@ -153,8 +151,7 @@ def sweep(c: Comparison, knob: str) -> tuple[Any, str, str] | None:
     return figure, f"Accepted length and speed against {knob.replace('_', ' ')}", caption
 
 
-def forward_curve(costs: list[dict[str, Any]]) -> tuple[Any, str, str] | None:
-    curves = [cost for cost in costs if "points" in cost]
+def forward_curve(curves: list[dict[str, Any]]) -> tuple[Any, str, str] | None:
     if not curves:
         return None
     figure, axes = pyplot.subplots(figsize=(7, 3.8))

@@ -104,7 +104,7 @@ def report_parts(files: Sequence[RecordFile]) -> list[Part]:
     # Who also measures in half precision does so for its speed, and in full precision for the texts.
     half = {c.file.path for c in everything if c.setting.dtype not in FULL_PRECISION}
     timed = [c for c in everything if c.file.path in half or not half]
-    costs = [cost for file in files for cost in file.costs]
+    curves = [cost for file in files for cost in file.costs if "points" in cost]
 
     def picture(drawing: Any, name: str | None = None) -> Plot | None:
         """Of the first comparison that has what it shows."""
@@ -125,8 +125,8 @@ def report_parts(files: Sequence[RecordFile]) -> list[Part]:
         time_table(timed),
         picture(round_costs),
         contemplation_table(timed),
-        curve_table(costs),
-        draw(forward_curve, costs),
+        curve_table(curves),
+        draw(forward_curve, curves),
         memory_table(timed),
         "## Texts against plain generation's",
         exactness_table(everything),

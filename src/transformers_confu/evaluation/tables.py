@@ -8,7 +8,6 @@ import pandas as pd
 
 from ..common.texts import TIE
 from .figures import CACHES, Comparison, Interval
-from .metrics.confu_acceptance import acceptance
 
 
 FULL_PRECISION = ("float32", "float64")  # there texts must be plain generation's
@@ -144,14 +143,11 @@ def difference_table(comparisons: list[Comparison]) -> Table:
 
 def acceptance_table(comparisons: list[Comparison]) -> Table:
     def cells(c: Comparison, name: str) -> list[Row]:
-        result = acceptance(*c.emitted_and_accepted(name))
-        lines = (("P(accepted >= l)", result["survival"], 0.0), ("given l - 1", result["conditional"], None))
-        rows = []
-        for title, values, beyond in lines:
-            padded = [*values, *[beyond] * (c.depth(name) - len(values))]
-            levels = {f"l = {level}": value for level, value in enumerate(padded, start=1)}
-            rows.append({"rounds": result["rounds"], "": title} | levels)
-        return rows
+        result = c.acceptance(name)
+        return [
+            {"rounds": result["rounds"], "": title} | {f"l = {level}": value for level, value in enumerate(values, 1)}
+            for title, values in (("P(accepted >= l)", result["survival"]), ("given l - 1", result["conditional"]))
+        ]
 
     return Table(
         "Acceptance by draft step",
@@ -219,8 +215,7 @@ def memory_table(comparisons: list[Comparison]) -> Table:
     )
 
 
-def curve_table(costs: list[Row]) -> Table:
-    curves = [cost for cost in costs if "points" in cost]
+def curve_table(curves: list[Row]) -> Table:
     context = " or ".join({str(cost["context"]) for cost in curves})
     return Table(
         "The target's forward over the rows of a tree, milliseconds",
