@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers import make_tiny_draft, make_tiny_target
-from transformers_confu.common.weight_layout import use_column_major_weights
+from transformers_confu.common.weight_layout import copy_in_other_layout, use_column_major_weights
 
 
 PROMPT = torch.tensor([[3, 4, 5, 2, 7]])
@@ -29,3 +29,12 @@ def test_a_laid_out_model_is_the_same_model(tmp_path, tied):
     target.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     assert all(torch.equal(before[name], tensor) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_copy_in_the_other_layout():
+    target = make_tiny_target()
+    other = copy_in_other_layout(target)
+    back = copy_in_other_layout(other)
+    for model, is_row_major in ((target, True), (other, False), (back, True)):
+        assert all(layer.mlp.up_proj.weight.is_contiguous() == is_row_major for layer in model.model.layers)
+        assert torch.equal(model.generate(PROMPT, **GREEDY), target.generate(PROMPT, **GREEDY))

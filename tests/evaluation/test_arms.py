@@ -84,6 +84,22 @@ def test_a_draft_without_knobs_of_its_own_runs_automatic_rounds():
     assert Arm("draft", "d").knobs == {} and arms[1].knobs == {"confu_contemplation": 0}
 
 
+def test_automatic_rounds_stay_automatic_beside_fixed_trees():
+    options = {"output": "o.jsonl", "drafts": ["d"], "baselines": ["plain"], "depths": [3, 4]}
+    own = {"d": GenerationConfig(confu_future_gain=0.0)}
+    (arms,) = comparisons(
+        EvaluationArguments(**options, tree_sizes=["own", "8"], contemplations=["0", "default"]), own
+    ).values()
+    # Its channel adds nothing, so that automatic rounds do not contemplate anyway.
+    assert list(labels(arms).values())[1:] == [
+        "EAGLE-3 mode, automatic",
+        "EAGLE-3 mode, N = 8, depth 3",
+        "EAGLE-3 mode, N = 8, depth 4",
+    ]
+    with pytest.raises(ValueError, match="d's own rounds are automatic; give `tree_sizes` a number of nodes"):
+        comparisons(EvaluationArguments(**options), own)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -121,5 +137,5 @@ def test_the_published_measurements_are_what_they_say():
         "tree_size": {("bfloat16", 0.0): 1 + 2 * 3},
         "temperature": {("bfloat16", 0.7): 1 + 2, ("bfloat16", 1.0): 1 + 2},
         "exactness": {("float32", 0.0): 1 + 3},
-        "all_questions": {("bfloat16", 0.0): 2 + 2},
+        "all_questions": {("bfloat16", 0.0): 2 + 1},  # the channel adds nothing, so no arm contemplates
     }

@@ -223,6 +223,18 @@ def expected(alpha, depth, tokens):
     return rounds[-1], survivors[-1]
 
 
+def test_the_other_layout_answers_by_a_second_target(options, monkeypatch):
+    other = make_tiny_target(seed=3)
+    monkeypatch.setattr(answering, "copy_in_other_layout", lambda target: other)
+    measure(options, drafts=[], baselines=["plain", "other_layout"])
+    rows = [row for row in answers_of(options) if row["label"] == "plain generate, other layout"]
+    for row in rows:
+        question = next(q for q in QUESTIONS if str(q["question_id"]) == row["question_id"])
+        prompt = tiny_tokenizer()(f"a{question['turns'][0]}b", add_special_tokens=False)["input_ids"]
+        assert row["turns"][0]["token_ids"] == plain_answer(other, prompt, 12)
+    assert len(rows) == len(QUESTIONS)
+
+
 def test_a_draft_of_known_acceptance_is_measured_as_the_closed_form_says(options, tmp_path):
     probability, depth, new_tokens = 0.4, 4, 80
     prompts = ["".join("abcdefghi"[(i * j + j) % 9] for i in range(8)) for j in range(12)]

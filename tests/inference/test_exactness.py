@@ -275,7 +275,7 @@ REAL_FACTORS = {
     "prompt": ["1", "chat", "200", "1000"],
     "sampling": ["greedy", "temperature", "top_p", "top_k"],
     "processing": ["none", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens"],
-    "knobs": ["chain", "small", "sparse", "EAGLE-3", "paper"],
+    "knobs": ["automatic", "chain", "small", "sparse", "EAGLE-3", "paper"],
     "draft": ["random", "oracle", "trained"],
 }
 

@@ -4,6 +4,7 @@
 is what verifying a tree is, takes several times as long as with the same weight kept column by column.
 """
 
+import copy
 import time
 from collections.abc import Callable
 from functools import cache
@@ -50,6 +51,16 @@ def _row_major(module: nn.Module, state_dict: dict[str, Any], prefix: str, local
             if tensor.data_ptr() not in copies:
                 copies[tensor.data_ptr()] = tensor.contiguous()
             state_dict[name] = copies[tensor.data_ptr()]
+
+
+def copy_in_other_layout(model: nn.Module) -> nn.Module:
+    """A copy whose linear layers have their weights column by column, or row by row if all those of `model` do not."""
+    other = copy.deepcopy(model)
+    if not use_column_major_weights(other):
+        for module in other.modules():
+            if type(module) is nn.Linear:
+                module.weight.data = module.weight.data.contiguous()
+    return other
 
 
 @cache

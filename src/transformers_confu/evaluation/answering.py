@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..common.answer_text import answer_text, end_token_ids
 from ..common.loading import load_decoding_draft
 from ..common.texts import first_difference
+from ..common.weight_layout import copy_in_other_layout
 from ..inference.knobs import confu_generation_config
 from ..inference.target import input_device
 from .arguments import EvaluationArguments
@@ -40,6 +41,7 @@ class Models:
     target: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     assistants: dict[str, Any]
+    in_other_layout: PreTrainedModel | None = None  # a second target, of the baseline `other_layout`
 
     @classmethod
     def load(cls, arguments: EvaluationArguments, dtype: str) -> "Models":
@@ -63,7 +65,15 @@ class Models:
                     "give an assistant of the same family."
                 )
             assistants[""] = assistant
-        return cls(arguments, target, tokenizer, assistants)
+        other = None
+        if "other_layout" in arguments.baselines:
+            if device.type != "cpu":
+                raise ValueError(f"The baseline other_layout is for a CPU, the target is on {device}; leave it out.")
+            other = copy_in_other_layout(target)
+        return cls(arguments, target, tokenizer, assistants, other)
+
+    def _target_of(self, arm: Arm) -> PreTrainedModel:
+        return self.in_other_layout if arm.kind == "other_layout" and self.in_other_layout else self.target
 
     @property
     def context_length(self) -> int:
@@ -103,10 +113,10 @@ class Models:
     def warm_up(self, calls: Calls) -> None:
         """What is allocated or compiled on first use is not timed."""
         ids = torch.tensor([self.encode("Hello")], device=input_device(self.target))
-        for kwargs in calls.values():
+        for arm, kwargs in calls.items():
             config = copy.deepcopy(kwargs["generation_config"])
             config.max_new_tokens = min(WARM_UP_TOKENS, config.max_new_tokens)
-            self.target.generate(ids, **kwargs | {"generation_config": config})
+            self._target_of(arm).generate(ids, **kwargs | {"generation_config": config})
 
     def answer(self, question: Question, run: int, setting: Setting, calls: Calls) -> dict[str, Any]:
         """
@@ -115,7 +125,7 @@ class Models:
         """
         seed = f"{self.arguments.seed}/{setting}/{run}/{question.id}"
         order = random.Random(seed).sample(list(calls), len(calls))
-        conversations = {arm: self._converse(question, calls[arm], arm.kind, seed) for arm in order}
+        conversations = {arm: self._converse(question, calls[arm], arm, seed) for arm in order}
         plain = conversations[Arm("plain")]
         num_turns = len(question.turns)
         if skipped := num_turns - len(plain):
@@ -133,7 +143,7 @@ class Models:
         of_question = {"question_id": question.id, "category": question.category, "group": question.group}
         return {"kind": "unit", "run": run, "setting": asdict(setting), **of_question, "answers": answers}
 
-    def _converse(self, question: Question, kwargs: dict[str, Any], kind: str, seed: str) -> Conversation:
+    def _converse(self, question: Question, kwargs: dict[str, Any], arm: Arm, seed: str) -> Conversation:
         """Answer the turns of a question, with the arm's own answers in between."""
         texts: list[str] = []
         conversation: Conversation = []
@@ -144,7 +154,7 @@ class Models:
                 break
             # All arms draw alike; each turn and run draws anew.
             torch.manual_seed(zlib.crc32(f"{seed}/{len(conversation)}".encode()))
-            turn = answer_prompt(self.target, prompt, kwargs, kind)
+            turn = answer_prompt(self._target_of(arm), prompt, kwargs, arm.kind)
             conversation.append((prompt, turn))
             texts.append(answer_text(self.tokenizer, turn["token_ids"], end_token_ids(self.target)))
         return conversation

@@ -6,7 +6,7 @@ from ..common.loading import TargetOptions, default_dtype
 from ..common.option_files import json_option, option
 
 
-BASELINES = ("plain", "prompt_lookup")
+BASELINES = ("plain", "prompt_lookup", "other_layout")
 
 
 @dataclass(kw_only=True)
@@ -21,7 +21,11 @@ class EvaluationArguments(TargetOptions):
     )
     target: str = option("Target: a folder, a Hub id, or 'demo'.", "demo")
     assistant: str | None = option("A small model with the target's vocabulary, for vanilla assisted generation.")
-    baselines: list[str] = option(f"Of {', '.join(BASELINES)}; plain must be there.", lambda: list(BASELINES))
+    baselines: list[str] = option(
+        f"Of {', '.join(BASELINES)}; plain must be there. The last is plain generation by a second copy of the "
+        "target, on a CPU, with weights laid out column by column if those of the first are not, else row by row.",
+        lambda: ["plain", "prompt_lookup"],
+    )
     questions: str | None = option(
         "JSONL of `question_id`, `category`, `turns`, or of `prompt`; .txt of prompts; or a URL of either (https://, "
         "hf://). Spec-Bench as its authors publish it if not given."
@@ -41,9 +45,11 @@ class EvaluationArguments(TargetOptions):
         "generation_config.json, or automatic rounds.",
         lambda: ["own"],
     )
-    depths: list[int] | None = option("Depths of the tree (EAGLE's own count + 1); the draft's own if not given.")
+    depths: list[int] | None = option(
+        "Depths of the tree (EAGLE's own count + 1), but of automatic rounds; the draft's own if not given."
+    )
     branchings: list[int] | None = option(
-        "Nodes expanded per level, and children of each; the draft's own if not given."
+        "Nodes expanded per level, and children of each, but of automatic rounds; the draft's own if not given."
     )
     contemplations: list[str] = option(
         "Contemplate rows, C: 0 is EAGLE-3 mode, `full` the paper, `default` the draft's own.",

@@ -15,6 +15,7 @@ from .arguments import EvaluationArguments
 PROMPT_LOOKUP_TOKENS = 10  # that it copies at most, the default of Transformers
 TREE_KNOBS = ("tree_size", "depth", "branching")
 BASELINE_NAMES = {"plain": "plain generate", "prompt_lookup": "prompt lookup", "assistant": "assistant model"}
+BASELINE_NAMES["other_layout"] = "plain generate, other layout"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Arm:
     last the number of contemplate rows, too.
     """
 
-    kind: str  # "plain", "prompt_lookup", "assistant" or "draft"
+    kind: str  # a baseline, "assistant" or "draft"
     draft: str = ""  # its name
     tree_size: int | None = None
     depth: int | None = None
@@ -97,9 +98,17 @@ def comparisons(arguments: EvaluationArguments, own_knobs: dict[str, GenerationC
     factors += [values or [None] for values in (arguments.depths, arguments.branchings)]
     plan: dict[Setting, list[Arm]] = {}
     for combination in itertools.product(*factors):
+        tree = combination[3:]
         arms = plan.setdefault(Setting(*combination[:3]), list(baselines))
         for draft in drafts_of(arguments):
-            for arm in _draft_arms(draft, combination[3:], arguments.contemplations, own_knobs[draft]):
+            is_automatic = tree[0] is None and ConFuKnobs.resolve(own_knobs[draft]).automatic
+            if is_automatic and len(arguments.tree_sizes) == 1 and any(tree):
+                raise ValueError(
+                    f"`depths` and `branchings` are of fixed trees, and {draft}'s own rounds are automatic; give "
+                    "`tree_sizes` a number of nodes."
+                )
+            of_draft = (None, None, None) if is_automatic else tree
+            for arm in _draft_arms(draft, of_draft, arguments.contemplations, own_knobs[draft]):
                 if arm not in arms:
                     arms.append(arm)
     return plan
@@ -119,6 +128,8 @@ def _draft_arms(draft: str, tree: tuple[int | None, ...], budgets: list[str], ow
             raise ValueError(f"`contemplations` holds {budget!r}; expected a number of rows, 'default' or 'full'.")
         named = {"full": knobs.tree_size, "default": knobs.contemplation}
         rows = named[budget] if budget in named else int(budget)
+        if rows is None and knobs.future_gain <= 0:
+            rows = 0  # which automatic rounds would choose by themselves
         if rows is not None and knobs.tree_size is not None:
             rows = min(rows, knobs.tree_size)
         arms.append(Arm("draft", draft, knobs.tree_size, knobs.depth, knobs.branching, rows))

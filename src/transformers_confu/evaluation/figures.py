@@ -107,6 +107,14 @@ class Comparison:
         ratios = rate.div(rate[self.plain], axis=0)
         return self._quotient(ratios, ratios * 0 + 1, group)
 
+    def limit(self, arm: str) -> float:
+        """Speed-up, total, if a draft's rounds took the target's forward over their rows and nothing else."""
+        if arm not in self.drafted:
+            return float("nan")
+        sums = self.of(arm)[["tokens", "part_prefill", "part_target"]].sum()
+        rate = sums["tokens"] / (sums["part_prefill"] + sums["part_target"])
+        return float(rate / self.rate()[self.plain][0])
+
     def _quotient(self, above: pd.DataFrame, below: pd.DataFrame, group: str | None) -> pd.DataFrame:
         members = self._members(group)
         weights = self._weights[:, members]

@@ -152,10 +152,16 @@ def conclusion(c: Comparison) -> str:
     others = [other for other in c.arms if other not in (best, c.plain)]
     if equal := [other for other in others if not c.interval(speedups[best] / speedups[other]).low > 1]:
         sentences.append(f"Not certainly slower: {'; '.join(equal)}.")
-    if arm.kind == "prompt_lookup":
+    if c.limit(best) > 0:
+        sentences.append(f"Were each of its rounds one forward of the target and nothing else: {c.limit(best):.2f}.")
+    if arm.kind == "other_layout":
+        sentences.append("To set it: `use_column_major_weights(target)`, or not, where it has been called.")
+    elif arm.kind == "prompt_lookup":
         sentences.append(f"To set it: `prompt_lookup_num_tokens={PROMPT_LOOKUP_TOKENS}`.")
     elif arm.knobs:
         sentences.append("To set it: " + ", ".join(f"`{name}={value}`" for name, value in arm.knobs.items()) + ".")
+        if arm.tree_size is None:
+            sentences.append("Set no size: its rounds are automatic.")
     elif arm.kind == "draft":
         sentences.append("It is what you get without setting a knob.")
     contemplating = [name for name in c.drafted if c.arms[name].contemplation != 0 and c.references(name)]

@@ -86,6 +86,7 @@ def speed_table(comparisons: list[Comparison]) -> Table:
             "speed-up": c.interval(c.speedup_total()[name]),
             "by run": f"{lowest['speedup']:.2f} to {highest['speedup']:.2f}" if several and name != c.plain else "",
             "mean of ratios": c.interval(c.speedup_mean()[name]),
+            "one forward": c.limit(name),
             "equal": f"{len(answers) - answers['departs'].sum()}/{len(answers)}",
         }
 
@@ -94,6 +95,7 @@ def speed_table(comparisons: list[Comparison]) -> Table:
         "T: temperature. N, depth, branching: the tree. C: contemplate rows. tau: tokens emitted in rounds / rounds. "
         "tokens/s: median of the runs. Speed-up: against plain generate in the same measurement, total tokens over "
         "total time of all runs; the mean of the questions' ratios. By run: the lowest and the highest of several. "
+        "One forward: the speed-up if a round took one forward of the target over its rows and nothing else. "
         f"Equal: texts that are plain generate's. {INTERVALS} {SAMPLED}",
         _rows(comparisons, cells, drafts_only=False),
     )
