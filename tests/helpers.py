@@ -9,10 +9,13 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -41,7 +44,7 @@ SIZES = {
 
 
 def make_tiny_target(
-    kind: Literal["llama", "qwen3", "windows"] = "llama",
+    kind: Literal["llama", "qwen3", "windows", "hybrid"] = "llama",
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     **overrides,
@@ -51,7 +54,8 @@ def make_tiny_target(
 
     Args:
         kind: `"qwen3"` has normalised queries and keys, and heads (12) that do not divide the hidden size; `"windows"`
-            too, and in its first, third and last layer each row sees only 6 rows.
+            too, and in its first, third and last layer each row sees only 6 rows; `"hybrid"` has attention in its
+            second and last layer, and gated delta nets in the others.
         dtype: The weights are drawn in fp32 and then cast, so targets that differ in dtype only have equal weights.
         seed: Of the weights. The caller's random state stays as it was.
         overrides: Further entries of the config, such as `eos_token_id=5`.
@@ -63,11 +67,16 @@ def make_tiny_target(
         "llama": (LlamaConfig, LlamaForCausalLM, 8),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM, 12),
         "windows": (Qwen3Config, Qwen3ForCausalLM, 12),
+        "hybrid": (Qwen3_5TextConfig, Qwen3_5ForCausalLM, 12),
     }[kind]
     settings = SIZES | {"head_dim": head_dim}
     if kind == "windows":
         settings["layer_types"] = ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
         settings |= {"use_sliding_window": True, "sliding_window": 6}
+    if kind == "hybrid":
+        settings["layer_types"] = ["linear_attention", "full_attention", *["linear_attention"] * 2, "full_attention"]
+        settings |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        settings |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config_class(**(settings | overrides)))
@@ -108,6 +117,16 @@ def example_models() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The tiny target and tokenizer of the examples, which have a chat template."""
     made = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "_targets.py"))
     return made["tiny_target"](), made["tiny_tokenizer"]()
+
+
+def cached_tensors(cache: DynamicCache) -> list[torch.Tensor]:
+    """Keys, values and states of all layers."""
+    tensors = []
+    for layer in cache.layers:
+        tensors += [getattr(layer, "keys", None), getattr(layer, "values", None)]
+        for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
+            tensors += states.values()
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def rotate(keys: torch.Tensor, position: int, theta: float = 10000.0) -> torch.Tensor:

@@ -307,7 +307,7 @@ def sharded_by_tensor_parallelism():
 
 
 class StatefulLlama(LlamaForCausalLM):
-    """Stands for Mamba and the like."""
+    """Stands for RWKV and the like."""
 
     _is_stateful = True
 
@@ -332,8 +332,7 @@ def with_another_forward():
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-LINEAR = {f"linear_{name}": 2 for name in ("num_value_heads", "num_key_heads")}
-LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 0}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "num_local_experts": 0}
 TARGETS = [
     (
         with_another_forward,
@@ -343,7 +342,7 @@ TARGETS = [
         encoder_decoder,
         "T5ForConditionalGeneration is an encoder-decoder model; ConFu drafts for decoder-only models.",
     ),
-    (stateful, "StatefulLlama is stateful: it cannot return to an earlier state"),
+    (stateful, "StatefulLlama keeps its state elsewhere than in a cache, and cannot return to an earlier one"),
     (
         partial(changed, _attn_implementation="flash_attention_2"),
         "LlamaForCausalLM uses `attn_implementation='flash_attention_2'`, which cannot take the mask of a tree",
@@ -354,17 +353,12 @@ TARGETS = [
         "LlamaForCausalLM has layers of type chunked_attention, whose cache cannot hold a tree",
     ),
     (
-        partial(make_family, "Lfm2", layer_types=["conv", "full_attention"] * 2 + ["conv"]),
-        "Lfm2ForCausalLM has layers of type conv, whose cache cannot hold a tree",
+        partial(make_family, "GraniteMoeHybrid", layer_types=["linear_attention"] * 5, **MAMBA),
+        "GraniteMoeHybridForCausalLM has recurrent layers alone; ConFu needs a target with attention in some layers",
     ),
     (
-        partial(
-            make_family,
-            "Qwen3Next",
-            layer_types=["linear_attention", "full_attention"] * 2 + ["linear_attention"],
-            **LINEAR,
-        ),
-        "Qwen3NextForCausalLM is stateful",
+        partial(make_family, "MiniMax", layer_types=["linear_attention"] * 4 + ["full_attention"]),
+        "MiniMaxForCausalLM has recurrent layers of a kind that ConFu does not know",
     ),
     (
         partial(make_family, "GPTNeo", attention_types=[[["global", "local", "global", "local", "global"], 1]]),

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from exactness import FP64_ROUNDING, assert_close, truly_fp64
-from helpers import make_tiny_draft, make_tiny_target
+from helpers import cached_tensors, make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuCandidateGenerator, confu_generation_config
 
 
@@ -25,7 +25,7 @@ without_windows = pytest.mark.parametrize("usual_kind", ["llama"], indirect=True
 both_ways = pytest.mark.parametrize("ids", ["all", "new"])
 
 
-@pytest.fixture(autouse=True, params=["llama", "windows"])
+@pytest.fixture(autouse=True, params=["llama", "windows", "hybrid"])
 def usual_kind(request):
     """Which target `tiny` gives."""
     with truly_fp64(), pytest.MonkeyPatch.context() as patch:
@@ -99,8 +99,7 @@ def assert_continues(arguments: dict, draft, state: str, **options) -> torch.Lon
     other = decode(**arguments, draft=draft, **options)
     assert draft.last_statistics.draft_state == state
     assert torch.equal(plain.sequences, other.sequences)
-    for one, two in zip(plain.cache.layers, other.cache.layers, strict=True):
-        assert_close((one.keys, one.values), (two.keys, two.values), FP64_ROUNDING)
+    assert_close(cached_tensors(plain.cache), cached_tensors(other.cache), FP64_ROUNDING)
     return other
 
 

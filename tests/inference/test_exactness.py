@@ -77,7 +77,7 @@ def tiny_plain(kind: str, attention: str, length: int, sampling: str, processing
 
 
 FACTORS = {
-    "kind": ["llama", "qwen3", "windows"],
+    "kind": ["llama", "qwen3", "windows", "hybrid"],
     "attention": ["sdpa", "eager"],
     "length": [1, 2, 9],
     "sampling": list(SAMPLING),
@@ -130,7 +130,7 @@ def test_greedy_decoding_draws_no_random_number():
 
 
 @pytest.mark.parametrize("sampling", ["greedy", "temperature"])
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "windows"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "windows", "hybrid"])
 def test_long_acceptances_through_later_siblings(kind, sampling):
     # Much has to be accepted, along nodes that are neither first children nor neighbours: else this proves little.
     target, draft = tiny_target(kind, "sdpa"), tiny_draft(kind)

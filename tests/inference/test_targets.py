@@ -26,6 +26,7 @@ from transformers_confu.inference.cached_rows import filled_layers
 from transformers_confu.inference.checks import check_cache, check_target
 from transformers_confu.inference.draft_tree import DraftTree
 from transformers_confu.inference.growing_cache import let_grow
+from transformers_confu.inference.recurrent_layers import recurrent_layers
 from transformers_confu.inference.soft_prompts import KeyRotation
 from transformers_confu.inference.target import TargetRunner
 
@@ -94,6 +95,26 @@ LATENT = {
 }
 del LATENT["head_dim"]
 
+# Recurrent layers beside attention: gated delta nets, Mamba 2, short convolutions.
+HYBRID = {"layer_types": ["linear_attention", "full_attention", *["linear_attention"] * 2, "full_attention"]}
+DELTA_NET = {
+    **SIZES,
+    **HYBRID,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+MAMBA = {
+    **SIZES,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 4,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
 ARCHITECTURES = {
     # Named in the documentation.
     "Llama": SIZES,
@@ -133,7 +154,7 @@ ARCHITECTURES = {
     "GptOss": {**SIZES, **FULL_ATTENTION, "num_local_experts": 4},
     # Mixtures of experts.
     "Mixtral": {**SIZES, "num_local_experts": 4, "sliding_window": None, "output_router_logits": True},
-    "Qwen3Moe": {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "Qwen3Moe": {**SIZES, **EXPERTS},
     # Sliding windows in some layers, or in all.
     "Gemma2, windows": {**SIZES, **MIXED, **SHORT},
     "Gemma3Text, windows": {**SIZES, **MIXED, **LONGER},
@@ -172,11 +193,29 @@ ARCHITECTURES = {
     "DeepseekV2": LATENT,
     "DeepseekV3": LATENT,
     "Glm4MoeLite": LATENT | {"mlp_layer_types": ["dense", "dense", "sparse", "sparse", "sparse"]},
+    # Recurrent layers; the last kind with both attention and a state in every layer.
+    "Qwen3_5Text": DELTA_NET,
+    "Qwen3_5MoeText": DELTA_NET | EXPERTS,
+    "Qwen3Next": DELTA_NET | EXPERTS | {"shared_expert_intermediate_size": 16},
+    "OlmoHybrid": DELTA_NET | {"linear_num_key_heads": 4},
+    "GraniteMoeHybrid": MAMBA | HYBRID | {"num_local_experts": 0, "shared_intermediate_size": 64},
+    "Bamba": MAMBA | {"attn_layer_indices": [1, 4]},
+    "NemotronH": {
+        **SIZES,
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "full_attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 4,
+    },
+    "Lfm2": {**SIZES, "layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
+    "FalconH1": MAMBA | {"mamba_d_ssm": 64, "embedding_multiplier": 1.5},
 }
 EAGER_ONLY = {"GPTJ", "GptOss", "Gemma2", "Gemma2, windows", "GptOss, windows"}
 # The experts' grouped matrix product has none.
 WITHOUT_FP64 = {"GptOss", "GptOss, windows", "Mixtral", "Mixtral, windows", "Qwen3Moe"}
-WITHOUT_FP64 |= {"DeepseekV2", "DeepseekV3", "Glm4MoeLite"}
+WITHOUT_FP64 |= {"DeepseekV2", "DeepseekV3", "Glm4MoeLite", "Qwen3_5MoeText", "Qwen3Next"}
 ROTATES_IN_FP32 = {"DeepseekV2, dense"}
 # Their keys, values or layers differ in size.
 WITHOUT_SOFT_PROMPTS = {"Gemma4Text, windows and larger heads", "DeepseekV2", "DeepseekV3", "Glm4MoeLite"}
@@ -281,16 +320,28 @@ def prefill(target, runner: TargetRunner, ids: torch.LongTensor):
     return cache, runner.taps(outputs.hidden_states)[:, -1]
 
 
+def forward_over(target, ids: torch.LongTensor):
+    """Outputs of the target over a text; token by token behind the prompt if it has states, as plain decoding does."""
+    cache = DynamicCache(config=target.config)
+    if any(cache.is_sliding):
+        cache = DynamicCache()  # which holds all rows, whatever the windows
+    options = {"cache": cache, "output_hidden_states": True}
+    if not recurrent_layers(cache):
+        return target(ids, **options)
+    outputs = target(ids[:, : PROMPT.shape[1]], **options)
+    for column in range(PROMPT.shape[1], ids.shape[1]):
+        outputs = target(ids[:, column : column + 1], position_ids=torch.tensor([[column]]), **options)
+    return outputs
+
+
 def future_by_prefix(target, draft: ConFuDraftModel, ids: torch.LongTensor, routed_by: torch.Tensor) -> torch.Tensor:
     """f behind `ids` without any code of the runner: the soft prompts are ordinary cached rows before them."""
-    cache, with_slots = DynamicCache(), DynamicCache()  # which hold all rows, whatever the windows
-    target(ids, cache=cache)
+    cache = forward_over(target, ids).cache
     for index, layer in enumerate(cache.layers):
-        keys, values = layer.keys, layer.values
-        if draft.config.num_soft_prompts:
-            slots = draft.future_channel.soft_prompts[index].to(keys)
-            keys, values = torch.cat([slots[:1], keys], 2), torch.cat([slots[1:], values], 2)
-        with_slots.update(keys, values, index)
+        if draft.config.num_soft_prompts and layer in filled_layers(cache):
+            slots = draft.future_channel.soft_prompts[index].to(layer.keys)
+            layer.keys = torch.cat([slots[:1], layer.keys], 2)
+            layer.values = torch.cat([slots[1:], layer.values], 2)
     embedding = draft.future_channel.contemplate_token(routed_by)[:, None]
     config = target.config.get_text_config()
     layer_inputs = {}
@@ -302,11 +353,12 @@ def future_by_prefix(target, draft: ConFuDraftModel, ids: torch.LongTensor, rout
     if (window := getattr(config, "sliding_window", None)) is not None:
         within_window[..., num_slots : num_slots + max(length + 1 - window, 0)] = -torch.inf
     of_kinds = {"full_attention": all_visible, "sliding_attention": within_window}
-    layer_types = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    layer_types = set(getattr(config, "layer_types", None) or ["sliding_attention"]) & of_kinds.keys()
+    layer_types = layer_types or {"full_attention"}
     hidden_states = target(
         inputs_embeds=embedding,
         **layer_inputs,
-        cache=with_slots,
+        cache=cache,
         position_ids=torch.tensor([[length]]),
         attention_mask=of_kinds if len(layer_types) > 1 else of_kinds[layer_types.pop()],
         output_hidden_states=True,
@@ -335,6 +387,7 @@ def test_a_verified_tree_is_a_forward_over_each_path(name, implementation):
         return (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
     cache, routed_by = prefill(target, runner, PROMPT)
+    recurrent = recurrent_layers(cache)
     check_target(target, draft.config)
     check_cache(cache, draft.config, target)
     arguments = (torch.tensor([7]), torch.ones(1, 7, dtype=torch.bool))
@@ -349,7 +402,7 @@ def test_a_verified_tree_is_a_forward_over_each_path(name, implementation):
 
     for node in range(TREE.size):
         ids = torch.cat([PROMPT, torch.tensor([path_to(node)])], dim=1)
-        fresh = target(ids, use_cache=False, output_hidden_states=True)
+        fresh = forward_over(target, ids)
         assert close(verified.outputs.logits[0, node], fresh.logits[0, -1])
         taps = last_of(fresh.hidden_states, draft.config.target_hidden_state_indices)
         assert close(verified.taps[0, node], taps)
@@ -357,7 +410,7 @@ def test_a_verified_tree_is_a_forward_over_each_path(name, implementation):
             future = verified.futures[0, CONTEMPLATED[0].tolist().index(node)]
             assert close(future, future_by_prefix(target, draft, ids, routed_by))
             # And as prefill computes it, behind a cache that really holds the path.
-            path_cache, _ = prefill(target, runner, ids)
+            path_cache = forward_over(target, ids).cache if recurrent else prefill(target, runner, ids)[0]
             length = ids.shape[1]
             visible = torch.ones(1, 1, length, dtype=torch.bool)
             place = torch.tensor([[length]])
@@ -385,6 +438,7 @@ def test_attentions_of_layers_that_read_the_keys_of_others(name):
 
 # Positions of another kind, or not in every layer.
 NOT_ROTATED = {"GPT2", "OPT", "GPTBigCode", "GPTJ", "SmolLM3", "Cohere2, windows", "Exaone4, windows"}
+NOT_ROTATED |= {"GraniteMoeHybrid", "NemotronH"}
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in WITHOUT_SOFT_PROMPTS])

@@ -2,9 +2,11 @@
 
 A row of a layer with a window of W sees itself and the W - 1 rows before it, so between two forwards such a layer
 holds the last W - 1 rows of the text; a layer with full attention holds all of them. Everything here works on both:
-the first row that a layer holds is row `get_seq_length() - keys.shape[-2]` of the text.
+the first row that a layer holds is row `get_seq_length() - keys.shape[-2]` of the text. Layers of hybrid targets that
+hold no rows, but a state or nothing, are passed over.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -13,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .configuration_confu import size_of
 from .fixed_cache import FixedLayer
+from .recurrent_layers import STATE_FIELDS, recurrent_layers, state_bytes
 
 
 def layer_windows(target_config: PreTrainedConfig) -> list[int | None]:
@@ -31,15 +34,28 @@ def layer_windows(target_config: PreTrainedConfig) -> list[int | None]:
 
 
 def cache_windows(target_config: PreTrainedConfig) -> list[int | None]:
-    """[`layer_windows`] of the layers that cache rows; others read the keys and values of such a one."""
+    """[`layer_windows`] of the layers that cache rows; others read the keys and values of such a one, or none."""
     modes = getattr(target_config.get_text_config(decoder=True), "kv_sharing_modes", None)
     windows = layer_windows(target_config)
-    return windows if modes is None else [w for w, mode in zip(windows, modes, strict=True) if mode != "reuse"]
+    return [
+        windows[layer] for layer in layers_with_attention(target_config) if modes is None or modes[layer] != "reuse"
+    ]
+
+
+def layers_with_attention(target_config: PreTrainedConfig) -> list[int]:
+    """Numbers of the layers that attend to other rows: not the recurrent ones, nor those that see one row alone."""
+    config = target_config.get_text_config(decoder=True)
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [
+        layer
+        for layer, layer_type in enumerate(layer_types)
+        if layer_type not in ("linear_attention", "conv", "moe", "mlp")
+    ]
 
 
 def filled_layers(cache: DynamicCache) -> list[DynamicLayer]:
-    """The layers that hold keys and values: not before their first row, and not those that read another layer's."""
-    return [layer for layer in cache.layers if layer.keys is not None]
+    """The layers that hold keys and values: not before their first row, and not those that have none of their own."""
+    return [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
 
 
 def rows_held(layer: DynamicLayer) -> int:
@@ -86,22 +102,25 @@ def way_back(cache: DynamicCache) -> Callable[[], None]:
     A function that gives `cache` its present rows back, after forwards that added rows to it.
 
     Rows of a layer with full attention stay where they are and are only cut. A layer with a window drops rows while
-    it takes others, so what it holds now is kept aside; that costs no copy, as it makes new tensors for its rows.
+    it takes others, so what it holds now is kept aside; that costs no copy, as it makes new tensors for its rows. A
+    recurrent layer writes over its state, of which a copy is kept.
     """
     length = cache.get_seq_length()
-    windowed = [(layer, dict(vars(layer))) for layer in cache.layers if getattr(layer, "is_sliding", False)]
+    kept = [(layer, dict(vars(layer))) for layer in cache.layers if getattr(layer, "is_sliding", False)]
+    for layer in recurrent_layers(cache).values():
+        kept.append((layer, {name: copy.deepcopy(getattr(layer, name)) for name in STATE_FIELDS}))
 
     def restore() -> None:
         crop(cache, length)
-        for layer, state in windowed:
-            vars(layer).update(state)
+        for layer, fields in kept:
+            vars(layer).update(fields)
 
     return restore
 
 
 def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes of all keys and values."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in filled_layers(cache))
+    """Bytes of all keys, values and states."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in filled_layers(cache)) + state_bytes(cache)
 
 
 def row_bytes(cache: DynamicCache) -> int:

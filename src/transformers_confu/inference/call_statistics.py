@@ -18,9 +18,11 @@ class ConFuStatistics:
         prefill_seconds, draft_seconds, target_seconds, walk_seconds, compaction_seconds (`float`): Where the time
             went. Read by the host's clock without waiting for the device: on a GPU, work that is queued in one part
             may be waited for in a later one.
-        target_cache_bytes, draft_cache_bytes (`int`): Keys and values of the text at the end of the call.
-        transient_cache_bytes (`int`): The most that a round added to the target's keys and values before compaction:
-            tree nodes, contemplate rows and soft prompts.
+        target_cache_bytes, draft_cache_bytes (`int`): Keys, values and recurrent states of the text at the end of the
+            call.
+        transient_cache_bytes (`int`): The most that a round added to the target's before compaction: keys and values
+            of tree nodes, contemplate rows and soft prompts, and a state of every node and contemplate row in every
+            recurrent layer.
         self_checked (`bool`): Whether the call began with a proof that this target computes a tree as it computes
             text (see `self_check`); part of `prefill_seconds`.
         contemplation_overflowed (`bool`): Whether contemplate rows overflowed inside the target. That forward was

@@ -10,10 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel, StaticCache
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+)
 
-from .cached_rows import cache_windows, filled_layers, layer_windows
+from .cached_rows import cache_windows, filled_layers, layer_windows, layers_with_attention
 from .configuration_confu import STATIC_TARGET_ROPE_TYPES, ConFuConfig, rope_of
+from .recurrent_layers import recurrent_layers, recurrent_mixers
 from .soft_prompts import KeyRotation
 
 
@@ -54,11 +62,6 @@ def check_target(target: PreTrainedModel, config: ConFuConfig) -> None:
 
 def _check_attention(name: str, target: PreTrainedModel, target_config: PreTrainedConfig) -> None:
     """Every row must see what a mask says, all of it, and nothing else; and its keys must lie in a plain cache."""
-    if getattr(target, "_is_stateful", False):
-        raise ValueError(
-            f"{name} is stateful: it cannot return to an earlier state when a guess is refused, so no assisted "
-            "generation works with it. Use a model with a key/value cache."
-        )
     implementation = target_config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise ValueError(
@@ -66,12 +69,13 @@ def _check_attention(name: str, target: PreTrainedModel, target_config: PreTrain
             "with 'sdpa' or 'eager'."
         )
     layer_types = getattr(target_config, "layer_types", None) or []
-    if unusual := sorted(set(layer_types) - {"full_attention", "sliding_attention"}):
+    if unusual := sorted(set(layer_types) - SERVED_LAYERS):
         raise ValueError(
             f"{name} has layers of type {', '.join(unusual)}, whose cache cannot hold a tree; ConFu needs a target "
-            "with full or sliding-window attention in every layer."
+            "with full or sliding-window attention, or with recurrent layers beside them."
         )
     layer_windows(target_config)
+    _check_recurrent_layers(name, target)
     if getattr(target_config, "attention_layers", None) is not None:
         raise ValueError(
             f"{name} masks attention by the order of rows, whatever mask it is given, and the rows of a tree are in "
@@ -81,6 +85,30 @@ def _check_attention(name: str, target: PreTrainedModel, target_config: PreTrain
         raise ValueError(
             f"{name} runs through layers several times (`n_recurrent_loops={target_config.n_recurrent_loops}`), and "
             "what it caches is not what the rows of one forward see of each other; use a target without loops."
+        )
+
+
+SERVED_LAYERS = {"full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "moe", "mlp"}
+
+
+def _check_recurrent_layers(name: str, target: PreTrainedModel) -> None:
+    """States must lie in the cache, each of one module that can go through a tree; and some layer must hold rows."""
+    cache = DynamicCache(config=target.config)
+    recurrent = recurrent_layers(cache)
+    if getattr(target, "_is_stateful", False) and not recurrent:
+        raise ValueError(
+            f"{name} keeps its state elsewhere than in a cache, and cannot return to an earlier one when a guess is "
+            "refused; use a model with a key/value cache."
+        )
+    if recurrent and not layers_with_attention(target.config):
+        raise ValueError(
+            f"{name} has recurrent layers alone; ConFu needs a target with attention in some layers, whose cache "
+            "tells how long the text is."
+        )
+    if recurrent and recurrent.keys() != recurrent_mixers(target).keys():
+        raise ValueError(
+            f"{name} has recurrent layers of a kind that ConFu does not know, in which the state of a tree's node "
+            "could not be told from another's; use plain `generate`."
         )
 
 
@@ -190,23 +218,30 @@ def check_cached_heads(keys: tuple[int, int], values: tuple[int, int], config: C
         )
 
 
+SERVED_CACHES = {
+    *(DynamicLayer, DynamicSlidingWindowLayer),
+    *(LinearAttentionLayer, LinearAttentionAndFullAttentionLayer, DummyLayer),
+}
+
+
 def check_cache(cache: Any, config: ConFuConfig, target: PreTrainedModel, contemplates: bool = True) -> None:
     r"""
     Refuse a cache whose rows cannot be moved and dropped one by one, or into which the soft prompts do not fit.
 
-    The type of each layer must be `DynamicLayer` itself, or `DynamicSlidingWindowLayer` where the target has that
-    window: other subclasses store rows quantised, offloaded or indexed. A cache may be of a class of the user's, but
-    only with the `update` of `Cache`, in whose place the rows of a round are stored. Soft prompts need a place
-    in it only if the call `contemplates`. A static cache without windows is copied, see `fixed_cache`.
+    The type of each layer must be one of `SERVED_CACHES` itself, with a sliding window where the target has that
+    window, and with a state where it has a recurrent layer: other subclasses store rows quantised, offloaded or
+    indexed. A cache may be of a class of the user's, but only with the `update` of `Cache`, in whose place the rows of
+    a round are stored. Soft prompts need a place in it only if the call `contemplates`. A static cache without windows
+    is copied, see `fixed_cache`.
     """
     found = f"{'an offloaded' if getattr(cache, 'offloading', False) else 'a'} {type(cache).__name__}"
     if isinstance(cache, (DynamicCache, StaticCache)) and not cache.offloading:
         is_static = isinstance(cache, StaticCache)
-        known = {StaticLayer} if is_static else {DynamicLayer, DynamicSlidingWindowLayer}
-        own_layers = [layer for layer in cache.layers if is_static or type(layer) is not DummyLayer]
-        foreign_layers = {type(layer) for layer in own_layers} - known
+        foreign_layers = {type(layer) for layer in cache.layers} - ({StaticLayer} if is_static else SERVED_CACHES)
+        stateful = recurrent_layers(DynamicCache(config=target.config)).keys()
         windows = cache_windows(target.config)
-        cached = [getattr(layer, "sliding_window", None) for layer in own_layers]
+        with_rows = [layer for layer in cache.layers if isinstance(layer, DynamicLayer | StaticLayer)]
+        cached = [getattr(layer, "sliding_window", None) for layer in with_rows]
         if type(cache).update is not Cache.update or "update" in vars(cache):
             found = f"a {type(cache).__name__} with an `update` of its own"
         elif foreign_layers:
@@ -215,6 +250,8 @@ def check_cache(cache: Any, config: ConFuConfig, target: PreTrainedModel, contem
             )
         elif is_static and any(windows):
             found = f"a StaticCache for layers with windows {_in_short(windows)}"
+        elif recurrent_layers(cache).keys() != stateful:
+            found = f"a {type(cache).__name__} without the target's recurrent layers"
         elif any(cached) and cached != windows:
             found = (
                 f"a {type(cache).__name__} whose layers have windows {_in_short(cached)}, where those of the target "

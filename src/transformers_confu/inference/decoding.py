@@ -22,7 +22,15 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from .cached_rows import cache_bytes, crop, first_row_held, row_bytes, way_back
+from .cached_rows import (
+    cache_bytes,
+    crop,
+    filled_layers,
+    first_row_held,
+    layers_with_attention,
+    row_bytes,
+    way_back,
+)
 from .call_statistics import ConFuStatistics
 from .candidate_generator_confu import CarriedState, ConFuCandidateGenerator
 from .checks import check_cache, check_call, check_capacity, check_evaluation_mode, check_future_channel, check_target
@@ -32,6 +40,7 @@ from .grouped_attention import without_repeated_heads
 from .growing_cache import room_to_grow
 from .knobs import ConFuKnobs
 from .measured_costs import measure_round_costs
+from .recurrent_layers import state_bytes
 from .round_costs import round_costs
 from .rounds import AutomaticRounds, EqualRounds, FixedRounds, Rounds
 from .self_check import prove_target
@@ -155,7 +164,8 @@ class _Decoding:
         self.num_positions = position_table_size(target)
         self.input_ids = input_ids
         self.finished = False
-        self.transient_rows = 0  # of the target's cache, most in a round
+        # Most in a round: rows of the target's cache, and those of them that have states in recurrent layers.
+        self.transient_rows = self.branches = 0
         wanted = generation_config.return_dict_in_generate
         self.scores: tuple | None = () if wanted and generation_config.output_scores else None
         self.logits: tuple | None = () if wanted and generation_config.output_logits else None
@@ -336,6 +346,7 @@ class _Decoding:
         if verification.futures is None:
             nodes = None
         self.transient_rows = max(self.transient_rows, cache.get_seq_length() - verification.prefix_length)
+        self.branches = max(self.branches, tree.size + (0 if nodes is None else nodes.shape[1]))
         verified = time.perf_counter()
 
         if self.ends is not None:
@@ -348,6 +359,8 @@ class _Decoding:
 
         if self.fixed is None:
             self.runner.compact(cache, verification.prefix_length, path)
+            if verification.states is not None:
+                verification.states.keep(path[-1])
         else:
             self.fixed.keep(path)
         self.visible = torch.nn.functional.pad(self.visible, (0, len(path)), value=True)
@@ -409,7 +422,9 @@ class _Decoding:
     def _measure_caches(self, cache: DynamicCache) -> None:
         self.statistics.target_cache_bytes = cache_bytes(cache)
         self.statistics.draft_cache_bytes = cache_bytes(self.generator.cache)
-        self.statistics.transient_cache_bytes = self.transient_rows * row_bytes(cache)
+        self.statistics.transient_cache_bytes = self.transient_rows * row_bytes(cache) + self.branches * state_bytes(
+            cache
+        )
 
     def _observe_newest(self) -> None:
         """Pair the newest cached token's taps with the token just emitted; the row that the next tree starts from."""
@@ -496,17 +511,18 @@ class _Decoding:
         if self.attentions is not None:
             attentions = []
             # Layers that read the keys of another one have its window.
+            windows = self.runner.windows
             of_window = {
                 window: layer
-                for window, layer in zip(self.runner.windows, cache.layers, strict=False)
-                if layer.keys is not None
+                for window, layer in zip(windows, cache.layers, strict=False)
+                if layer in filled_layers(cache)
             }
-            for weights, window in zip(outputs.attentions, self.runner.windows, strict=True):
-                layer = of_window[window]
+            for weights, number in zip(outputs.attentions, layers_with_attention(self.target.config), strict=True):
+                layer, window = of_window[windows[number]], windows[number]
                 first = first_row_held(layer)
                 seen = [*range(self.visible.shape[1] - first), *(prefix_length - first + row for row in path)]
-                if layer.sliding_window is not None:
-                    seen = seen[-layer.sliding_window :]
+                if window is not None:
+                    seen = seen[-window:]
                 attentions.append(None if weights is None else weights[:, :, node : node + 1, seen])
             self.attentions += (tuple(attentions),)
 

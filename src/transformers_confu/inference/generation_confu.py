@@ -12,6 +12,7 @@ from transformers.generation import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from .call_statistics import ConFuStatistics
@@ -116,13 +117,18 @@ ASSISTED_DECODING_PARAMETERS = [
 ]
 
 
+VALIDATION_PARAMETERS = ["self", "generation_mode", "generation_config", "generation_mode_kwargs"]
+
+
 def install_dispatch() -> bool:
     r"""
     Let `generate(assistant_model=draft)` run the draft's own decoding method.
 
     Transformers keeps no registry of assisted-decoding methods. So `GenerationMixin._assisted_decoding` is wrapped
     once: an assistant whose class defines `confu_decode` decodes with that, whatever copy of this module it comes
-    from; every other assistant goes through untouched.
+    from; every other assistant goes through untouched. `GenerationMixin._validate_generation_mode` is wrapped too, as
+    it refuses every assistant of a target with recurrent layers, which a ConFu draft can serve; see
+    [`_let_states_pass`].
 
     Returns:
         Whether the dispatch is in place. It is not, and nothing is changed, if the method has parameters that are not
@@ -143,7 +149,23 @@ def install_dispatch() -> bool:
 
     setattr(dispatch, "dispatches_confu", True)  # noqa: B010 - a function has no such attribute to a type checker
     GenerationMixin._assisted_decoding = dispatch
+    _let_states_pass()
     return True
+
+
+def _let_states_pass() -> None:
+    """Let a ConFu draft assist a stateful target; which of them it cannot serve, `checks.check_target` says."""
+    validate = GenerationMixin._validate_generation_mode
+    if list(inspect.signature(validate).parameters) != VALIDATION_PARAMETERS:
+        return
+
+    @functools.wraps(validate)
+    def validate_others(self: GenerationMixin, generation_mode: Any, generation_config: Any, mode_kwargs: Any) -> None:
+        if self._is_stateful and hasattr(type(mode_kwargs.get("assistant_model")), "confu_decode"):
+            generation_mode = GenerationMode.GREEDY_SEARCH  # the check of states is for `ASSISTED_GENERATION` alone
+        validate(self, generation_mode, generation_config, mode_kwargs)
+
+    GenerationMixin._validate_generation_mode = validate_others
 
 
 install_dispatch()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .cached_rows import first_row_held, rows_held, rows_read
 
@@ -72,8 +72,14 @@ class GrowingLayer(DynamicLayer):
 
 
 def let_grow(cache: DynamicCache) -> None:
-    """Give `cache` layers that grow without copies, for good: for caches that nobody else will use."""
-    cache.layers = [layer if layer.keys is None else GrowingLayer(layer) for layer in cache.layers]
+    """
+    Give `cache` layers that grow without copies, for good: for caches that nobody else will use. Layers that hold a
+    state besides their rows stay as they are.
+    """
+    growing = (DynamicLayer, DynamicSlidingWindowLayer)
+    cache.layers = [
+        GrowingLayer(layer) if type(layer) in growing and layer.keys is not None else layer for layer in cache.layers
+    ]
 
 
 @contextmanager
@@ -85,7 +91,7 @@ def room_to_grow(cache: DynamicCache) -> Iterator[None]:
         yield
     finally:
         for layer, grown in zip(plain, cache.layers, strict=True):
-            if layer.keys is not None:
+            if grown is not layer:
                 outside = rows_held(grown) - rows_read(grown)
                 layer.keys = grown.keys[..., outside:, :].contiguous()
                 layer.values = grown.values[..., outside:, :].contiguous()

@@ -42,8 +42,8 @@ def measure_round_costs(target: PreTrainedModel, draft: PreTrainedModel) -> tupl
     """
     logger.info("Measuring once what rounds cost with this target and draft on this machine.")
     config = target.config.get_text_config(decoder=True)
-    # A tree's leaf stands two positions behind the text.
-    most = max((getattr(config, "max_position_embeddings", None) or LONG_CONTEXT + 2) - 2, 1)
+    # The deepest leaf of the largest tree stands seven positions behind the text.
+    most = max((getattr(config, "max_position_embeddings", None) or LONG_CONTEXT + 7) - 7, 1)
     parts: dict[Any, Callable[[], None]] = {}
     for context, target_rows, draft_rows in (
         (min(CONTEXT, most), TARGET_ROWS, DRAFT_ROWS),
@@ -66,7 +66,10 @@ def measure_round_costs(target: PreTrainedModel, draft: PreTrainedModel) -> tupl
 
 
 def _target_rounds(target: PreTrainedModel, draft: PreTrainedModel, context: int) -> Callable[[int], None]:
-    """Verification of trees of so many nodes behind so many tokens."""
+    """
+    Verification of trees of so many nodes behind so many tokens. Every node has two children, so that a tree is about
+    as deep as real ones of its size: recurrent layers take one step for each of its levels.
+    """
     device = input_device(target)
     runner = TargetRunner(target, draft.config, draft.future_channel)
     cache = DynamicCache(config=target.config)
@@ -84,7 +87,8 @@ def _target_rounds(target: PreTrainedModel, draft: PreTrainedModel, context: int
 
     def run(rows: int) -> None:
         tokens = torch.zeros(1, rows, dtype=torch.long, device=draft.device)
-        tree = DraftTree.from_parents(tokens, torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.float32))
+        parents = (torch.arange(rows, device=draft.device)[None] - 1).clamp(min=0) // 2
+        tree = DraftTree.from_parents(tokens, parents, torch.zeros_like(tokens, dtype=torch.float32))
         runner.verify(tree, None, routed_by, cache, root_positions, visible)
         crop(cache, context)
 

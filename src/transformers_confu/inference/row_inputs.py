@@ -25,7 +25,10 @@ class RowInputs:
     def __init__(self, target: PreTrainedModel):
         self.embed, self.decoder = target.get_input_embeddings(), target.get_decoder()
         config = target.config
-        self.has_layer_inputs = bool(getattr(config.get_text_config(decoder=True), "hidden_size_per_layer_input", 0))
+        text_config = config.get_text_config(decoder=True)
+        self.has_layer_inputs = bool(getattr(text_config, "hidden_size_per_layer_input", 0))
+        # Falcon-H1 scales embeddings that it looks up, but none that it is given.
+        self.scale = text_config.embedding_multiplier if text_config.model_type == "falcon_h1" else None
         # The ids that mark an image or a sound may occur in a text, and are then embedded otherwise: by Gemma 4 as
         # padding, by Gemma 3n by modules of their own.
         self.placeholders: list[int] = []
@@ -54,6 +57,8 @@ class RowInputs:
             theirs = (token_ids >= first) & (token_ids < first + embedder.vocab_size)
             embeds = embedder(input_ids=token_ids.where(theirs, first)).to(inputs_embeds)
             inputs_embeds = embeds.where(theirs[..., None], inputs_embeds)
+        if self.scale is not None:
+            inputs_embeds = inputs_embeds * self.scale
         inputs = {"inputs_embeds": inputs_embeds}
         if self.has_layer_inputs:
             inputs["per_layer_inputs"] = self.decoder.get_per_layer_inputs(token_ids)  # (B, N, layers, size)

@@ -82,8 +82,7 @@ def _prove(target: PreTrainedModel, draft: PreTrainedModel, contemplates: bool, 
     texts = torch.tensor([[*prefix, root, left, leaf], [*prefix, root, right, leaf]], device=input_device(target))
     plain, cache, taps = _decode_plainly(target, runner, texts, prompt_length=len(prefix))
     check_cache(cache, draft.config, target, contemplates)
-    for layer in filled_layers(cache):
-        layer.keys, layer.values = layer.keys[:1], layer.values[:1]
+    cache.reorder_cache(torch.zeros(1, dtype=torch.long))  # the first text alone; the prompt is the same in both
 
     tree = DraftTree.from_parents(
         torch.tensor([[root, left, right, leaf, leaf]], device=taps.device),

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from .cached_rows import crop, filled_layers, first_row_held, layer_windows, rows_read
 from .configuration_confu import ConFuConfig, rope_of
 from .draft_tree import DraftTree
+from .recurrent_layers import BranchingStates, recurrent_mixers
 from .row_inputs import RowInputs
 from .soft_prompts import KeyRotation, SlotCache
 
@@ -33,12 +34,15 @@ class Verification:
         taps (`torch.FloatTensor` of shape `(batch, nodes, taps_size)`): Tapped hidden states of the real rows.
         futures (`torch.FloatTensor` of shape `(batch, contemplate rows, future_size)`, *optional*).
         prefix_length (`int`): Rows in the cache before this forward, P.
+        states ([`~recurrent_layers.BranchingStates`], *optional*): What the target's recurrent layers hold after each
+            row, if it has some.
     """
 
     outputs: ModelOutput
     taps: torch.Tensor
     futures: torch.Tensor | None
     prefix_length: int
+    states: BranchingStates | None
 
 
 class TargetRunner:
@@ -67,6 +71,7 @@ class TargetRunner:
         self.channel = channel
         self.windows = layer_windows(target.config)
         self.num_positions = position_table_size(target)
+        self.mixers = recurrent_mixers(target)
         self.embed = target.get_input_embeddings()
         self.row_inputs = RowInputs(target)
         self.rotation = KeyRotation(target) if config.rotate_soft_prompts and config.num_soft_prompts else None
@@ -78,9 +83,9 @@ class TargetRunner:
         self.asked_of_all = {"return_dict": True} | without_router_loss(target)
         """Options of every forward over rows that a mask of ours describes."""
 
-    def forward(self, **inputs: Any) -> ModelOutput:
-        """A forward of the target."""
-        with self.autocast():
+    def forward(self, states: BranchingStates | None = None, **inputs: Any) -> ModelOutput:
+        """A forward of the target; with the `states` of the cache it is given, recurrent layers follow their tree."""
+        with self.autocast(), nullcontext() if states is None else states.followed():
             return self.target(**inputs)
 
     def taps(self, hidden_states: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
@@ -153,11 +158,13 @@ class TargetRunner:
             slots = itself.repeat_interleave(num_slots, dim=-1)  # each row has its round's: (B, rows, rows * S)
         # A row stands behind the last cached row that it sees.
         places = torch.arange(1, visible.shape[-1] + 1, device=visible.device).where(visible, 0).amax(dim=-1)
+        read = self._with_slots(cache, root_positions, keep=False)
         return self.forward(
+            BranchingStates(self.mixers, read, [-1] * num_rows) if self.mixers else None,
             **inputs,
             attention_mask=self._masks(cache, visible, itself, slots, places, like=inputs["inputs_embeds"]),
             position_ids=position_ids.to(inputs["inputs_embeds"].device),
-            cache=self._with_slots(cache, root_positions, keep=False),
+            cache=read,
             use_cache=True,
             output_hidden_states=self.config.future_hidden_state_indices,
             **self.asked_of_all,
@@ -209,10 +216,15 @@ class TargetRunner:
         if self.num_positions is not None:
             # Nodes beyond the longest text, which are never part of it, must find something in the table.
             positions = positions.minimum(root_positions[:, None].clamp(min=self.num_positions - 1))
+        states = None
+        if self.mixers:
+            parents = [-1, *tree.parents[0, 1:].tolist(), *([] if nodes is None else nodes[0].tolist())]
+            states = BranchingStates(self.mixers, written, parents)
         prefix = visible[:, None, :].expand(-1, depths.shape[1], -1)
         inputs = self.row_inputs(tree.tokens.to(input_device(self.target)), contemplate)
         inputs_embeds = inputs["inputs_embeds"]
         outputs = self.forward(
+            states,
             **inputs,
             attention_mask=self._masks(cache, prefix, sees, slots, prefix_length + depths, like=inputs_embeds),
             position_ids=positions.to(inputs_embeds.device),
@@ -230,6 +242,7 @@ class TargetRunner:
             if nodes is None
             else self._select(outputs.hidden_states, self.config.future_hidden_state_indices)[:, num_nodes:],
             prefix_length=prefix_length,
+            states=states,
         )
 
     def _with_slots(self, cache: DynamicCache, root_positions: torch.LongTensor, keep: bool) -> SlotCache:
@@ -264,7 +277,7 @@ class TargetRunner:
         masks = {}
         for window, layer in zip(self.windows, cache.layers, strict=False):
             kind = "full_attention" if window is None else "sliding_attention"
-            if kind in masks or layer.keys is None:
+            if kind in masks or layer not in filled_layers(cache):
                 continue
             length = cached.shape[-1]
             first = length - rows_read(layer)
