@@ -57,17 +57,20 @@ if [ ! -e "$work/answers.complete" ]; then
   run touch "$work/answers.complete"
 fi
 
-# Each of the three stages, and the command as a whole, resumes by itself. Without `--multi_gpu` a configuration file of
+# Each stage, and the command as a whole, resumes by itself. Without `--multi_gpu` a configuration file of
 # accelerate for one GPU would have the last word.
 several=()
 if [ "$gpus" -gt 1 ]; then several=(--multi_gpu); fi
 run accelerate launch ${several[@]+"${several[@]}"} --num_processes "$gpus" --num_machines 1 --mixed_precision no --dynamo_backend no --module transformers_confu.cli train \
   "$yaml" --data "$work/answers.jsonl" --output_dir "$work/runs"
 
-run confu evaluate --target "$target" --drafts "confu=$work/runs/joint" "core=${CORE:-$work/runs/core}" \
+last=$(sed -n 's/^ *- stage: *//p' "$yaml" | tail -n 1) # its folder holds the draft that comes out
+drafts=("core=${CORE:-$work/runs/core}")
+if [ "$last" != core ]; then drafts=("confu=$work/runs/$last" "${drafts[@]}"); fi
+run confu evaluate --target "$target" --drafts "${drafts[@]}" \
   --tree_sizes 30 60 --temperatures 0 0.7 1 --runs 1 --output "$work/results.jsonl" --report "$work/report" \
   ${CHAT_TEMPLATE_KWARGS:+--chat_template_kwargs "$CHAT_TEMPLATE_KWARGS"}
 
 if [ -n "${REPOSITORY:-}" ]; then
-  run confu publish "$work/runs/joint" "$target" "$REPOSITORY" --card "${CARD:-$work/card.yaml}"
+  run confu publish "$work/runs/$last" "$target" "$REPOSITORY" --card "${CARD:-$work/card.yaml}"
 fi

@@ -18,6 +18,7 @@ from transformers import (
     GptOssConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
+    Qwen3_5TextConfig,
     Qwen3Config,
 )
 
@@ -70,6 +71,15 @@ CONFIGS = {
         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     ),
     "gpt-oss-20b": GptOssConfig(**SIZES, num_hidden_layers=6, head_dim=8, num_local_experts=4, sliding_window=8),
+    "qwen3.5-4b": Qwen3_5TextConfig(
+        **SIZES,
+        num_hidden_layers=8,
+        head_dim=16,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+    ),
     "gemma-3": Gemma3TextConfig(**SIZES, num_hidden_layers=6, head_dim=8, sliding_window=8),
     "gemma-3n": Gemma3nTextConfig(
         **SIZES,
@@ -115,11 +125,13 @@ def write_answers(path: Path) -> None:
             file.write(json.dumps({"prompt": messages, "answer_ids": [*ids, 1]}) + "\n")
 
 
+def stages_of(name: str) -> list[str]:
+    return [stage["stage"] for stage in yaml.safe_load((RECIPES / name / "train.yaml").read_text())["stages"]]
+
+
 def test_a_recipe_for_each_target():
-    assert NAMES == ["gpt-oss-20b", "llama-3.1-8b-instruct", "llama-3.2-3b-instruct", "qwen3-4b"]
-    stages = [yaml.safe_load((RECIPES / name / "train.yaml").read_text())["stages"] for name in NAMES]
-    assert all(stage == stages[0] for stage in stages)
-    assert [stage["stage"] for stage in stages[0]] == ["core", "contemplation", "joint"]
+    assert NAMES == ["gpt-oss-20b", "llama-3.1-8b-instruct", "llama-3.2-3b-instruct", "qwen3-4b", "qwen3.5-4b"]
+    assert [stages_of(name) for name in NAMES] == [["core", "contemplation", "joint"]] * 4 + [["core"]]
     assert {name: target.split("/")[1].lower() for name, target in TARGETS.items()} == {name: name for name in NAMES}
 
 
@@ -146,12 +158,14 @@ def test_all_stages_train_a_draft_for_the_architecture(name, tmp_path):
             *("--dataloader_num_workers", "0"),
         ]
     )
-    draft = ConFuDraftModel.from_pretrained(tmp_path / "runs" / "joint")
-    core = ConFuDraftModel.from_pretrained(tmp_path / "runs" / "core")
-    assert not ConFuKnobs.of(draft.generation_config), "rounds stay automatic"
-    assert draft.config.rotate_soft_prompts and draft.config.num_soft_prompts == 16
-    for part in ("layers.0.mlp.up_proj.weight", "future_channel.soft_prompts"):
-        assert not torch.equal(draft.get_parameter(part), core.get_parameter(part))
+    core = draft = ConFuDraftModel.from_pretrained(tmp_path / "runs" / "core")
+    if (last := stages_of(recipe.parent.name)[-1]) != "core":
+        draft = ConFuDraftModel.from_pretrained(tmp_path / "runs" / last)
+        assert draft.config.rotate_soft_prompts and draft.config.num_soft_prompts == 16
+        for part in ("layers.0.mlp.up_proj.weight", "future_channel.soft_prompts"):
+            assert not torch.equal(draft.get_parameter(part), core.get_parameter(part))
+    # Rounds stay automatic, and contemplate where the channel is trained.
+    assert ConFuKnobs.of(draft.generation_config) == ({"confu_contemplation": 0} if last == "core" else {})
     # Decoding with it is exact, on the target as it was written.
     dtype = DECODED_IN.get(name, torch.float64)
     target = AutoModelForCausalLM.from_pretrained(tmp_path / "target", dtype=dtype)
@@ -178,6 +192,7 @@ def dry_run(name: str, folder: Path, *options: str, **environment: str) -> list[
 CHAT_TEMPLATE_KWARGS = {
     "gpt-oss-20b": {"reasoning_effort": "low"},
     "qwen3-4b": {"enable_thinking": False},
+    "qwen3.5-4b": {"enable_thinking": False},
     "llama-3.2-3b-instruct": {"date_string": "26 Jul 2024"},
 }
 
@@ -191,8 +206,10 @@ def test_the_launch_file_goes_from_prompts_to_a_published_draft(name, tmp_path, 
         f"touch {name}/answers.complete",
         "accelerate launch --multi_gpu",
         "confu evaluate --target",
-        f"confu publish {name}/runs/joint",
+        f"confu publish {name}/runs/{stages_of(name)[-1]}",
     ]
+    assert (f"confu={name}/runs/joint" in commands[5]) == (stages_of(name)[-1] == "joint")
+    assert f"core={name}/runs/core" in commands[5]
     for command in (command for command in commands if command[0] == "confu"):
         with pytest.raises(SystemExit) as end:
             cli.main([*command[1:], "--help"])
