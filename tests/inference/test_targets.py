@@ -97,14 +97,9 @@ del LATENT["head_dim"]
 
 # Recurrent layers beside attention: gated delta nets, Mamba 2, short convolutions.
 HYBRID = {"layer_types": ["linear_attention", "full_attention", *["linear_attention"] * 2, "full_attention"]}
-DELTA_NET = {
-    **SIZES,
-    **HYBRID,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
+DELTA_NET_SIZES = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+DELTA_NET_SIZES |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+DELTA_NET = SIZES | HYBRID | DELTA_NET_SIZES
 MAMBA = {
     **SIZES,
     "mamba_n_heads": 4,
@@ -544,14 +539,16 @@ def test_a_target_of_text_and_images_decodes_text():
     assert_same_chat(target, draft, prefill_chunk_size=3)
 
 
-@pytest.mark.parametrize("name", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
+@pytest.mark.parametrize("name", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5"])
 @pytest.mark.parametrize("windows", [False, True])
 def test_positions_of_three_kinds_in_a_text(name, windows):
     """What has no image in it has one position for each token, also where a cache and its chat go on."""
     text = {key: value for key, value in SIZES.items() if key not in ("init_std", "tie_word_embeddings")}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    if name == "Qwen3_5":
+        text |= DELTA_NET_SIZES | HYBRID
     if windows:
-        if name == "Qwen3VL":
+        if name in ("Qwen3VL", "Qwen3_5"):
             pytest.skip("it has none")
         text |= MIXED | SHORT | {"use_sliding_window": True, "max_window_layers": 0}
     vision = {"depth": 1, "num_heads": 2, "patch_size": 4, "hidden_size": 16}

@@ -409,6 +409,13 @@ def test_a_dataset_that_makes_no_batches_is_refused_before_the_training(target, 
         make_trainer(target, tmp_path, train_dataset=rows, eval_dataset=rows.select([0, 1]))
 
 
+@pytest.mark.parametrize("stage", ["contemplation", "joint"])
+def test_contemplation_is_not_taught_where_there_are_recurrent_layers(stage, tmp_path):
+    message = f"Stage {stage} contemplates at many places of a text, and Qwen3_5ForCausalLM has recurrent layers"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(make_tiny_target("hybrid", torch.float32), tmp_path, stage=stage)
+
+
 def test_a_sharding_that_accelerate_was_told_of_is_refused(target, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(ConFuTrainer, "is_fsdp_enabled", True, raising=False)
     set_by_trainer = Trainer.create_accelerator_and_postprocess

@@ -12,6 +12,7 @@ from ..common.answer_text import end_token_ids
 from ..common.loading import load_draft
 from ..data.dataset import IGNORE_INDEX
 from ..inference.modeling_confu import ConFuDraftModel
+from ..inference.recurrent_layers import recurrent_mixers
 from .arguments import ConFuTrainingArguments
 
 
@@ -33,6 +34,16 @@ def check_call(args: Any, kwargs: dict[str, Any]) -> None:
                 f"`{name}` has no effect here: losses are named by `loss`, and there are no logits to measure; "
                 "leave it out, and measure in a callback's `on_evaluate`."
             )
+
+
+def check_stage(stage: str, target: PreTrainedModel) -> None:
+    """Refuse to teach contemplation where the places in a text have states that one forward over it does not leave."""
+    if stage != "core" and recurrent_mixers(target):
+        raise ValueError(
+            f"Stage {stage} contemplates at many places of a text, and {type(target).__name__} has recurrent layers, "
+            "whose states there are gone when the whole text is read; train stage core alone, and decode with "
+            "`confu_contemplation=0`, which is then set."
+        )
 
 
 def draft_to_train(model: Any) -> ConFuDraftModel:

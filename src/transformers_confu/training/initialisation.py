@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
+from ..inference.cached_rows import filled_layers
 from ..inference.configuration_confu import ConFuConfig
 from ..inference.modeling_confu import ConFuDraftModel
 
@@ -95,8 +97,8 @@ def start_future_channel(
             )
         # Position 0 of rotated soft prompts is that of a round's root; the text ends just in front of it.
         first = -len(soft_prompt_ids) if config.rotate_soft_prompts else 0
-        states = _keys_and_values(target, soft_prompt_ids, first)
-        channel.soft_prompts[: len(states)].copy_(states)  # those of layers that read another one's are never read
+        for number, states in _keys_and_values(target, soft_prompt_ids, first).items():
+            channel.soft_prompts[number].copy_(states)  # those of layers that hold no keys of their own are never read
     # `[con]` starts at the size of a real token's embedding, which differs between targets by orders of magnitude.
     embedding = _weight(target.get_input_embeddings())
     if embedding is not None:
@@ -146,9 +148,16 @@ def _copy(ours: torch.Tensor, theirs: torch.Tensor | None) -> bool:
     return True
 
 
-def _keys_and_values(target: PreTrainedModel, token_ids: torch.LongTensor, first: int) -> torch.Tensor:
-    """Cached keys and values of a text from position `first` on: `(layers, 2, num_key_value_heads, length, hd)`."""
-    cache = DynamicCache()  # of all rows, also where layers have windows
+def _keys_and_values(target: PreTrainedModel, token_ids: torch.LongTensor, first: int) -> dict[int, torch.Tensor]:
+    """Cached keys and values of a text from position `first` on: `(2, num_key_value_heads, length, hd)` by layer."""
+    cache = DynamicCache(config=target.config)
+    # All rows, also where layers have windows.
+    cache.layers = [DynamicLayer() if getattr(layer, "is_sliding", False) else layer for layer in cache.layers]
     position_ids = torch.arange(first, first + len(token_ids), device=target.device)[None]
     target(input_ids=token_ids[None].to(target.device), position_ids=position_ids, cache=cache, use_cache=True)
-    return torch.stack([torch.stack([layer.keys[0], layer.values[0]]).float().cpu() for layer in cache.layers])
+    filled = filled_layers(cache)
+    return {
+        number: torch.stack([layer.keys[0], layer.values[0]])
+        for number, layer in enumerate(cache.layers)
+        if layer in filled
+    }

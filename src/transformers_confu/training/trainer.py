@@ -28,7 +28,7 @@ from ..publishing.publish import write_custom_generate
 from .anchors import AnchorSampling
 from .arguments import NOT_PUSHED, NOT_SHARDED_BY, ConFuTrainingArguments, parameter_group
 from .batch import ConFuDataCollator, TokenBatch, TokenBatchSampler, draft_rows
-from .checks import check_call, check_dataset, check_tokenizer, draft_to_train
+from .checks import check_call, check_dataset, check_stage, check_tokenizer, draft_to_train
 from .contemplation import compute_foresight
 from .features import KeptFeatures
 from .initialisation import is_channel_untrained
@@ -143,6 +143,7 @@ class ConFuTrainer(Trainer):
             target_model, _ = load_target(target_model, default_dtype(args.device), args.device, few_rows=False)
         self.target_model = freeze(target_model)
         check_target(self.target_model, model.config)
+        check_stage(args.stage, self.target_model)
         if processing_class is not None:
             check_tokenizer(processing_class, self.target_model)
         if train_dataset is not None:
