@@ -62,7 +62,9 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = self.keys[..., outside:, :], self.values[..., outside:, :]
         self._dropped, self._start = self._dropped + outside, self._start + outside
         total = rows_held(self) + key_states.shape[-2]
-        if self._start + total > self._buffers[0].shape[-2]:
+        # What was made in inference mode, by an earlier turn, cannot be written to outside of it.
+        frozen = self._buffers[0].is_inference() and not torch.is_inference_mode_enabled()
+        if frozen or self._start + total > self._buffers[0].shape[-2]:
             self._make_room(total)
         first_new, end = self._start + rows_held(self), self._start + total
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
