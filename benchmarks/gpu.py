@@ -17,6 +17,7 @@ Transformers' own assisted loop with a chain. No package has to be installed: th
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib.util
 import json
@@ -58,9 +59,9 @@ QUESTIONS = (
     "Explain in three sentences why the sky is blue.",
     "Write a Python function that reverses a linked list.",
     "List five facts about the river Danube.",
-    "Translate into French: The train leaves at seven in the morning.",
 )
 CHAIN = 4
+STOCK = f"stock chain of {CHAIN}"
 PARTS = ("draft", "target", "walk", "compaction")
 
 
@@ -129,26 +130,26 @@ class Bench:
         self.arms = self._arms()
 
     def _arms(self) -> dict[str, dict[str, Any]]:
-        """Options of `generate` by name, the most wanted first; `None` instead of knobs: without the draft."""
+        """Options of `generate` by name, the most wanted first."""
         static: dict[str, Any] = {"cache_implementation": "static"}
         if self.options.backend:
             mode = "reduce-overhead" if self.options.backend == "inductor" else None
             static["compile_config"] = CompileConfig(backend=self.options.backend, mode=mode)
             static["compile_config"]._compile_all_devices = self.options.device == "cpu" or None
-        arms: dict[str, dict[str, Any]] = {"plain": {}, "plain, static": static, f"stock chain of {CHAIN}": {}}
+        ours: dict[str, dict[str, Any]] = {}
         for size in self.options.sizes:
             for rows in (0, size):
                 knobs = {"confu_tree_size": size, "confu_contemplation": rows}
-                arms[f"N={size}, C={rows}, static"] = knobs | static
-                arms[f"N={size}, C={rows}"] = knobs
-        return arms
+                ours |= {f"N={size}, C={rows}": knobs, f"N={size}, C={rows}, static": knobs | static}
+        first, *others = ours.items()
+        return dict([("plain", {}), first, (STOCK, {}), ("plain, static", static), *others])
 
     def generate(self, arm: str, prompt: torch.LongTensor) -> list[int]:
         """New tokens of an arm."""
         options = self.arms[arm] | {"max_new_tokens": self.options.new_tokens, "do_sample": False}
         call: dict[str, Any] = {}
         with contextlib.ExitStack() as stack:
-            if "chain" in arm:
+            if arm == STOCK:
                 stack.enter_context(mock.patch.object(self.target, "_get_candidate_generator", self.chain))
                 options["prompt_lookup_num_tokens"] = 1  # any option that selects the assisted loop
             if not arm.startswith("plain"):
@@ -174,7 +175,7 @@ class Bench:
         return time.perf_counter() - started, tokens
 
     def warm_up(self, deadline: float) -> list[str]:
-        """Run every arm once, as far as there is time: the first call compiles. The arms that ran."""
+        """Run every arm once, as far as there is time, as the first call compiles; the arms that ran."""
         usable, plain = [], None
         for arm in self.arms:
             if plain is not None and time.perf_counter() > deadline:
@@ -195,15 +196,17 @@ class Bench:
 
     def speed(self, deadline: float) -> None:
         """Tokens per second of all arms, interleaved; and where the time of a round goes."""
-        arms = self.warm_up(deadline)
+        now = time.perf_counter()
+        arms = self.warm_up(now + (deadline - now) / 2)
         rates: dict[str, list[float]] = {arm: [] for arm in arms}
-        for _ in range(self.options.repeats):
-            for arm in arms:
-                seconds, tokens = self.seconds(arm)
-                rates[arm].append(tokens / seconds)
-        for arm in arms:
+        for repeat in range(self.options.repeats if "plain" in arms else 0):
+            if repeat == 0 or time.perf_counter() < deadline:
+                for arm in arms:
+                    seconds, tokens = self.seconds(arm)
+                    rates[arm].append(tokens / seconds)
+        for arm in arms if "plain" in arms else []:
             over = [rate / plain for rate, plain in zip(rates[arm], rates["plain"], strict=True)]
-            result = {"tokens_per_second": spread(rates[arm]), "over_plain": spread(over)}
+            result = {"runs": len(over), "tokens_per_second": spread(rates[arm]), "over_plain": spread(over)}
             if "N=" in arm:
                 with synchronised_clock():  # each part then waits for its own work
                     self.generate(arm, self.prompts[-1])
@@ -212,6 +215,8 @@ class Bench:
                 result["tau"] = round(last.tau, 3)
                 result["ms_per_round"] = {part: round(1000 * seconds, 3) for part, seconds in per_round.items()}
             self.record("speed", model=self.name, arm=arm, **result)
+        for arm in [arm for arm in arms if "N=" in arm][: 2 * self.options.profile]:
+            self.profile(arm)
 
     def profile(self, arm: str) -> None:
         """What reaches the device, and how often the host waits for it, per round of one call."""
@@ -275,35 +280,29 @@ def smollm2(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, ConFu
 def run(options: argparse.Namespace, record: Callable[..., None]) -> None:
     started = time.perf_counter()
     torch._dynamo.config.recompile_limit = 64  # settings share functions that are compiled
-    for number, name in enumerate(options.models):
+    stages = [(options.models[0], torch.float32), *((name, torch.bfloat16) for name in options.models)]
+    for number, (name, dtype) in enumerate(stages):
+        deadline = started + options.seconds * (number + 1) / len(stages)
         is_real = name == "smollm2"
-        dtypes = [torch.bfloat16]
-        if number == 0:
-            dtypes.insert(0, torch.float32)  # for exactness alone
-        for dtype in dtypes:
-            try:
-                made = smollm2(options, dtype) if is_real else counting(name, dtype, options.device)
-            except Exception as error:  # no such model here, or no memory for it
-                record("missing", model=name, dtype=str(dtype), error=f"{type(error).__name__}: {error}"[:2000])
-                break
-            vocab_size = made[0].config.vocab_size
-            proposing = contextlib.nullcontext if is_real else lambda v=vocab_size: right_with(options.acceptance, v)
-            bench = Bench(f"{name} {str(dtype).removeprefix('torch.')}", *made, options, record, proposing)
-            deadline = started + options.seconds * (number + dtypes.index(dtype) / 2 + 1) / (len(options.models) + 1)
-            with torch.no_grad():
-                if dtype is torch.float32:
-                    bench.arms = dict([*bench.arms.items()][:7])
-                    bench.warm_up(deadline)
-                else:
-                    bench.speed(deadline)
-                    if number == 0:
-                        for arm in [*bench.arms][3:5]:
-                            bench.profile(arm)
-            del made, bench
-            gc.collect()
-            torch._dynamo.reset()
-            if options.device == "cuda":
-                torch.cuda.empty_cache()
+        try:
+            made = smollm2(options, dtype) if is_real else counting(name, dtype, options.device)
+        except Exception as error:  # no such model here, or no memory for it
+            record("missing", model=name, dtype=str(dtype), error=f"{type(error).__name__}: {error}"[:2000])
+            continue
+        proposing = functools.partial(right_with, options.acceptance, made[0].config.vocab_size)
+        label = f"{name} {str(dtype).removeprefix('torch.')}"
+        bench = Bench(label, *made, options, record, contextlib.nullcontext if is_real else proposing)
+        if number == 0:  # for exactness alone
+            bench.arms = {arm: bench.arms[arm] for arm in [*bench.arms][:6]}
+            bench.warm_up(deadline)
+        else:
+            options.profile = number == 1
+            bench.speed(deadline)
+        del made, bench
+        gc.collect()
+        torch._dynamo.reset()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -314,9 +313,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--smollm2", help="folder of SmolLM2-135M-Instruct; by default where `make demo` has it")
     parser.add_argument("--sizes", nargs="+", type=int, default=[30, 16, 60], help="nodes of trees, N")
     parser.add_argument("--acceptance", type=float, default=0.8, help="probability of the stub's tokens to be right")
-    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=300, help="no arm is begun after so long; all share it")
+    parser.add_argument("--seconds", type=float, default=300, help="all models share it; late arms are skipped")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--backend", help="of torch.compile, as `cudagraphs`, which compiles sooner; by default that of `generate`"
