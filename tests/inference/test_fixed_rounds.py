@@ -5,11 +5,13 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, StaticCache
 
 from exactness import assert_close, assert_identical, compare, decode_plainly, truly_fp64
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import confu_generation_config
+from transformers_confu.inference import decoding
 from transformers_confu.inference.rounds import EqualRounds
 from transformers_confu.inference.target import TargetRunner
 
@@ -123,6 +125,46 @@ def test_compiled_rounds_have_three_graphs_whatever_the_text(contemplation):
         assert draft.last_statistics.rounds > 5
         # What grows the tree, what verifies it, what keeps its path: compiled in the first call, and never again.
         assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
+
+
+class Outside(TorchDispatchMode):
+    """Counts operations, but for views, outside of the functions that it may compile."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.inside = 0, False
+
+    def compiled(self, function):
+        def call(*args, **kwargs):
+            self.inside = True
+            result = function(*args, **kwargs)
+            self.inside = False
+            return result
+
+        return call
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += not self.inside and not func.is_view
+        assert func is not torch.ops.aten._local_scalar_dense.default or not self.inside  # would wait for the device
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("contemplation, most", [(0, 24), (8, 50)])
+def test_little_of_a_round_is_outside_of_what_is_compiled(monkeypatch, contemplation, most):
+    target, draft = pair("llama")
+    knobs = {f"confu_{name}": value for name, value in (KNOBS | {"contemplation": contemplation}).items()}
+    counts = []
+    for new_tokens in (10, 60):
+        config = confu_generation_config(
+            target, max_new_tokens=new_tokens, do_sample=False, cache_implementation="static", **knobs
+        )
+        outside = Outside()
+        monkeypatch.setattr(decoding, "not_compiled", outside.compiled)
+        with outside:
+            target.generate(prompt_of(9), assistant_model=draft, generation_config=config)
+        counts.append((outside.operations, draft.last_statistics.rounds))
+    (few, fewer_rounds), (many, more_rounds) = counts
+    assert (many - few) / (more_rounds - fewer_rounds) <= most  # 21 and 48 when this was written
 
 
 def test_nothing_is_compiled_where_plain_generation_compiles_nothing():
