@@ -6,7 +6,7 @@ from accelerate import cpu_offload
 from transformers import DynamicCache
 
 from exactness import FP64_ROUNDING, assert_close, assert_identical, compare
-from helpers import cached_tensors, make_tiny_draft, make_tiny_target
+from helpers import cached_tensors, make_family, make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuGenerate
 from transformers_confu.inference.draft_tree import DraftTree
 from transformers_confu.inference.recurrent_layers import recurrent_mixers
@@ -123,3 +123,35 @@ def test_other_assistants_are_still_refused_by_transformers(target):
 def test_a_cache_without_recurrent_layers_is_refused(target, draft):
     with pytest.raises(ValueError, match=r"got a DynamicCache without the target's recurrent layers; leave .*config="):
         target.generate(PROMPT, assistant_model=draft, cache=DynamicCache(), **GREEDY)
+
+
+@torch.no_grad()
+def test_weights_are_not_read_for_every_level(target, draft):
+    """Once for the root, and once for all levels behind it."""
+    runner = TargetRunner(target, draft.config, draft.future_channel)
+    chain = torch.tensor([[9, 3, 4, 5, 6, 7]])
+    tree = DraftTree.from_parents(chain, torch.tensor([[0, 0, 1, 2, 3, 4]]), torch.zeros(1, 6))
+    routed_by, visible = torch.zeros(1, draft.config.taps_size).double(), torch.ones(1, 7, dtype=torch.bool)
+    cache, rows = DynamicCache(config=target.config), []
+    target(PROMPT, cache=cache)
+    for times in range(2):  # the first forward finds out which projection is the last
+        runner.verify(tree, None, routed_by, cache, torch.tensor([7]), visible)
+        runner.compact(cache, 7, [])
+        if times == 0:
+            mixer = next(iter(recurrent_mixers(target).values()))
+            for projection in (mixer.in_proj_qkv, mixer.in_proj_b, mixer.out_proj):
+                projection.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[:2].numel()))
+    assert sorted(rows) == [1] * 3 + [5] * 3
+
+
+def test_a_cache_that_others_have_recorded():
+    """Transformers' own assisted generation leaves layers of convolutions that keep more than the next token needs."""
+    target = make_family("Lfm2", layer_types=["conv", "full_attention", "conv", "conv", "full_attention"])
+    draft, options = make_tiny_draft(target), {"do_sample": False, "max_new_tokens": 12}
+    first = target.generate(PROMPT, prompt_lookup_num_tokens=3, return_dict_in_generate=True, **options)
+    assert first.cache.layers[0].record_past
+    text = torch.cat([first.sequences, PROMPT[:, :3]], dim=1)
+    options["attention_mask"] = torch.ones_like(text)
+    plain = target.generate(text, **options)
+    assert torch.equal(target.generate(text, cache=first.cache, assistant_model=draft, **options), plain)
+    assert not first.cache.layers[0].record_past

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .cached_rows import first_row_held, rows_held, rows_read
+from .recurrent_layers import recurrent_layers
 
 
 LEAST_ROOM = 256
@@ -78,6 +79,10 @@ def let_grow(cache: DynamicCache) -> None:
     Give `cache` layers that grow without copies, for good: for caches that nobody else will use. Layers that hold a
     state besides their rows stay as they are.
     """
+    for layer in recurrent_layers(cache).values():
+        if layer.record_past:  # as assisted generation of Transformers leaves layers of convolutions
+            layer.crop(0)
+            layer.record_past = False
     growing = (DynamicLayer, DynamicSlidingWindowLayer)
     cache.layers = [
         GrowingLayer(layer) if type(layer) in growing and layer.keys is not None else layer for layer in cache.layers

@@ -4,10 +4,14 @@ Such a layer holds no rows of the text but one state, which every token changes 
 tree the state of a node comes from its parent's. So these layers alone go through a tree level by level, each level by
 the layer's own step of plain decoding: its k rows are k texts of one token, each with the state of its parent. After
 the walk the text's state is that of the last accepted node.
+
+What a layer projects, row by row, needs no states: rows of all levels behind the first are projected together, so that
+weights are not read again for every level.
 """
 
 import copy
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -132,7 +136,8 @@ class _BranchingLayer:
         """Before the module runs: give it the first level in place of all rows."""
         if kwargs is None or kwargs.get("cache") is not self.states.cache:
             return None  # one level of this forward, or another's
-        self.rows = args[0] if args else kwargs["hidden_states"]  # (1, R, Ht)
+        rows = args[0] if args else kwargs["hidden_states"]  # (1, R, Ht)
+        self.inputs = [rows[0, torch.tensor(level, device=rows.device), None] for level in self.states.levels]
         given = self._level(0)
         self.first = given["cache"]
         return (), kwargs | {"attention_mask": None} | given  # a row of a tree is no padding
@@ -145,10 +150,31 @@ class _BranchingLayer:
             return None
         self.first = None
         outputs = [output]
-        for level in range(1, len(self.states.levels)):
-            outputs.append(module(**kwargs | self._level(level)))
+        if len(self.inputs) > 1:
+            outputs.append(self._later_levels(module, kwargs))
         rows = torch.tensor([row for rows in self.states.levels for row in rows], device=output.device)
         return torch.cat(outputs)[rows.argsort()].transpose(0, 1)
+
+    def _later_levels(self, module: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Outputs of all levels but the first, one behind the other, `(rows, 1, Ht)`."""
+        step: Callable[..., torch.Tensor] = module
+        projections: dict[str, _Projection] = {}
+        if len(module._forward_hooks) == len(module._forward_pre_hooks) == 1:  # others' may change what passes through
+            for name, child in module.named_children():
+                if hasattr(child, "in_features"):
+                    projections[name] = _Projection(child, self.inputs[1:], is_last=_LAST.get(module) == name)
+            twin = copy.copy(module)
+            vars(twin)["_modules"] = module._modules | projections
+            step = twin.forward  # which may still be that of `module`, as accelerate leaves it
+        outputs = []
+        for level in range(1, len(self.inputs)):
+            outputs.append(step(**kwargs | self._level(level)))
+            for name, projection in projections.items():
+                if projection.output is outputs[-1]:
+                    _LAST[module] = name
+        joined = torch.cat(outputs)
+        left_out = [projection for projection in projections.values() if projection.left_out]
+        return left_out[0].module(joined) if left_out else joined
 
     def _level(self, level: int) -> dict[str, Any]:
         """What the module is given for a level of k rows: them, `(k, 1, Ht)`, and the states of their parents."""
@@ -158,9 +184,44 @@ class _BranchingLayer:
         layer.conv_states = _select(before.conv_states, parents)
         layer.recurrent_states = _select(before.recurrent_states, parents)
         self.branches.append(layer)
-        rows = torch.tensor(self.states.levels[level], device=self.rows.device)
         others = self.states.cache.layers[: self.index]
-        return {"hidden_states": self.rows[0, rows, None], "cache": Cache(layers=[*others, layer])}
+        return {"hidden_states": self.inputs[level], "cache": Cache(layers=[*others, layer])}
+
+
+_LAST: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
+"""Module of a recurrent layer -> the one of its children whose output is its own."""
+
+
+class _Projection:
+    r"""
+    Stands for a projection of a module that goes through several levels, and projects rows of all of them at once.
+
+    Args:
+        module (`nn.Module`): The projection.
+        levels (`list[torch.FloatTensor]`): What the module that it belongs to is given at each level, `(k, 1, Ht)`.
+        is_last (`bool`): Whether its output is that of the whole module. Then it is left out, to be made up for.
+    """
+
+    def __init__(self, module: nn.Module, levels: list[torch.Tensor], is_last: bool):
+        self.module, self.levels, self.is_last = module, levels, is_last
+        self.output: torch.Tensor | None = None
+        self.left_out = False
+        self._projected: tuple[torch.Tensor, ...] = ()
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        for level, rows in enumerate(self.levels):
+            if inputs is rows:
+                if not self._projected:
+                    self._projected = self.module(torch.cat(self.levels)).split([len(rows) for rows in self.levels])
+                return self._projected[level]
+        if self.is_last:
+            self.left_out = True
+            return inputs
+        self.output = self.module(inputs)
+        return self.output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
 
 
 def _select(states: dict[int, torch.Tensor | None], rows: list[int]) -> dict[int, torch.Tensor | None]:
