@@ -68,6 +68,20 @@ def test_weights_of_the_target_are_taken_over(kind, use_qk_norm, caplog):
     )
 
 
+def test_norms_of_taps_start_at_the_size_of_the_taps():
+    """The feature of another text then has the size of its highest tap, as it has without these norms."""
+    target = make_tiny_target(dtype=torch.float32)
+    target.get_input_embeddings().weight.data *= 40
+    draft = warm_start(target, TOKENS, config_for(target, fc_norm=True))
+    states = target(torch.tensor([[5, 91, 33, 8, 61, 12, 74, 27]]), output_hidden_states=True).hidden_states
+    taps = [states[index] for index in TAPS["target_hidden_state_indices"]]
+    sizes = [float(tap.detach().square().mean().sqrt()) for tap in taps]
+    assert [float(norm.weight.mean()) for norm in draft.fc_norm] == pytest.approx(sizes, rel=0.25)
+    assert float(draft.fuse_taps(torch.cat(taps, dim=-1)).detach().square().mean().sqrt()) == pytest.approx(
+        sizes[-1], rel=0.25
+    )
+
+
 @pytest.mark.parametrize("kind, use_qk_norm", [("llama", True), ("qwen3", False)])
 def test_queries_and_keys_are_not_taken_over_without_their_norms(kind, use_qk_norm, caplog):
     target = make_tiny_target(kind, dtype=torch.float32)

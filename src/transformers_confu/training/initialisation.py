@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from ..inference.cached_rows import filled_layers
 from ..inference.configuration_confu import ConFuConfig
 from ..inference.modeling_confu import ConFuDraftModel
+from ..inference.target import TargetRunner
 
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ def warm_start(
 
     Taken over where shapes allow: the final norm, the lm_head rows of the draft vocabulary, and the last layer's MLP,
     norms and attention, the latter for the half of the input that is the feature (queries and keys only if both models
-    normalise them, or neither does); `fc` starts as the highest tap. What could not be taken over is logged.
+    normalise them, or neither does); `fc` starts as the highest tap, and norms of taps at the taps' own sizes. What
+    could not be taken over is logged.
 
     Args:
         target: Where its modules are not named as Llama's, less is taken over.
@@ -53,6 +55,11 @@ def warm_start(
         nn.init.eye_(draft.fc.weight[:, -config.target_hidden_size :])
     else:
         nn.init.normal_(draft.fc.weight, std=config.taps_size**-0.5)
+
+    if draft.fc_norm is not None:
+        # At size 1 the feature would drown in what the target's last layer adds to it, whose weights follow below.
+        for norm, size in zip(draft.fc_norm, _tap_sizes(target, draft), strict=True):
+            norm.weight.fill_(size)
 
     feature_half = slice(config.hidden_size, 2 * config.hidden_size)
     lm_head = _weight(target.get_output_embeddings())
@@ -146,6 +153,16 @@ def _copy(ours: torch.Tensor, theirs: torch.Tensor | None) -> bool:
         return False
     ours.copy_(theirs)
     return True
+
+
+def _tap_sizes(target: PreTrainedModel, draft: ConFuDraftModel) -> list[float]:
+    """Root mean square of each tap at a middling token, of any tokens: a text's are much the same."""
+    token_ids = draft.draft_token_ids[:: -(-draft.config.draft_vocab_size // 64)].to(target.device)
+    runner = TargetRunner(target, draft.config, draft.future_channel)
+    outputs = target(input_ids=token_ids[None], output_hidden_states=True, use_cache=False, **runner.asked_of_all)
+    taps = runner.taps(outputs.hidden_states)[0].unflatten(-1, (-1, draft.config.target_hidden_size))
+    # The median, as a text's first token is often hundreds of times larger than the others.
+    return taps.square().mean(dim=-1).sqrt().median(dim=0).values.tolist()
 
 
 def _keys_and_values(target: PreTrainedModel, token_ids: torch.LongTensor, first: int) -> dict[int, torch.Tensor]:
