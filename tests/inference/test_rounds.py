@@ -74,7 +74,7 @@ def test_automatic_rounds_ask_for_the_costs_of_their_length():
     sizes = []
     for length in (50, 1000):
         rounds = AutomaticRounds(table, contemplation=0, future_gain=0.0)
-        rounds.depth(1, length)
+        rounds.depth(length)
         sizes.append(rounds.tree_size(grower))
     assert sizes == [6, 1]
 
@@ -238,7 +238,7 @@ class RandomDraft:
 
 def grown(draft: RandomDraft, rounds, max_depth: int) -> tuple[DraftTree, int]:
     """The tree that `rounds` let grow, and the rows that the draft computed for it."""
-    depth, rows = min(rounds.depth(1, 0), max_depth), 0
+    depth, rows = min(rounds.depth(0), max_depth), 0
     grower = TreeGrower(draft(())[None], rounds.branching)
     paths: list[tuple[int, ...]] = [()]
     for _ in range(1, depth):
@@ -298,7 +298,7 @@ def expected_rate(draft_acceptance: float, table: RoundCosts, probability: float
     logits[0] = math.log(probability)
     tokens = spent = 0.0
     for _ in range(rounds_count):
-        depth = rounds.depth(1, 0)
+        depth = rounds.depth(0)
         steps, tree = 0.0, DraftTree.root_only(torch.tensor([0]))
         if depth:
             steps += table.draft(1)

@@ -145,9 +145,8 @@ class ConFuCandidateGenerator(CandidateGenerator):
         root_tokens = root_tokens.to(self._token_ids.device)
         if self._fixed is not None:
             max_depth = sys.maxsize  # all trees have one shape
-        pending_rows = sum(row.taps.shape[1] for row in self._pending)
-        length = self._cache.get_seq_length() + pending_rows
-        depth = min(rounds.depth(pending_rows, length), max_depth) if max_depth > 0 else 0
+        length = self._cache.get_seq_length() + sum(row.taps.shape[1] for row in self._pending)
+        depth = min(rounds.depth(length), max_depth) if max_depth > 0 else 0
         if depth < 1:
             rounds.tree_size(None)
             return DraftTree.root_only(root_tokens)

@@ -20,11 +20,8 @@ class Rounds(Protocol):
     contemplates: bool
     """Whether any round may have contemplate rows."""
 
-    def depth(self, pending_rows: int, length: int) -> int:
-        """
-        Longest path of drafted tokens, 0 in a plain round, behind a text of `length` tokens; `pending_rows` true rows
-        the draft has yet to read.
-        """
+    def depth(self, length: int) -> int:
+        """Longest path of drafted tokens, 0 in a plain round, behind a text of `length` tokens."""
 
     def width(self, grower: TreeGrower) -> int:
         """How many of the grower's frontier nodes to expand; 0: the tree is grown."""
@@ -47,7 +44,7 @@ class FixedRounds:
         self.branching = knobs.branching
         self.contemplates = knobs.contemplation > 0
 
-    def depth(self, pending_rows: int, length: int) -> int:
+    def depth(self, length: int) -> int:
         # No deeper than a chain that fills the tree.
         return min(self.knobs.depth, self.knobs.tree_size - 1)
 
@@ -157,12 +154,12 @@ class AutomaticRounds:
         kind = bisect(self.CLASSES, -log_prob)
         return min(math.exp(log_prob) * self.accepted[kind] / self.expected[kind], 1.0)
 
-    def depth(self, pending_rows: int, length: int) -> int:
+    def depth(self, length: int) -> int:
         self._start(length)
         if self.pause > 0:
             self.pause -= 1
             return 0
-        self.cost = self.costs.draft(pending_rows)
+        self.cost = self.costs.draft(1)  # of other true rows only keys and values are computed; a prompt is prefill
         self.levels = 1
         return self.MAX_DEPTH
 
@@ -212,7 +209,7 @@ class AutomaticRounds:
         self.spent += self.cost
 
     def _learn(self, tree: DraftTree, path: list[int]) -> None:
-        gained = sum(self.probabilities) - self.rate * (self.cost - 1.0)  # over a plain round
+        gained = sum(self.probabilities) - (self.cost - 1.0)  # over plain rounds, which a pause would bring
         self.gain = self.MEMORY * self.gain + (1 - self.MEMORY) * gained
         if gained > 0:
             self.next_pause = self.FIRST_PAUSE
