@@ -11,6 +11,7 @@
 #   CORE      draft that the result is compared with  (default: WORK/runs/core)
 #   CHAT_TEMPLATE_KWARGS  options of the target's chat template, as JSON, for the answers and the measurement; set by
 #             the recipes of targets that need some         (default: none)
+#   BASELINES what drafts are measured against         (default: that of `confu evaluate`; set by qwen3.5-4b)
 #   REPOSITORY  Hub repository to publish to, as org/name  (default: nothing is published)
 #   CARD      facts of its model card, such as ../../hub_cards/*/card.yaml with your figures  (default: WORK/card.yaml)
 #   DRY_RUN   if set, the commands are printed and not run
@@ -69,7 +70,7 @@ drafts=("core=${CORE:-$work/runs/core}")
 if [ "$last" != core ]; then drafts=("confu=$work/runs/$last" "${drafts[@]}"); fi
 run confu evaluate --target "$target" --drafts "${drafts[@]}" \
   --tree_sizes 30 60 --temperatures 0 0.7 1 --runs 1 --output "$work/results.jsonl" --report "$work/report" \
-  ${CHAT_TEMPLATE_KWARGS:+--chat_template_kwargs "$CHAT_TEMPLATE_KWARGS"}
+  ${BASELINES:+--baselines $BASELINES} ${CHAT_TEMPLATE_KWARGS:+--chat_template_kwargs "$CHAT_TEMPLATE_KWARGS"}
 
 if [ -n "${REPOSITORY:-}" ]; then
   run confu publish "$work/runs/$last" "$target" "$REPOSITORY" --card "${CARD:-$work/card.yaml}"

@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundE
 from questions_and_words import QUESTIONS, tiny_tokenizer
 from transformers import GenerationConfig
 
-from helpers import make_tiny_target
+from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuCandidateGenerator, ConFuDraftModel
 from transformers_confu.common import loading
 from transformers_confu.evaluation import answering
@@ -123,6 +123,13 @@ def test_rounds_of_prompt_lookup_and_an_assistant_are_what_the_cache_gains(optio
         assert [turn["rounds"]["emitted"] for turn in turns] == counts
         assert any(count > 1 for emitted in counts for count in emitted)
         assert all(len(turn["token_ids"]) > sum(turn["rounds"]["emitted"]) for turn in turns)  # prefill emitted, too
+    make_tiny_target("hybrid").save_pretrained(tmp_path / "hybrid")
+    tiny_tokenizer().save_pretrained(tmp_path / "hybrid")
+    new = {"target": str(tmp_path / "hybrid"), "output": str(tmp_path / "hybrid.jsonl")}
+    with pytest.raises(ValueError, match="has neither .* for Qwen3_5ForCausalLM, .*give `--baselines plain`"):
+        measure(options | new)
+    make_tiny_draft(make_tiny_target("hybrid")).save_pretrained(tmp_path / "draft")
+    measure(options | new | {"baselines": ["plain"], "drafts": [str(tmp_path / "draft")]})
     make_tiny_target(vocab_size=60).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="has a vocabulary of 60 tokens and the target one of 97; give an assistant"):
         measure(options, assistant=str(tmp_path / "other"), output=str(tmp_path / "other.jsonl"))

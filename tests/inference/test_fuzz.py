@@ -27,7 +27,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from exactness import truly_fp64
-from helpers import make_tiny_draft, word_tokenizer
+from helpers import cached_tensors, make_tiny_draft, word_tokenizer
 from transformers_confu import ConFuGenerate
 from transformers_confu.inference.target import TargetRunner
 
@@ -60,6 +60,15 @@ FAMILIES = {
     "Qwen3, windows": SIZES | {"layer_types": WINDOWS, "sliding_window": 5, "use_sliding_window": True},
     "Gemma3Text": SIZES | {"layer_types": WINDOWS, "sliding_window": 9, "query_pre_attn_scalar": 8},
     "Mistral, windows": SIZES | {"sliding_window": 4},
+    "Qwen3_5Text": SIZES
+    | {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "Lfm2": SIZES | {"layer_types": ["conv", "full_attention", "conv"]},
     "GPTNeoX": SIZES | {"num_key_value_heads": None},
     "GPT2": OLD_SIZES | {"initializer_range": 0.4, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0},
 }
@@ -273,8 +282,7 @@ def difference(expected: Any, actual: Any, tolerance: float) -> str | None:
         )
         return None if bool(close.all()) else f"off by {(expected - actual).abs().nan_to_num(0, 0).max():.1e}"
     if isinstance(expected, DynamicCache):
-        layers = ([(layer.keys, layer.values) for layer in cache.layers] for cache in (expected, actual))
-        return difference(*layers, tolerance)
+        return difference(cached_tensors(expected), cached_tensors(actual), tolerance)
     if isinstance(expected, (tuple, list)) and expected and isinstance(expected[0], (torch.Tensor, tuple)):
         if len(expected) != len(actual):
             return f"lengths {len(expected)} and {len(actual)}"

@@ -210,6 +210,7 @@ def test_the_launch_file_goes_from_prompts_to_a_published_draft(name, tmp_path, 
     ]
     assert (f"confu={name}/runs/joint" in commands[5]) == (stages_of(name)[-1] == "joint")
     assert f"core={name}/runs/core" in commands[5]
+    assert ("--baselines plain --chat" in " ".join(commands[5])) == (name == "qwen3.5-4b")
     for command in (command for command in commands if command[0] == "confu"):
         with pytest.raises(SystemExit) as end:
             cli.main([*command[1:], "--help"])

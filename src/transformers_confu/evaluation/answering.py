@@ -49,9 +49,15 @@ class Models:
         Load all of a measurement's models in one dtype.
 
         Raises:
-            ValueError: one cannot be loaded, or the assistant's vocabulary is not the target's.
+            ValueError: one cannot be loaded, the assistant's vocabulary is not the target's, or Transformers has no
+                such baseline for the target.
         """
         target, tokenizer = arguments.load(arguments.target, dtype)
+        if target._is_stateful and ("prompt_lookup" in arguments.baselines or arguments.assistant is not None):
+            raise ValueError(
+                f"Transformers has neither prompt lookup nor assistant models for {type(target).__name__}, as some of "
+                "its layers have states; give `--baselines plain` and no `assistant`."
+            )
         device = input_device(target)
         assistants: dict[str, Any] = {
             name: load_decoding_draft(source, target) for name, source in drafts_of(arguments).items()
