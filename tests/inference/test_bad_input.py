@@ -123,7 +123,7 @@ IN_A = [
     # Caches
     (
         {"cache_implementation": "offloaded_static"},
-        "or a StaticCache without windows, got an offloaded StaticCache; leave `cache_implementation`",
+        "or a StaticCache of full attention alone, got an offloaded StaticCache; leave `cache_implementation`",
     ),
     (
         {"cache": StaticCache(make_tiny_target().config, max_cache_len=7)},

@@ -190,10 +190,24 @@ def test_without_knobs_all_rounds_have_the_size_that_knobs_default_to(future_gai
     assert statistics.contemplate_rows == rows * statistics.rounds
 
 
+def test_padding_stays_hidden():
+    target, draft = pair("llama")
+    prompt, mask = prompt_of(9), torch.tensor([[0] * 3 + [1] * 6])
+    options = {"do_sample": False, "max_new_tokens": 16, "cache_implementation": "static"}
+    call = functools.partial(dict, attention_mask=mask)
+    comparison = compare(target, draft, prompt, options, KNOBS, oracle=True, call=call)
+    assert comparison.statistics.tau > 1.5
+    assert_close(comparison.plain.scores, comparison.assisted.scores, 1e-5)
+    # The states of padding are not compared: it sees nothing, and so averages whatever rows a cache has.
+    for one, other in zip(comparison.plain.hidden_states, comparison.assisted.hidden_states, strict=True):
+        assert_close([states[:, -6:] for states in one], [states[:, -6:] for states in other], 1e-12)
+
+
 def test_a_text_goes_on_over_a_static_cache():
     target, draft = pair("qwen3")
     cache = StaticCache(config=target.config, max_cache_len=60)
-    first = target.generate(prompt_of(9), assistant_model=draft, cache=cache, do_sample=False, max_new_tokens=11)
+    with torch.inference_mode():
+        first = target.generate(prompt_of(9), assistant_model=draft, cache=cache, do_sample=False, max_new_tokens=11)
     text = torch.cat([first, prompt_of(4)], dim=1)
     second = target.generate(text, assistant_model=draft, cache=cache, do_sample=False, max_new_tokens=12)
     assert draft.last_statistics.draft_state == "carried"

@@ -231,8 +231,8 @@ def check_cache(cache: Any, config: ConFuConfig, target: PreTrainedModel, contem
     The type of each layer must be one of `SERVED_CACHES` itself, with a sliding window where the target has that
     window, and with a state where it has a recurrent layer: other subclasses store rows quantised, offloaded or
     indexed. A cache may be of a class of the user's, but only with the `update` of `Cache`, in whose place the rows of
-    a round are stored. Soft prompts need a place in it only if the call `contemplates`. A static cache without windows
-    is copied, see `fixed_cache`.
+    a round are stored. Soft prompts need a place in it only if the call `contemplates`. A static cache of full
+    attention alone is copied, see `fixed_cache`.
     """
     found = f"{'an offloaded' if getattr(cache, 'offloading', False) else 'a'} {type(cache).__name__}"
     if isinstance(cache, (DynamicCache, StaticCache)) and not cache.offloading:
@@ -262,7 +262,7 @@ def check_cache(cache: Any, config: ConFuConfig, target: PreTrainedModel, contem
             return
     raise ValueError(
         "ConFu decoding needs a plain, non-offloaded DynamicCache that is like the target's layers, or a StaticCache "
-        f"without windows, got {found}; leave `cache_implementation` and `cache` unset, or pass "
+        f"of full attention alone, got {found}; leave `cache_implementation` and `cache` unset, or pass "
         "`DynamicCache(config=target.config)`."
     )
 

@@ -167,6 +167,11 @@ def rows_of(cache: StaticCache, config: PreTrainedConfig) -> DynamicCache:
 def hand_back(rows: DynamicCache, cache: StaticCache) -> None:
     """Give a static cache the rows that [`rows_of`] it has got since, and the state that they carry."""
     length = int(cache.get_seq_length())
+    for layer in cache.layers:
+        if length > 0 and layer.keys.is_inference() and not torch.is_inference_mode_enabled():
+            # What was made in inference mode, by an earlier turn, cannot be written to outside of it.
+            for name in ("keys", "values", "cumulative_length"):
+                setattr(layer, name, getattr(layer, name).clone())
     for index, layer in enumerate(rows.layers):
         cache.update(layer.keys[..., length:, :], layer.values[..., length:, :], index)
     cache.confu_state = rows.confu_state
