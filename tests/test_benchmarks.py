@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from transformers_confu import confu_generation_config
+from transformers_confu.inference.draft_tree import DraftTree
+from transformers_confu.inference.round_costs import RoundCosts
 
 
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "gpu.py"))
@@ -37,3 +39,20 @@ def test_a_draft_that_is_never_right_gains_nothing():
             text = target.generate(prompt, assistant_model=draft, generation_config=config)
         assert text[0].tolist() == list(range(100, 237))
         assert draft.last_statistics.tau == tau
+
+
+def test_hindsight_takes_the_sizes_of_least_cost():
+    oracle = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "oracle.py"))
+    costs = RoundCosts((1, 2, 3), (1.0, 1.25, 2.0), (1,), (0.125,), step_seconds=1.0)
+    # Below the root 7 and 8, below 7 again 8; the likelier come first: 7, then 8 below it.
+    tree = DraftTree.from_parents(
+        torch.tensor([[5, 7, 8, 8]]), torch.tensor([[0, 0, 0, 1]]), torch.tensor([[0.0, -0.1, -3.0, -0.2]])
+    )
+    rounds = oracle["possible_rounds"](tree, [7, 8, 9], costs)
+    # A plain round drafts nothing; two nodes take one level, three take two; the last adds a row and no token.
+    assert rounds == {1: (1, 1.0), 2: (2, 1.375), 3: (3, 2.25), 4: (3, 3.0)}
+    assert oracle["possible_rounds"](tree, [8], costs)[4] == (1, 3.0)  # the text ends
+    plain = {1: (1, 1.0)}
+    assert oracle["best_steps"]([rounds, plain, plain]) == 2.25
+    assert oracle["best_steps"]([rounds, plain, plain, plain]) == 3.25
+    assert oracle["fixed_steps"]([rounds, plain, plain], 2) == 2.375
