@@ -1,5 +1,8 @@
 """Targets with recurrent layers: trees whose nodes have states of their own. Which families: `test_targets`."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -65,6 +68,24 @@ def test_a_forward_over_a_tree_changes_no_state_until_a_node_is_kept(target, dra
             for layer in (held.layers[0], held.layers[3])
         ]
         assert_close(states[:2], states[2:], FP64_ROUNDING)
+
+
+@torch.no_grad()
+def test_states_of_a_tree_are_gone_when_nobody_holds_them(target, draft):
+    """At once, as there may be gigabytes of them."""
+    runner = TargetRunner(target, draft.config, draft.future_channel)
+    cache = DynamicCache(config=target.config)
+    target(PROMPT, cache=cache)
+    tree = DraftTree.from_parents(torch.tensor([[9, 3, 4]]), torch.tensor([[0, 0, 1]]), torch.zeros(1, 3))
+    routed_by, visible = torch.zeros(1, draft.config.taps_size).double(), torch.ones(1, 7, dtype=torch.bool)
+    verified = runner.verify(tree, None, routed_by, cache, torch.tensor([7]), visible)
+    states = weakref.ref(verified.states.layers[0].branches[1].recurrent_states[0])
+    gc.disable()
+    try:
+        del verified
+        assert states() is None
+    finally:
+        gc.enable()
 
 
 def test_hooks_of_others_see_each_row_once(target, draft):

@@ -73,19 +73,17 @@ class BranchingStates:
         depths: list[int] = []
         for parent in parents:
             depths.append(0 if parent < 0 else depths[parent] + 1)
-        self.levels: list[list[int]] = [[] for _ in range(max(depths) + 1)]
-        """Rows of each level."""
+        levels: list[list[int]] = [[] for _ in range(max(depths) + 1)]  # rows of each
         self.places: list[tuple[int, int]] = []
         """Level of each row, and its number there."""
         for row, depth in enumerate(depths):
-            self.places.append((depth, len(self.levels[depth])))
-            self.levels[depth].append(row)
-        self.parents = [
-            [0 if depth == 0 else self.places[parents[row]][1] for row in rows]
-            for depth, rows in enumerate(self.levels)
+            self.places.append((depth, len(levels[depth])))
+            levels[depth].append(row)
+        # For each row of each level the number of its parent in the level before.
+        above = [
+            [0 if depth == 0 else self.places[parents[row]][1] for row in rows] for depth, rows in enumerate(levels)
         ]
-        """For each row of each level the number of its parent in the level before."""
-        self.layers = {index: _BranchingLayer(self, index) for index in mixers}
+        self.layers = {index: _BranchingLayer(cache, index, levels, above) for index in mixers}
         self.mixers = mixers
 
     @contextmanager
@@ -124,8 +122,8 @@ class _BranchingLayer:
     Forwards of other threads meet the hooks too, without `kwargs` while torch registers or removes them.
     """
 
-    def __init__(self, states: BranchingStates, index: int):
-        self.states, self.index = states, index
+    def __init__(self, cache: Cache, index: int, levels: list[list[int]], parents: list[list[int]]):
+        self.cache, self.index, self.levels, self.parents = cache, index, levels, parents
         self.first: Cache | None = None  # what the module is given for the first level
         self.branches: list[LinearAttentionCacheLayerMixin] = []
         """For each level a layer of a cache whose batch are the rows of the level, after their tokens."""
@@ -134,10 +132,10 @@ class _BranchingLayer:
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple, dict[str, Any]] | None:
         """Before the module runs: give it the first level in place of all rows."""
-        if kwargs is None or kwargs.get("cache") is not self.states.cache:
+        if kwargs is None or kwargs.get("cache") is not self.cache:
             return None  # one level of this forward, or another's
         rows = args[0] if args else kwargs["hidden_states"]  # (1, R, Ht)
-        self.inputs = [rows[0, torch.tensor(level, device=rows.device), None] for level in self.states.levels]
+        self.inputs = [rows[0, torch.tensor(level, device=rows.device), None] for level in self.levels]
         given = self._level(0)
         self.first = given["cache"]
         return (), kwargs | {"attention_mask": None} | given  # a row of a tree is no padding
@@ -152,7 +150,7 @@ class _BranchingLayer:
         outputs = [output]
         if len(self.inputs) > 1:
             outputs.append(self._later_levels(module, kwargs))
-        rows = torch.tensor([row for rows in self.states.levels for row in rows], device=output.device)
+        rows = torch.tensor([row for rows in self.levels for row in rows], device=output.device)
         return torch.cat(outputs)[rows.argsort()].transpose(0, 1)
 
     def _later_levels(self, module: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -178,13 +176,13 @@ class _BranchingLayer:
 
     def _level(self, level: int) -> dict[str, Any]:
         """What the module is given for a level of k rows: them, `(k, 1, Ht)`, and the states of their parents."""
-        before = self.states.cache.layers[self.index] if level == 0 else self.branches[-1]
+        before = self.cache.layers[self.index] if level == 0 else self.branches[-1]
         layer = copy.copy(before)
-        parents = self.states.parents[level]
+        parents = self.parents[level]
         layer.conv_states = _select(before.conv_states, parents)
         layer.recurrent_states = _select(before.recurrent_states, parents)
         self.branches.append(layer)
-        others = self.states.cache.layers[: self.index]
+        others = self.cache.layers[: self.index]
         return {"hidden_states": self.inputs[level], "cache": Cache(layers=[*others, layer])}
 
 
