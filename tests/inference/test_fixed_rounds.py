@@ -219,6 +219,26 @@ def test_a_text_goes_on_over_a_static_cache():
     assert torch.equal(third, plain.sequences)
 
 
+def test_attentions_have_a_column_for_every_place():
+    target = make_tiny_target(attn_implementation="eager")
+    options = {"max_new_tokens": 12, "cache_implementation": "static", "max_cache_len": 40, "output_attentions": True}
+    comparison = compare(target, make_tiny_draft(target), prompt_of(5), options, KNOBS, oracle=True, record=True)
+    assert comparison.plain.attentions[0][0].shape[-1] == 40
+    assert_close(comparison.plain.attentions, comparison.assisted.attentions, 1e-12)
+
+
+@pytest.mark.parametrize("given", ["embeddings", "new tokens"])
+def test_a_cache_too_small_for_the_text_is_refused_at_once(given):
+    target, draft = pair("llama")
+    cache = StaticCache(config=target.config, max_cache_len=20)
+    call = {"inputs_embeds": target.get_input_embeddings()(prompt_of(9))}
+    if given == "new tokens":
+        target.generate(prompt_of(4), cache=cache, max_new_tokens=2, do_sample=False)
+        call = {"input_ids": prompt_of(4), "attention_mask": torch.ones(1, 9, dtype=torch.long)}
+    with pytest.raises(ValueError, match="holds 20 tokens at most, but the text may need 21; make it larger"):
+        target.generate(**call, assistant_model=draft, cache=cache, max_new_tokens=13)
+
+
 def test_a_call_that_fails_leaves_a_static_cache_as_it_was():
     target, draft = pair("llama")
     cache = StaticCache(config=target.config, max_cache_len=60)

@@ -267,9 +267,12 @@ def check_cache(cache: Any, config: ConFuConfig, target: PreTrainedModel, contem
     )
 
 
-def check_capacity(cache: StaticCache, max_length: int) -> None:
+def check_capacity(
+    cache: StaticCache, generation_config: GenerationConfig, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]
+) -> None:
     """Refuse a static cache that is full before the text is as long as it may be."""
-    capacity, needed = cache.get_max_length(), max_length - 1  # the last token of a text is never cached
+    new = generation_config.max_length - input_ids.shape[1] - 1  # the last token of a text is never cached
+    capacity, needed = cache.get_max_length(), prompt_length(generation_config, input_ids, model_kwargs) + new
     if capacity < needed:
         raise ValueError(
             f"The static cache holds {capacity} tokens at most, but the text may need {needed}; make it larger "
@@ -372,6 +375,17 @@ def check_call(
     _check_lengths(generation_config, input_ids, model_kwargs)
 
 
+def prompt_length(
+    generation_config: GenerationConfig, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]
+) -> int:
+    """Tokens of the prompt, as the mask says: cached ones too, which a call need not give again."""
+    if (mask := model_kwargs.get("attention_mask")) is not None:
+        return mask.shape[1]
+    inputs_embeds = model_kwargs.get("inputs_embeds")
+    # Transformers drops a mask that hides nothing, but notes its length.
+    return getattr(generation_config, "_mask_length", (input_ids if inputs_embeds is None else inputs_embeds).shape[1])
+
+
 def _check_lengths(
     generation_config: GenerationConfig, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]
 ) -> None:
@@ -382,8 +396,7 @@ def _check_lengths(
     mask = model_kwargs.get("attention_mask")
     if mask is not None and mask.shape[0] != 1:
         raise ValueError(f"`attention_mask` has {mask.shape[0]} rows, but the input is one text; it needs one row.")
-    # Transformers drops a mask that hides nothing, but notes its length.
-    mask_length = getattr(generation_config, "_mask_length", given) if mask is None else mask.shape[1]
+    mask_length = prompt_length(generation_config, input_ids, model_kwargs)
     # A continued text comes as the whole of it, or as the new ids with a mask that covers the cached ones too.
     only_new_ids = inputs_embeds is None and cached > 0 and mask_length == cached + given
     if mask_length != given and not only_new_ids:

@@ -6,11 +6,12 @@ also contemplates, walk the tree along the target's own choices, keep the rows o
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 from transformers.generation import (
     EosTokenCriteria,
@@ -33,7 +34,15 @@ from .cached_rows import (
 )
 from .call_statistics import ConFuStatistics
 from .candidate_generator_confu import CarriedState, ConFuCandidateGenerator
-from .checks import check_cache, check_call, check_capacity, check_evaluation_mode, check_future_channel, check_target
+from .checks import (
+    check_cache,
+    check_call,
+    check_capacity,
+    check_evaluation_mode,
+    check_future_channel,
+    check_target,
+    prompt_length,
+)
 from .draft_tree import DraftTree
 from .fixed_cache import FixedRoom, compiled_by, hand_back, not_compiled, rows_of
 from .grouped_attention import without_repeated_heads
@@ -87,7 +96,7 @@ def confu_decode(
     check_cache(given, draft.config, target, contemplates)
     static = given if isinstance(given, StaticCache) else None
     if static is not None:
-        check_capacity(static, generation_config.max_length)
+        check_capacity(static, generation_config, input_ids, model_kwargs)
         model_kwargs["cache"] = rows_of(static, target.config)
     autocast = autocast_around(target)
     with torch.autocast(input_device(target).type, enabled=False), without_repeated_heads():
@@ -146,6 +155,7 @@ class _Decoding:
         self.rounds: Rounds
         self.fixed: FixedRoom | None = None  # for rounds over a static cache
         self.compiled: Callable[[Callable], Callable] = not_compiled
+        self.places = 0 if static is None else static.get_max_length()
         if static is not None:
             self.rounds = EqualRounds(knobs, static.get_max_length())
             if target._valid_auto_compile_criteria({"cache": static}, generation_config):
@@ -251,7 +261,7 @@ class _Decoding:
 
         self._emit(outputs.logits[:, -1])
         if self.attentions is not None:
-            self.attentions += (outputs.attentions,)
+            self._record_attentions(outputs.attentions)
         if self.hidden_states is not None:
             self.hidden_states += (self._returned(outputs.hidden_states),)
         self._observe_newest()
@@ -289,12 +299,7 @@ class _Decoding:
             new = {"inputs_embeds": inputs_embeds}
         else:
             # A continued text comes as all of its ids, or as the new ones with a mask that covers the cached ones too.
-            attention_mask = model_kwargs.get("attention_mask")
-            total = (
-                attention_mask.shape[1]
-                if attention_mask is not None
-                else getattr(self.generation_config, "_mask_length", self.input_ids.shape[1])
-            )
+            total = prompt_length(self.generation_config, self.input_ids, model_kwargs)
             ids = self.input_ids[:, past_length:] if total == self.input_ids.shape[1] else self.input_ids
             length = ids.shape[1]
             new = {"input_ids": ids}
@@ -363,7 +368,7 @@ class _Decoding:
                 verification.states.keep(path[-1])
         else:
             self.fixed.keep(path)
-        self.visible = torch.nn.functional.pad(self.visible, (0, len(path)), value=True)
+        self.visible = nn.functional.pad(self.visible, (0, len(path)), value=True)
         path_rows = torch.tensor(path, device=tree.tokens.device)
         taps = verification.taps[:, path_rows]
         self.last_taps = verification.taps[:, path_rows[-1:]]
@@ -524,7 +529,16 @@ class _Decoding:
                 if window is not None:
                     seen = seen[-window:]
                 attentions.append(None if weights is None else weights[:, :, node : node + 1, seen])
-            self.attentions += (tuple(attentions),)
+            self._record_attentions(attentions)
+
+    def _record_attentions(self, attentions: Iterable[torch.Tensor | None]) -> None:
+        """Add those of a forward, with a column for every place of a static cache, as plain decoding has them."""
+        self.attentions += (
+            tuple(
+                None if weights is None else nn.functional.pad(weights, (0, max(self.places - weights.shape[-1], 0)))
+                for weights in attentions
+            ),
+        )
 
     def _returned(self, hidden_states: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
         """Only those that the caller asked for, out of all that were recorded."""
