@@ -47,7 +47,8 @@ vocabulary = build_draft_vocabulary(
     draft_vocab_size=128 if arguments.tiny else 2048,
     always_include=[tokenizer.eos_token_id],
 )
-config = ConFuConfig.from_target(target.config, draft_vocab_size=len(vocabulary.token_ids))
+form = {"draft_vocab_size": len(vocabulary.token_ids), "fc_norm": True, "norm_output": True}
+config = ConFuConfig.from_target(target.config, **form)
 draft = warm_start(target, vocabulary.token_ids, config)
 
 # 3. Training, with Transformers' Trainer. The target is frozen and stays out of checkpoints.

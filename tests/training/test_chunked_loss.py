@@ -9,7 +9,7 @@ from transformers_confu.training.chunked_loss import ChunkedLoss
 from transformers_confu.training.losses import LOSSES, acceptance
 
 
-ROWS, HIDDEN, VOCABULARY, TEACHERS = 11, 6, 17, 5
+STEPS, ROWS, HIDDEN, VOCABULARY, TEACHERS = 3, 5, 6, 17, 5
 
 
 def make_inputs(dtype: torch.dtype = torch.float64):
@@ -20,43 +20,59 @@ def make_inputs(dtype: torch.dtype = torch.float64):
 
     teacher_logits = 3 * normal(TEACHERS, VOCABULARY)
     return {
-        "hidden_states": normal(ROWS, HIDDEN).to(dtype).requires_grad_(),
+        "hidden_states": normal(STEPS, ROWS, HIDDEN).to(dtype).requires_grad_(),
         "weight": normal(VOCABULARY, HIDDEN).to(dtype).requires_grad_(),
-        "teachers": torch.randint(TEACHERS, (ROWS,), generator=generator),
+        "teachers": torch.randint(TEACHERS, (STEPS, ROWS), generator=generator),
+        "counts": torch.arange(STEPS)[:, None] < torch.tensor([3, 1, 0, 2, 3]),
         "probabilities": teacher_logits.softmax(-1),
         "out_of_vocabulary_mass": torch.rand(TEACHERS, generator=generator, dtype=torch.float64) / 2,
         "entropies": torch.distributions.Categorical(logits=teacher_logits).entropy(),
-        "row_weights": torch.rand(ROWS, generator=generator, dtype=torch.float64),
     }
 
 
-@pytest.mark.parametrize("rows_per_chunk", [1, 4, 64])
+@pytest.mark.parametrize("decay", [0.7, None])
+@pytest.mark.parametrize("rows_per_chunk", [1, 7, 64])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_value_gradients_and_counts_are_those_of_plain_autograd(loss, rows_per_chunk, monkeypatch):
+def test_value_gradients_and_counts_are_those_of_plain_autograd(loss, rows_per_chunk, decay, monkeypatch):
     monkeypatch.setattr(chunked_loss, "rows_per_chunk", lambda device: rows_per_chunk)
     inputs = make_inputs()
-    total, choices, acceptances = ChunkedLoss.apply(*inputs.values(), loss)
+    total, choices, acceptances = ChunkedLoss.apply(*inputs.values(), decay, loss)
     (3 * total).backward()
 
     plain = make_inputs()
-    logits = nn.functional.linear(plain["hidden_states"], plain["weight"])
-    taught = plain["probabilities"][plain["teachers"]], plain["out_of_vocabulary_mass"][plain["teachers"]]
-    expected = (LOSSES[loss](*taught, logits) * plain["row_weights"]).sum()
+    expected = torch.zeros((), dtype=torch.float64)
+    for row, length in enumerate(plain["counts"].sum(dim=0).tolist()):
+        values, accepted = [], []
+        for step in range(length):
+            logits = nn.functional.linear(plain["hidden_states"][step, row], plain["weight"])[None]
+            teacher = plain["teachers"][step, row][None]
+            taught = plain["probabilities"][teacher], plain["out_of_vocabulary_mass"][teacher]
+            values.append(LOSSES[loss](*taught, logits))
+            accepted.append(acceptance(*taught, logits.detach()))
+            torch.testing.assert_close(choices[step, row], logits.argmax())
+            torch.testing.assert_close(acceptances[step, row], accepted[-1][0])
+        for step, value in enumerate(values):
+            expected = expected + value.sum() * (weight_of(step, accepted) if decay is None else decay**step)
     (3 * expected).backward()
 
     torch.testing.assert_close(total, expected.detach())
     for name in ("hidden_states", "weight"):
         torch.testing.assert_close(inputs[name].grad, plain[name].grad)
-    torch.testing.assert_close(choices, logits.argmax(-1))
-    torch.testing.assert_close(acceptances, acceptance(*taught, logits.detach()))
+
+
+def weight_of(step: int, accepted: list[torch.Tensor]) -> float:
+    """What the expected length of a row's draft gains by the logarithm of the acceptance at a step, by autograd."""
+    logs = [((1 + probability) / 2).log().requires_grad_() for probability in accepted]
+    length = sum(torch.stack(logs[: last + 1]).sum().exp() for last in range(len(logs)))
+    return float(torch.autograd.grad(length, logs[step])[0])
 
 
 def test_autocast_computes_in_bfloat16_and_gives_gradients_of_the_parameters_dtype():
     inputs, reference = (make_inputs(torch.float32) for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16):
-        total, *_ = ChunkedLoss.apply(*inputs.values(), "kl")
+        total, *_ = ChunkedLoss.apply(*inputs.values(), 0.8, "kl")
     total.backward()
-    exact, *_ = ChunkedLoss.apply(*reference.values(), "kl")
+    exact, *_ = ChunkedLoss.apply(*reference.values(), 0.8, "kl")
     exact.backward()
     assert total != exact and abs(total - exact) < 0.02 * exact
     for name in ("hidden_states", "weight"):

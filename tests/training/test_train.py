@@ -43,12 +43,13 @@ def test_the_command_trains_a_new_draft_and_continues_it(saved_target, tmp_path,
 def test_the_form_of_a_new_draft_is_an_option_and_a_draft_keeps_it(saved_target, tmp_path):
     run = write_run(tmp_path, saved_target, max_steps=1)
     main([run])
-    form = {"num_contemplate_experts": 1, "num_contemplate_experts_per_token": 1, "fc_norm": True}
+    form = {"num_contemplate_experts": 1, "num_contemplate_experts_per_token": 1, "fc_norm": False}
     form |= {"num_soft_prompts": 3, "rotate_soft_prompts": True}
     second = [run, f"--output_dir={tmp_path / 'second'}"]
     main([*second, f"--draft_config={json.dumps(form)}", "--instruction="])
     first, other = (ConFuDraftModel.from_pretrained(tmp_path / name) for name in ("draft", "second"))
     assert (first.config.num_contemplate_experts, first.config.num_soft_prompts) == (8, 5)
+    assert first.config.fc_norm and first.config.norm_output
     assert {name: getattr(other.config, name) for name in form} == form
     # Keys of a text are far larger than random ones.
     assert other.future_channel.soft_prompts.std() < 0.1 * first.future_channel.soft_prompts.std()

@@ -81,7 +81,10 @@ class ConFuTrainingArguments(TrainingArguments):
         "of [con] lags up to one more.",
         6,
     )
-    ttt_decay: float = option("Weight of TTT step s in the loss is this to the power s.", 0.8)
+    ttt_decay: float | None = option(
+        "Weight of TTT step s in the loss is this to the power s (EAGLE-3: 0.8). By default a step weighs as much as "
+        "it adds to the expected number of accepted tokens (D-PACE)."
+    )
     replication: int = option("Rows behind an anchor that use its future prediction too (l of the paper).", 4)
     channel_learning_rate: float | None = option(
         "Initial learning rate of the future channel (contemplate and future); `learning_rate`."
@@ -146,7 +149,7 @@ class ConFuTrainingArguments(TrainingArguments):
         ):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {least}.")
-        if not 0 < self.ttt_decay <= 1:
+        if self.ttt_decay is not None and not 0 < self.ttt_decay <= 1:
             raise ValueError(f"`ttt_decay` is {self.ttt_decay}; it must be above 0 and at most 1.")
         if unknown := sorted(set(self.frozen) - set(PARAMETER_GROUPS)):
             raise ValueError(

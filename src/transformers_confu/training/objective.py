@@ -29,7 +29,7 @@ class Recipe:
     """How a draft is trained, beside its data."""
 
     num_steps: int  # of TTT
-    decay: float  # step s weighs decay ** s
+    decay: float | None  # step s weighs decay ** s; None: see `survival_weights`
     loss: str = "kl"  # one of `LOSSES`
 
 
@@ -126,40 +126,35 @@ def compute_objective(
         num_steps=recipe.num_steps,
     )
 
-    hidden_states = torch.stack(list(steps))  # (S, B, R, H)
+    hidden_states = torch.stack(list(steps)).flatten(1, 2)  # (S, B * R, H)
 
     # Row i at step s is taught by position i + 1 + s. It counts while all tokens up to i + 2 + s are of one answer.
-    step_numbers = torch.arange(recipe.num_steps, device=rows.device)[:, None, None]
-    taught_by = rows + 1 + step_numbers  # (S, B, R)
+    taught_by = rows + 1 + torch.arange(recipe.num_steps, device=rows.device)[:, None, None]  # (S, B, R)
     length = batch.input_ids.shape[1]
     teachers = batch.teacher_numbers.expand(recipe.num_steps, -1, -1).gather(2, taught_by.clamp(max=length - 1))
-    counts = (row_exists & (teachers >= 0) & (taught_by < length)).cumprod(dim=0).bool()
-    teachers = teachers[counts]  # (M,)
-    dtype = teaching.probabilities.dtype
-    weights = (recipe.decay ** step_numbers.to(draft.device, dtype)).expand_as(counts)
+    counts = (row_exists & (teachers >= 0) & (taught_by < length)).cumprod(dim=0).bool().flatten(1)
+    teachers = teachers.flatten(1)
     # `ChunkedLoss` makes gradients in its forward; an evaluation has no use for the head's.
     head = draft.lm_head.weight if torch.is_grad_enabled() else draft.lm_head.weight.detach()
     # All steps at once, so that the head has one gradient to keep, not one for each.
     loss_sum, choices, acceptances = ChunkedLoss.apply(
-        draft.norm(hidden_states[counts]),
+        draft.norm(hidden_states),
         head,
         teachers,
+        counts,
         teaching.probabilities,
         teaching.out_of_vocabulary_mass,
         teaching.entropies,
-        weights[counts],
+        recipe.decay,
         recipe.loss,
     )
-    is_correct = torch.zeros_like(counts)
-    is_correct[counts] = draft.draft_token_ids[choices] == teaching.best_tokens[teachers]
-    acceptance = torch.zeros(counts.shape, device=draft.device, dtype=dtype)
-    acceptance[counts] = acceptances
+    is_correct = counts & (draft.draft_token_ids[choices] == teaching.best_tokens[teachers])
     totals |= {
         "loss": loss_sum.detach(),
-        "counted": counts.sum(dim=(1, 2)),
-        "correct": is_correct.sum(dim=(1, 2)),
-        "correct_so_far": is_correct.cumprod(dim=0).sum(dim=(1, 2)),
-        "accepted_so_far": acceptance.cumprod(dim=0).sum(dim=(1, 2)),
+        "counted": counts.sum(dim=1),
+        "correct": is_correct.sum(dim=1),
+        "correct_so_far": is_correct.cumprod(dim=0).sum(dim=1),
+        "accepted_so_far": acceptances.cumprod(dim=0).sum(dim=1),
     }
     return Objective(loss_sum, totals)
 

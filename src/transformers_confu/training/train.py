@@ -280,7 +280,9 @@ def new_draft(
     target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, arguments: DraftArguments
 ) -> ConFuDraftModel:
     """A draft warm-started from the target, with a vocabulary by frequency in the answers."""
-    config = ConFuConfig.from_target(target.config, **({"draft_vocab_size": DRAFT_VOCAB_SIZE} | arguments.form))
+    fc_norm = not arguments.form.get("norm_before_fc", False)
+    form = {"draft_vocab_size": DRAFT_VOCAB_SIZE, "fc_norm": fc_norm, "norm_output": True} | arguments.form
+    config = ConFuConfig.from_target(target.config, **form)
     vocabulary = build_draft_vocabulary(
         count_assistant_tokens(dataset, target.config.get_text_config(decoder=True).vocab_size),
         config.draft_vocab_size,

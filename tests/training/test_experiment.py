@@ -1,0 +1,25 @@
+"""The arms of docs/experiment.md against their records."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_published_arms_are_what_their_records_give():
+    """Recomputed from counts of each answer: rows of a step, those right so far, chances to be accepted so far."""
+    lines = (DOCS / "experiment.md").read_text(encoding="utf-8").splitlines()
+    rounds = json.loads(gzip.open(DOCS / "experiment" / "recipes.json.gz").read())
+    shown = 0
+    for number_of_steps, arms in ((4, rounds["new drafts"]), (6, rounds["from the shipped draft"])):
+        for arm, answers in arms.items():
+            counted, *others = np.array(list(answers.values())).sum(axis=0)[:, :number_of_steps]
+            (line,) = (line for line in lines if line.startswith(f"| {arm} |"))
+            taus = [f"{1 + (so_far / counted).sum():.3f}" for so_far in others]
+            assert f"| {taus[0]} |" in line and (number_of_steps == 6 or f"| {taus[1]} |" in line), arm
+            shown += 1
+    assert shown == 14
