@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from accelerate import cpu_offload
+from torch import nn
 from transformers import DynamicCache
 
 from exactness import FP64_ROUNDING, assert_close, assert_identical, compare
@@ -99,6 +100,28 @@ def test_hooks_of_others_see_each_row_once(target, draft):
         mixer.register_forward_hook(lambda module, args, output: 0.5 * output - 0.2)
     assert not torch.equal(plain, target.generate(PROMPT, **GREEDY))
     comparison = compare(target, draft, PROMPT, GREEDY, TREE, oracle=True)
+    assert_identical(comparison)
+
+
+@pytest.mark.parametrize("change", ["class", "hook of all modules"])
+def test_what_changes_the_layers_between_two_calls_is_felt(target, draft, monkeypatch, change):
+    plain = compare(target, draft, PROMPT, GREEDY, TREE).plain.sequences
+    mixer_class = type(recurrent_mixers(target)[0])
+    own, handle = mixer_class.forward, None
+    if change == "class":
+        monkeypatch.setattr(
+            mixer_class, "forward", lambda self, *args, **kwargs: 2 * own(self, *args, **kwargs).tanh()
+        )
+    else:
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, args, output: 0.5 * output - 0.2 if isinstance(module, mixer_class) else None
+        )
+    try:
+        comparison = compare(target, draft, PROMPT, GREEDY, TREE, oracle=True)
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert not torch.equal(comparison.plain.sequences, plain)
     assert_identical(comparison)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
@@ -157,10 +158,12 @@ class _BranchingLayer:
         """Outputs of all levels but the first, one behind the other, `(rows, 1, Ht)`."""
         step: Callable[..., torch.Tensor] = module
         projections: dict[str, _Projection] = {}
-        if len(module._forward_hooks) == len(module._forward_pre_hooks) == 1:  # others' may change what passes through
+        own = type(module).forward
+        hooks = len(module._forward_hooks), len(module._forward_pre_hooks), _has_any_global_hook()
+        if hooks == (1, 1, False):  # others' may change what passes through
             for name, child in module.named_children():
                 if hasattr(child, "in_features"):
-                    projections[name] = _Projection(child, self.inputs[1:], is_last=_LAST.get(module) == name)
+                    projections[name] = _Projection(child, self.inputs[1:], is_last=_LAST.get(module) == (own, name))
             twin = copy.copy(module)
             vars(twin)["_modules"] = module._modules | projections
             step = twin.forward  # which may still be that of `module`, as accelerate leaves it
@@ -169,7 +172,7 @@ class _BranchingLayer:
             outputs.append(step(**kwargs | self._level(level)))
             for name, projection in projections.items():
                 if projection.output is outputs[-1]:
-                    _LAST[module] = name
+                    _LAST[module] = own, name
         joined = torch.cat(outputs)
         left_out = [projection for projection in projections.values() if projection.left_out]
         return left_out[0].module(joined) if left_out else joined
@@ -186,8 +189,8 @@ class _BranchingLayer:
         return {"hidden_states": self.inputs[level], "cache": Cache(layers=[*others, layer])}
 
 
-_LAST: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
-"""Module of a recurrent layer -> the one of its children whose output is its own."""
+_LAST: "weakref.WeakKeyDictionary[nn.Module, tuple[Callable, str]]" = weakref.WeakKeyDictionary()
+"""Module of a recurrent layer -> its class's `forward`, and the one of its children whose output is its own there."""
 
 
 class _Projection:
