@@ -159,7 +159,7 @@ class _BranchingLayer:
         step: Callable[..., torch.Tensor] = module
         projections: dict[str, _Projection] = {}
         own = type(module).forward
-        hooks = len(module._forward_hooks), len(module._forward_pre_hooks), _has_any_global_hook()
+        hooks = len(module._forward_hooks), len(module._forward_pre_hooks), bool(_has_any_global_hook())
         if hooks == (1, 1, False):  # others' may change what passes through
             for name, child in module.named_children():
                 if hasattr(child, "in_features"):
