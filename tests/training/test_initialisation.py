@@ -230,7 +230,8 @@ def test_a_draft_of_another_width_starts_random_where_it_must(caplog):
     assert 0.8 < draft.fc(taps).std() < 1.25  # of the size of its input
 
 
-def test_norms_that_keep_their_scale_less_one_are_taken_over_as_they_scale():
+def test_scales_are_taken_over_as_the_target_applies_them():
+    """Gemma keeps the scale of a norm less 1, and scales embeddings as it looks them up."""
     config = Gemma3TextConfig(
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-12, layer_types=["full_attention"] * 5,
@@ -240,3 +241,5 @@ def test_norms_that_keep_their_scale_less_one_are_taken_over_as_they_scale():
     draft = warm_start(target, torch.arange(97), ConFuConfig.from_target(config)).double()
     rows = torch.randn(3, 32, dtype=torch.float64)
     assert torch.allclose(draft.norm(rows), target.model.norm(rows), rtol=1e-5, atol=1e-5)
+    size = float(target.get_input_embeddings()(torch.arange(97)).detach().std())  # sqrt(32) times its weights'
+    assert float(draft.future_channel.contemplate_token.experts.detach().std()) == pytest.approx(size, rel=0.2)

@@ -11,7 +11,8 @@ from transformers.cache_utils import DynamicLayer
 from ..inference.cached_rows import filled_layers
 from ..inference.configuration_confu import ConFuConfig
 from ..inference.modeling_confu import ConFuDraftModel
-from ..inference.target import TargetRunner
+from ..inference.row_inputs import RowInputs
+from ..inference.target import TargetRunner, input_device
 
 
 logger = logging.getLogger(__name__)
@@ -106,10 +107,11 @@ def start_future_channel(
         first = -len(soft_prompt_ids) if config.rotate_soft_prompts else 0
         for number, states in _keys_and_values(target, soft_prompt_ids, first).items():
             channel.soft_prompts[number].copy_(states)  # those of layers that hold no keys of their own are never read
-    # `[con]` starts at the size of a real token's embedding, which differs between targets by orders of magnitude.
-    embedding = _weight(target.get_input_embeddings())
-    if embedding is not None:
-        channel.contemplate_token.experts.normal_(std=float(embedding.float().std()))
+    # `[con]` starts at the size of a real token's row, which differs between targets by orders of magnitude: Gemma
+    # scales what it looks up. Every so many tokens tell.
+    some_ids = torch.arange(0, config.vocab_size, -(-config.vocab_size // 1024), device=input_device(target))
+    rows = RowInputs(target)(some_ids[None])["inputs_embeds"]
+    channel.contemplate_token.experts.normal_(std=float(rows.float().std()))
 
 
 def is_channel_untrained(draft: ConFuDraftModel) -> bool:
