@@ -155,6 +155,7 @@ def test_greedy_answers_are_those_of_regenerate(target, tokenizer, prompts, tmp_
 
 
 def test_it_runs_in_a_notebook_and_is_interrupted_at_once(prompts, ask):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins without one
     under_way, answered = threading.Semaphore(0), threading.Event()
 
     def complete(body):

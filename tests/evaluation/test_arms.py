@@ -137,5 +137,6 @@ def test_the_published_measurements_are_what_they_say():
         "tree_size": {("bfloat16", 0.0): 1 + 2 * 3},
         "temperature": {("bfloat16", 0.7): 1 + 2, ("bfloat16", 1.0): 1 + 2},
         "exactness": {("float32", 0.0): 1 + 3},
-        "all_questions": {("bfloat16", 0.0): 2 + 1},  # the channel adds nothing, so no arm contemplates
+        "all_questions": {("bfloat16", 0.0): 2 + 2},
+        "automatic": {("bfloat16", 0.0): 1 + 2, ("bfloat16", 1.0): 1 + 2},
     }

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import distribution
+from importlib.metadata import distributions
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -187,8 +187,9 @@ def build(
             for file in Path(draft.name_or_path).glob(pattern):
                 shutil.copyfile(file, folder / file.name)
     if not (folder / "LICENSE").exists():
-        text = distribution("transformers-confu").read_text("licenses/LICENSE")
-        (folder / "LICENSE").write_text(text, encoding="utf-8")
+        # A checkout on the path may come first, whose metadata holds no licence.
+        texts = (found.read_text("licenses/LICENSE") for found in distributions(name="transformers-confu"))
+        (folder / "LICENSE").write_text(next(filter(None, texts)), encoding="utf-8")
     saved = AutoModel.from_pretrained(folder, trust_remote_code=True).to(target.device)
     gain = ""
     if prompts or getattr(saved.generation_config, "confu_future_gain", None) is None:
