@@ -163,6 +163,17 @@ def test_a_dry_run_writes_the_folder_and_sends_nothing(draft, target, tokenizer,
         publish(draft, target, tokenizer, dry_run=out)
 
 
+@pytest.mark.parametrize("kind", ["windows", "hybrid"])
+def test_drafts_for_windows_and_recurrent_layers_are_measured_and_written(kind, tokenizer, tmp_path):
+    target = make_tiny_target(kind, vocab_size=258, max_position_embeddings=1024)
+    publish(make_tiny_draft(target), target, tokenizer, facts=FACTS, dry_run=tmp_path / "out")
+    saved = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).double()
+    assert saved.generation_config.confu_future_gain is not None
+    ids = torch.arange(4, 14)[None]
+    plain = target.generate(ids, max_new_tokens=12, do_sample=False)
+    assert target.generate(ids, max_new_tokens=12, do_sample=False, assistant_model=saved).equal(plain)
+
+
 def broken_weights(draft, target):
     draft.fc.weight.data[0, 0] = torch.nan
     return draft, target
