@@ -83,6 +83,9 @@ def test_trees_and_predictions_are_those_of_the_growing_cache(contemplation):
         return verification
 
     knobs = {f"confu_{name}": value for name, value in (KNOBS | {"contemplation": contemplation}).items()}
+    # Before its first call a pair is proved, by trees of its own.
+    first = confu_generation_config(target, max_new_tokens=2, **knobs)
+    target.generate(prompt_of(9), assistant_model=draft, generation_config=first)
     with mock.patch.object(TargetRunner, "verify", recorded):
         for cache in (None, "static"):
             seen.append([])
