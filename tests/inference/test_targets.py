@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
+import helpers
 from exactness import assert_close, assert_identical, compare
 from helpers import make_tiny_draft, make_tiny_target, rotate
 from transformers_confu import ConFuDraftModel, confu_generation_config
@@ -34,23 +35,8 @@ from transformers_confu.inference.target import TargetRunner
 PROMPT = torch.tensor([[3, 4, 5, 2, 7, 6, 8]])
 KNOBS = {"tree_size": 12, "depth": 5, "branching": 3, "contemplation": 5}
 
-# Llama's names for the sizes of `make_tiny_target`, with so few tokens that even a random draft is often right.
-SIZES = {
-    "vocab_size": 13,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "init_std": 0.3,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
+# Those of `make_tiny_target`, with so few tokens that even a random draft is often right.
+SIZES = helpers.SIZES | {"vocab_size": 13, "max_position_embeddings": 128, "pad_token_id": 0}
 # GPT-2's names.
 OLD_SIZES = {
     "vocab_size": 13,
