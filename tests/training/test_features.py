@@ -18,10 +18,8 @@ from transformers_confu.inference.target import TargetRunner
 from transformers_confu.training.anchors import Anchors, AnchorSampling
 from transformers_confu.training.batch import ConFuDataCollator, TokenBatch
 from transformers_confu.training.features import KeptFeatures
-from transformers_confu.training.objective import Objective, Recipe, compute_live
-
-
-RECIPE = Recipe(num_steps=3, decay=0.8)
+from transformers_confu.training.objective import Objective, compute_objective
+from transformers_confu.training.teacher import Teaching, teach
 
 
 def make_dataset(number: int = 7) -> Dataset:
@@ -46,7 +44,17 @@ def pair():
     return target, draft, TargetRunner(target, draft.config, draft.future_channel)
 
 
-def assert_same(one: Objective, other: Objective, draft) -> None:
+def objective_of(teaching: Teaching, runner: TargetRunner, draft, batch: TokenBatch, anchors=None) -> Objective:
+    return compute_objective(draft, runner.embed, batch, teaching, anchors, num_steps=3, decay=0.8)
+
+
+def assert_kept_is_live(features: KeptFeatures, batch: TokenBatch, anchors: Anchors | None = None) -> Objective:
+    """By loss, counts and gradients; returns the live objective."""
+    draft, runner = features.draft, features.runner
+    one, other = (
+        objective_of(teaching, runner, draft, batch, anchors)
+        for teaching in (features.teach(batch, anchors), teach(draft, runner, batch, anchors))
+    )
     torch.testing.assert_close(one.loss_sum, other.loss_sum, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(one.counts, other.counts, rtol=1e-10, atol=1e-10)
     parameters = [parameter for parameter in draft.parameters() if parameter.requires_grad]
@@ -57,6 +65,7 @@ def assert_same(one: Objective, other: Objective, draft) -> None:
     for mine, its in zip(ours, theirs, strict=True):
         if mine is not None:
             torch.testing.assert_close(mine, its, rtol=1e-8, atol=1e-10)
+    return other
 
 
 SAMPLING = AnchorSampling(replication=2, max_lag=3, seed=5)
@@ -72,34 +81,25 @@ def anchors_of(batch: TokenBatch) -> Anchors:
     return SAMPLING.draw(batch.labels, batch.row_keys)
 
 
-def test_kept_features_equal_live_ones(pair, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sampling", [None, SAMPLING], ids=["core", "futures"])
+def test_kept_features_equal_live_ones(pair, tmp_path, monkeypatch, sampling):
     target, draft, runner = pair
-    features = KeptFeatures(draft, runner, tmp_path)
-    batches = [make_batch(4, 1, 6), make_batch(0, 2), make_batch(5, 3, 1)]
-    for batch in batches:
-        kept = features.compute(batch, None, RECIPE)
-        assert_same(kept, compute_live(draft, runner, batch, None, RECIPE), draft)
-
+    draft.future_channel.soft_prompts.requires_grad_(sampling is None)
+    draft.future_channel.contemplate_token.requires_grad_(sampling is None)
+    features = KeptFeatures(draft, runner, tmp_path, sampling)
+    for rows in ((4, 1, 6), (0, 2), (5, 3, 1)):
+        batch = make_batch(*rows)
+        live = assert_kept_is_live(features, batch, sampling and anchors_of(batch))
+        assert live.counts["rows_with_future"] > 5 or sampling is None
     # Once every row was seen, nobody asks the target, nor does a later run.
     monkeypatch.setattr(type(target), "forward", None)
-    again = KeptFeatures(draft, runner, tmp_path)
-    for batch in batches:
-        first, second = (kept.compute(batch, None, RECIPE) for kept in (features, again))
-        torch.testing.assert_close(first.loss_sum, second.loss_sum, rtol=0, atol=0)
-
-
-def test_kept_future_predictions_equal_live_ones(pair, tmp_path, monkeypatch):
-    target, draft, runner = pair
-    draft.future_channel.soft_prompts.requires_grad_(False)
-    draft.future_channel.contemplate_token.requires_grad_(False)
-    features = KeptFeatures(draft, runner, tmp_path, SAMPLING)
-    batch = make_batch(6, 2, 0)
-    live = compute_live(draft, runner, batch, anchors_of(batch), RECIPE)
-    assert live.counts["rows_with_future"] > 10
-    assert_same(features.compute(batch, anchors_of(batch), RECIPE), live, draft)
-    monkeypatch.setattr(type(target), "forward", None)
-    other_order = make_batch(0, 6)
-    features.compute(other_order, anchors_of(other_order), RECIPE)
+    batch = make_batch(6, 4, 2)
+    anchors = sampling and anchors_of(batch)
+    one, other = (
+        objective_of(kept.teach(batch, anchors), runner, draft, batch, anchors).loss_sum
+        for kept in (features, KeptFeatures(draft, runner, tmp_path, sampling))
+    )
+    assert one == other
 
 
 def test_kept_features_equal_live_ones_in_mixed_precision(tmp_path):
@@ -107,11 +107,10 @@ def test_kept_features_equal_live_ones_in_mixed_precision(tmp_path):
     target = make_tiny_target("qwen3", dtype=torch.float32).requires_grad_(False)
     draft = make_tiny_draft(target)
     runner = TargetRunner(target, draft.config, draft.future_channel)
-    features = KeptFeatures(draft, runner, tmp_path)
-    batch = make_batch()
+    features, batch = KeptFeatures(draft, runner, tmp_path), make_batch()
     with torch.autocast("cpu", torch.bfloat16):
-        kept = features.compute(batch, None, RECIPE)
-        live = compute_live(draft, runner, batch, None, RECIPE)
+        kept = objective_of(features.teach(batch, None), runner, draft, batch)
+        live = objective_of(teach(draft, runner, batch, None), runner, draft, batch)
     torch.testing.assert_close(kept.loss_sum, live.loss_sum, rtol=1e-5, atol=0)
 
 
@@ -180,10 +179,7 @@ def test_scores_that_are_scaled_or_capped_behind_the_head_are_kept_as_they_are(f
         target = SCALED[family]().double().eval().requires_grad_(False)
     draft = make_tiny_draft(target, draft_vocab_size=31)
     runner = TargetRunner(target, draft.config, draft.future_channel)
-    features = KeptFeatures(draft, runner, tmp_path)
-    batch = make_batch()
-    kept = features.compute(batch, None, RECIPE)
-    assert_same(kept, compute_live(draft, runner, batch, None, RECIPE), draft)
+    assert_kept_is_live(KeptFeatures(draft, runner, tmp_path), make_batch())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -192,7 +188,7 @@ def test_scores_that_follow_in_no_known_way_are_refused(dtype, tmp_path):
     draft = make_tiny_draft(target, dtype=torch.float32)
     runner = TargetRunner(target, draft.config, draft.future_channel)
     batch = make_batch()
-    KeptFeatures(draft, runner, tmp_path / "plain").compute(batch, None, RECIPE)
+    KeptFeatures(draft, runner, tmp_path / "plain").teach(batch, None)
 
     def scale_last_row(module, args, output):
         if output.shape[:-1].numel() == int(batch.teaching_positions.sum()):  # not when its rows are read off
@@ -203,4 +199,4 @@ def test_scores_that_follow_in_no_known_way_are_refused(dtype, tmp_path):
     target.lm_head.register_forward_hook(scale_last_row)
     features = KeptFeatures(draft, runner, tmp_path / "scaled")
     with pytest.raises(ValueError, match="The scores of Qwen3ForCausalLM do not follow from its final hidden state"):
-        features.compute(batch, None, RECIPE)
+        features.teach(batch, None)

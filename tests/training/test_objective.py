@@ -19,7 +19,8 @@ from transformers_confu.inference.growing_cache import let_grow
 from transformers_confu.inference.target import TargetRunner
 from transformers_confu.training.anchors import Anchors, AnchorSampling
 from transformers_confu.training.batch import TokenBatch, draft_rows
-from transformers_confu.training.objective import Objective, Recipe, compute_live
+from transformers_confu.training.objective import Objective, compute_objective
+from transformers_confu.training.teacher import teach
 
 
 STEPS, DECAY = 4, 0.7
@@ -103,7 +104,9 @@ def mixed_batch() -> Batch:
 
 def objective_of(target, draft, batch: Batch, anchors: Anchors | None, steps: int = STEPS) -> Objective:
     runner = TargetRunner(target, draft.config, draft.future_channel)
-    return compute_live(draft, runner, TokenBatch.of(vars(batch)), anchors, Recipe(steps, DECAY))
+    batch = TokenBatch.of(vars(batch))
+    teaching = teach(draft, runner, batch, anchors)
+    return compute_objective(draft, runner.embed, batch, teaching, anchors, steps, DECAY)
 
 
 def anchors_of(batch: Batch, replication: int = 3, max_lag: int = 4, seed: int = 0) -> Anchors:

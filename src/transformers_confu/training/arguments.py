@@ -11,7 +11,6 @@ from transformers.utils import logging
 
 from ..common.loading import default_dtype
 from ..common.option_files import option
-from .losses import LOSSES
 
 
 logger = logging.get_logger(__name__)
@@ -75,7 +74,6 @@ class ConFuTrainingArguments(TrainingArguments):
         "joint",
         choices=STAGES,
     )
-    loss: str = option("Between target and draft: kl is the paper's; see `losses.py`.", "kl", choices=list(LOSSES))
     ttt_steps: int = option(
         "Steps that the draft is run on its own output; levels of a tree beyond them it has not learned. The router "
         "of [con] lags up to one more.",
@@ -138,9 +136,8 @@ class ConFuTrainingArguments(TrainingArguments):
         return min(super().n_gpu, 1)
 
     def _check_recipe(self) -> None:
-        for name, choices in (("stage", STAGES), ("loss", list(LOSSES))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
+        if self.stage not in STAGES:
+            raise ValueError(f"`stage` is {self.stage!r}; it must be one of {', '.join(STAGES)}.")
         for name, least in (
             ("tokens_per_batch", 1),
             ("ttt_steps", 1),

@@ -31,8 +31,8 @@ def check_call(args: Any, kwargs: dict[str, Any]) -> None:
     for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"`{name}` has no effect here: losses are named by `loss`, and there are no logits to measure; "
-                "leave it out, and measure in a callback's `on_evaluate`."
+                f"`{name}` has no effect here: the loss is ConFu's, and there are no logits to measure; leave it "
+                "out, and measure in a callback's `on_evaluate`."
             )
 
 

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .losses import LOSSES
-
 
 def rows_per_chunk(device: torch.device) -> int:
     """
@@ -22,13 +20,9 @@ def rows_per_chunk(device: torch.device) -> int:
     return 256 if device.type == "cpu" else 2048
 
 
-# Their gradient by the scores is q - p, which takes a third of the passes over a chunk that autograd would make.
-_CROSS_ENTROPIES = ("kl", "soft_cross_entropy")
-
-
 class ChunkedLoss(torch.autograd.Function):
     r"""
-    Weighted sum of a loss over rows and steps.
+    Weighted sum over rows and steps of the KL divergence from the target's distribution to the draft's.
 
     Args of `apply`:
         hidden_states (`torch.FloatTensor` of shape `(steps, rows, hidden_size)`): Inputs of the head; cast to the
@@ -38,7 +32,6 @@ class ChunkedLoss(torch.autograd.Function):
         counts (`torch.BoolTensor` of shape `(steps, rows)`): What counts: of each row its first steps, or none.
         probabilities, out_of_vocabulary_mass, entropies: See [`Teaching`].
         decay (`float`, *optional*): Step s weighs `decay ** s`. Without it see [`survival_weights`].
-        loss: Name of one of `LOSSES`.
 
     Returns:
         The sum, and without gradient each first choice (an index into the draft vocabulary) and acceptance
@@ -56,7 +49,6 @@ class ChunkedLoss(torch.autograd.Function):
         out_of_vocabulary_mass: torch.Tensor,
         entropies: torch.Tensor,
         decay: float | None,
-        loss: str,
     ) -> tuple[torch.Tensor, torch.LongTensor, torch.Tensor]:
         device = hidden_states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
@@ -84,17 +76,10 @@ class ChunkedLoss(torch.autograd.Function):
                     weights = survival_weights(acceptances[:, rows], counted)[counted]
                 else:
                     weights = decay ** counted.nonzero()[:, 0].to(p.dtype)
-                if loss in _CROSS_ENTROPIES:
-                    values = -(p * log_q).sum(dim=-1)
-                    if loss == "kl":
-                        values = values - entropies[of_chunk]
-                    gradient = q.sub_(p).mul_(weights[:, None])
-                else:
-                    with torch.enable_grad():
-                        values = LOSSES[loss](p, outside, logits.requires_grad_())
-                        (gradient,) = torch.autograd.grad((values * weights).sum(), logits)
-                total += (values.detach() * weights).sum()
-                gradient = gradient.to(dtype)
+                divergences = -(p * log_q).sum(dim=-1) - entropies[of_chunk]
+                total += (divergences * weights).sum()
+                # By the scores: q - p, which takes a third of the passes over a chunk that autograd would make.
+                gradient = q.sub_(p).mul_(weights[:, None]).to(dtype)
                 if input_gradient is not None:
                     input_gradient[:, rows][counted] = gradient @ head
                 if weight_gradient is not None:
@@ -111,7 +96,7 @@ class ChunkedLoss(torch.autograd.Function):
             of_inputs = of_inputs.to(ctx.input_dtype) * gradient.to(ctx.input_dtype)
         if of_weight is not None:
             of_weight = of_weight * gradient.to(of_weight.dtype)
-        return of_inputs, of_weight, None, None, None, None, None, None, None
+        return of_inputs, of_weight, None, None, None, None, None, None
 
 
 def survival_weights(acceptances: torch.Tensor, counts: torch.BoolTensor) -> torch.Tensor:

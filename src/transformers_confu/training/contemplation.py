@@ -13,15 +13,14 @@ from ..inference.target import TargetRunner
 from .anchors import Anchors
 from .batch import TokenBatch
 from .metrics import no_counts
-from .objective import Objective, contemplate_rows, expert_load
-from .teacher import read_batch
+from .objective import Objective, expert_load
+from .teacher import contemplate_rows, read_batch
 
 
 def compute_foresight(draft: ConFuDraftModel, runner: TargetRunner, batch: TokenBatch, anchors: Anchors) -> Objective:
-    r"""
-    Cross-entropy of the contemplate rows' predictions, and how often the first choice is right.
-
-    Arguments as in [`~objective.compute_live`]; the counts of the result have one step, the token after the next.
+    """
+    Cross-entropy of the contemplate rows' predictions, and how often the first choice is right. The counts have one
+    step, the token after the next.
     """
     outputs = read_batch(
         runner,

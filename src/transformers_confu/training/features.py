@@ -10,14 +10,11 @@ no forward of the target at all. The anchors of a row are in that case the same 
 
 import json
 import os
-import shutil
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -28,9 +25,8 @@ from ..data.fingerprints import fingerprint_of_module, fingerprint_of_target
 from ..inference.modeling_confu import ConFuDraftModel
 from ..inference.target import TargetRunner, main_stream
 from .anchors import Anchors, AnchorSampling
-from .batch import TokenBatch, row_key
-from .objective import Objective, Recipe, compute_objective, contemplate
-from .teacher import read_batch, summarize, teach_within
+from .batch import TokenBatch
+from .teacher import Teaching, contemplate, read_batch, summarize, teach_within
 
 
 # What future predictions depend on, beside the taps: parameters of the future channel, and entries of the draft's
@@ -46,10 +42,8 @@ _READ_OPTIONS = (
 
 class KeptFeatures:
     r"""
-    The objective of batches whose target features are computed at first sight and read from then on.
-
-    Each row has a file, named by its content, so one folder may serve several datasets; it is written once, by any
-    process.
+    What the target says about batches, computed at first sight and read from then on. Each row has a file, named by
+    its content, so one folder may serve several datasets; it is written once, by any process.
 
     Args:
         draft ([`ConFuDraftModel`]): Trained.
@@ -73,12 +67,10 @@ class KeptFeatures:
         self.draft, self.runner = draft, runner
         self.folder = Path(folder, "plain" if sampling is None else "with_futures")
         config, target = draft.config, runner.target
-        self.final_state = config.target_num_hidden_layers
-        self.dtype = target.get_input_embeddings().weight.dtype
         made_with: dict[str, Any] = {
             "target": fingerprint_of_target(target),
             "taps": config.target_hidden_state_indices,
-            "dtype": str(self.dtype),
+            "dtype": str(target.get_input_embeddings().weight.dtype),
         }
         if sampling is not None:
             made_with |= {"channel": fingerprint_of_module(draft.future_channel, _READ_PARAMETERS)}
@@ -92,74 +84,56 @@ class KeptFeatures:
         write_atomically(record, json.dumps(made_with, indent=2))
         self.head = DraftHead(target, draft.draft_token_ids).to(draft.device)
 
-    def _file(self, key: int) -> Path:
-        return self.folder / f"{key:016x}.safetensors"
-
-    def check_room(self, datasets: Iterable[Dataset]) -> None:
-        """ValueError where the disk has no room for the features of all rows that have none yet."""
-        tokens = 0
-        for dataset in datasets:
-            for rows in dataset.select_columns(["input_ids", "labels"]).with_format("numpy").iter(batch_size=1000):
-                pairs = zip(rows["input_ids"], rows["labels"], strict=True)
-                tokens += sum(len(ids) for ids, labels in pairs if not self._file(row_key(ids, labels)).exists())
-        config = self.draft.config
-        needed = tokens * (config.taps_size + config.target_hidden_size) * self.dtype.itemsize
-        if needed > (free := shutil.disk_usage(self.folder).free):
-            raise ValueError(
-                f"The features not yet written take up to {needed / 1e9:.1f} GB, and {self.folder} has "
-                f"{free / 1e9:.1f} GB left; name a folder on a larger disk, or train without them."
-            )
-
-    def compute(self, batch: TokenBatch, anchors: Anchors | None, recipe: Recipe) -> Objective:
-        """As [`compute_live`], at the anchors that `sampling` draws for these rows, or none without it."""
-        draft = self.draft
-        if not all(self._file(key).exists() for key in batch.row_keys):
-            self._write(batch, anchors)
-        rows = [load_file(self._file(key)) for key in batch.row_keys]
+    def teach(self, batch: TokenBatch, anchors: Anchors | None) -> Teaching:
+        """As [`~teacher.teach`], at the anchors that `sampling` draws for these rows, or none without it."""
+        draft, files = self.draft, [self.folder / f"{key:016x}.safetensors" for key in batch.row_keys]
+        if not all(file.exists() for file in files):
+            self._write(batch, anchors, files)
+        rows = [load_file(file) for file in files]
         taps = pad_sequence([row["taps"] for row in rows], batch_first=True).to(draft.device, draft.dtype)
-        final_states, best_tokens, normalizers = (
+        final_states, *of_all_tokens = (
             torch.cat([row[name] for row in rows]).to(draft.device)
             for name in ("final_states", "best_tokens", "normalizers")
         )
-        teaching = teach_within(draft, taps, self.head(final_states), best_tokens, normalizers)
-        futures = None
+        teaching = teach_within(draft, taps, self.head(final_states), *of_all_tokens)
         if anchors is not None:
-            futures = pad_sequence([row["futures"] for row in rows], batch_first=True).to(taps)
-        return compute_objective(draft, self.runner.embed, batch, teaching, anchors, futures, recipe)
+            teaching.futures = pad_sequence([row["futures"] for row in rows], batch_first=True).to(taps)
+        return teaching
 
     @torch.no_grad()
-    def _write(self, batch: TokenBatch, anchors: Anchors | None) -> None:
-        """Let the target read a batch, of which no file holds all."""
-        config, is_teacher = self.runner.config, batch.teaching_positions
+    def _write(self, batch: TokenBatch, anchors: Anchors | None, files: list[Path]) -> None:
+        """Let the target read a batch, of which not all rows have files."""
+        indices, is_teacher = self.draft.config.target_hidden_state_indices, batch.teaching_positions
+        final = self.draft.config.target_num_hidden_layers
         outputs = read_batch(
             self.runner,
             batch,
             keep_logits=is_teacher,
-            hidden_states=sorted({*config.target_hidden_state_indices, self.final_state}),
+            hidden_states=sorted({*indices, final}),
             keep_cache=anchors is not None,
         )
-        indices = (*config.target_hidden_state_indices, self.final_state)
-        states = [main_stream(outputs.hidden_states[index]) for index in indices]
+        states = [main_stream(outputs.hidden_states[index]) for index in (*indices, final)]
         *taps, final_states = (state.to(batch.labels.device) for state in states)
         taps = torch.cat(taps, dim=-1)
         self.head.check(final_states[is_teacher], outputs.logits)
         best_tokens, normalizers = summarize(outputs.logits)
         if anchors is not None:
             futures = contemplate(self.runner, batch, self.runner.taps(outputs.hidden_states), outputs.cache, anchors)
-        for number, key in enumerate(batch.row_keys):
-            if not self._file(key).exists():
-                of_row = batch.teacher_numbers[number, is_teacher[number]].to(outputs.logits.device)
-                row = {
-                    "taps": taps[number, batch.attention_mask[number].bool()],
-                    "final_states": final_states[number, is_teacher[number]],
-                    "best_tokens": best_tokens[of_row],
-                    "normalizers": normalizers[of_row],
-                }
-                if anchors is not None:
-                    row["futures"] = futures[number, anchors.exists[number]]
-                part = self._file(key).with_suffix(f".{os.getpid()}")  # a process that dies leaves no torn file
-                save_file({name: tensor.cpu().contiguous() for name, tensor in row.items()}, part)
-                os.replace(part, self._file(key))
+        for number, file in enumerate(files):
+            if file.exists():
+                continue
+            of_row = batch.teacher_numbers[number, is_teacher[number]].to(outputs.logits.device)
+            row = {
+                "taps": taps[number, batch.attention_mask[number].bool()],
+                "final_states": final_states[number, is_teacher[number]],
+                "best_tokens": best_tokens[of_row],
+                "normalizers": normalizers[of_row],
+            }
+            if anchors is not None:
+                row["futures"] = futures[number, anchors.exists[number]]
+            part = file.with_suffix(f".{os.getpid()}")  # a process that dies leaves no torn file
+            save_file({name: tensor.cpu().contiguous() for name, tensor in row.items()}, part)
+            os.replace(part, file)
 
 
 class DraftHead(nn.Module):

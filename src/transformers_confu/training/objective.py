@@ -1,18 +1,16 @@
-"""What one batch teaches the draft: contemplation at the anchors, the unrolled draft, the loss."""
+"""What one batch teaches the draft: the unrolled draft, its loss, and what is counted on the way."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import DynamicCache
 
 from ..inference.modeling_confu import ConFuDraftModel, ConFuExpertMixture
-from ..inference.target import TargetRunner
 from .anchors import Anchors
 from .batch import TokenBatch, gather_rows
 from .chunked_loss import ChunkedLoss
 from .metrics import Counts, no_counts
-from .teacher import Teaching, read_batch, teach
+from .teacher import Teaching
 from .unroll import unroll
 
 
@@ -24,83 +22,33 @@ class Objective:
     counts: Counts
 
 
-@dataclass
-class Recipe:
-    """How a draft is trained, beside its data."""
-
-    num_steps: int  # of TTT
-    decay: float | None  # step s weighs decay ** s; None: see `survival_weights`
-    loss: str = "kl"  # one of `LOSSES`
-
-
-def compute_live(
-    draft: ConFuDraftModel, runner: TargetRunner, batch: TokenBatch, anchors: Anchors | None, recipe: Recipe
-) -> Objective:
-    r"""
-    The objective of a batch that the target reads now.
-
-    Gradients pass through the target to soft prompts and `[con]`, from the contemplate rows only.
-
-    Args:
-        runner: Of the frozen target, in its own dtype.
-        anchors: Where the batch contemplates. Without them the draft trains in EAGLE-3 mode.
-    """
-    outputs = read_batch(
-        runner,
-        batch,
-        keep_logits=batch.teaching_positions,
-        hidden_states=draft.config.target_hidden_state_indices,
-        keep_cache=anchors is not None,
-    )
-    teaching = teach(draft, runner.taps(outputs.hidden_states), outputs.logits)
-    futures = None if anchors is None else contemplate(runner, batch, teaching.taps, outputs.cache, anchors)
-    return compute_objective(draft, runner.embed, batch, teaching, anchors, futures, recipe)
-
-
-def contemplate(
-    runner: TargetRunner, batch: TokenBatch, taps: torch.Tensor, cache: DynamicCache, anchors: Anchors
-) -> torch.Tensor:
-    """Future predictions at the anchors `(B, K, F)`, behind texts that are cached."""
-    with torch.autocast(device_type=taps.device.type, enabled=False):
-        return runner.contemplate(cache, *contemplate_rows(batch, taps, anchors))
-
-
-def contemplate_rows(batch: TokenBatch, taps: torch.Tensor, anchors: Anchors) -> tuple[torch.Tensor, ...]:
-    """What [`TargetRunner`] asks about the contemplate rows at anchors, behind a cache that holds the batch."""
-    return (
-        gather_rows(taps, anchors.routed_by),
-        batch.position_ids.gather(1, anchors.positions) + 1,
-        batch.position_ids.gather(1, anchors.routed_by) + 1,
-        batch.sees(anchors.positions),
-    )
-
-
 def compute_objective(
     draft: ConFuDraftModel,
     embed: nn.Module,
     batch: TokenBatch,
     teaching: Teaching,
     anchors: Anchors | None,
-    futures: torch.Tensor | None,
-    recipe: Recipe,
+    num_steps: int,
+    decay: float | None,
 ) -> Objective:
     r"""
-    The objective of a batch about which the target has spoken; arguments as of [`compute_live`], and:
+    The objective of a batch about which the target has spoken.
 
     Args:
         embed: The target's input embeddings, for a draft that has none of its own.
-        futures (`torch.FloatTensor` of shape `(batch, anchors, future_size)`, *optional*): What comes of contemplation
-            at the anchors.
+        anchors: Where the batch contemplates. Without them the draft trains in EAGLE-3 mode.
+        num_steps: Of TTT.
+        decay: See [`ChunkedLoss`].
     """
     rows, row_exists = _padded_index(batch.draft_rows)  # (B, R)
 
     features = draft.fuse_taps(teaching.taps)  # (B, T, H)
     future_states = has_future = None
-    totals = no_counts(draft.config, recipe.num_steps) | {"rows": row_exists.sum()}
+    totals = no_counts(draft.config, num_steps) | {"rows": row_exists.sum()}
     if anchors is not None:
         anchor_of_row = anchors.of_row.gather(1, rows)
         has_future = (anchor_of_row >= 0) & row_exists
-        future_states = gather_rows(futures, anchor_of_row.clamp(min=0))  # (B, R, F)
+        future_states = gather_rows(teaching.futures, anchor_of_row.clamp(min=0))  # (B, R, F)
         totals |= {
             "rows_with_future": has_future.sum(),
             "contemplate_load": expert_load(
@@ -123,15 +71,15 @@ def compute_objective(
         rows=rows,
         future_states=future_states,
         has_future=has_future,
-        num_steps=recipe.num_steps,
+        num_steps=num_steps,
     )
 
     hidden_states = torch.stack(list(steps)).flatten(1, 2)  # (S, B * R, H)
 
     # Row i at step s is taught by position i + 1 + s. It counts while all tokens up to i + 2 + s are of one answer.
-    taught_by = rows + 1 + torch.arange(recipe.num_steps, device=rows.device)[:, None, None]  # (S, B, R)
+    taught_by = rows + 1 + torch.arange(num_steps, device=rows.device)[:, None, None]  # (S, B, R)
     length = batch.input_ids.shape[1]
-    teachers = batch.teacher_numbers.expand(recipe.num_steps, -1, -1).gather(2, taught_by.clamp(max=length - 1))
+    teachers = batch.teacher_numbers.expand(num_steps, -1, -1).gather(2, taught_by.clamp(max=length - 1))
     counts = (row_exists & (teachers >= 0) & (taught_by < length)).cumprod(dim=0).bool().flatten(1)
     teachers = teachers.flatten(1)
     # `ChunkedLoss` makes gradients in its forward; an evaluation has no use for the head's.
@@ -145,8 +93,7 @@ def compute_objective(
         teaching.probabilities,
         teaching.out_of_vocabulary_mass,
         teaching.entropies,
-        recipe.decay,
-        recipe.loss,
+        decay,
     )
     is_correct = counts & (draft.draft_token_ids[choices] == teaching.best_tokens[teachers])
     totals |= {

@@ -10,7 +10,8 @@ from transformers.utils import ModelOutput
 from ..inference.checks import check_prompt_learning
 from ..inference.modeling_confu import ConFuDraftModel
 from ..inference.target import TargetRunner, can_name_logits
-from .batch import TokenBatch
+from .anchors import Anchors
+from .batch import TokenBatch, gather_rows
 from .chunked_loss import rows_per_chunk
 
 
@@ -56,10 +57,8 @@ def read_batch(
 @dataclass
 class Teaching:
     """
-    What the target says about a batch.
-
-    Position j of the target says what token j + 1 should be. The M positions that teach some draft row are numbered
-    through the batch, row by row.
+    What the target says about a batch: at position j, what token j + 1 should be. The M positions that teach some
+    draft row are numbered through the batch, row by row.
     """
 
     taps: torch.Tensor  # (B, T, taps_size)
@@ -67,14 +66,28 @@ class Teaching:
     out_of_vocabulary_mass: torch.Tensor  # (M,): its probability of all other tokens
     entropies: torch.Tensor  # (M,): within the draft vocabulary; what cross-entropy has over KL divergence
     best_tokens: torch.LongTensor  # (M,): its likeliest token of all
+    futures: torch.Tensor | None = None  # (B, K, F): what comes of contemplation at the anchors
 
 
-@torch.no_grad()
-def teach(draft: ConFuDraftModel, taps: torch.Tensor, logits: torch.Tensor) -> Teaching:
-    """From the target's taps `(B, T, taps_size)` and its logits at the teaching positions `(M, V)`."""
-    best_tokens, normalizers = summarize(logits)
+def teach(draft: ConFuDraftModel, runner: TargetRunner, batch: TokenBatch, anchors: Anchors | None) -> Teaching:
+    """
+    What the target, in its own dtype, says about a batch that it reads now.
+
+    With anchors, gradients pass through it to soft prompts and `[con]`, from the contemplate rows only.
+    """
+    outputs = read_batch(
+        runner,
+        batch,
+        keep_logits=batch.teaching_positions,
+        hidden_states=draft.config.target_hidden_state_indices,
+        keep_cache=anchors is not None,
+    )
+    taps, logits = runner.taps(outputs.hidden_states), outputs.logits
     draft_logits = logits[:, draft.draft_token_ids.to(logits.device)]
-    return teach_within(draft, taps, draft_logits, best_tokens, normalizers)
+    teaching = teach_within(draft, taps, draft_logits, *summarize(logits))
+    if anchors is not None:
+        teaching.futures = contemplate(runner, batch, taps, outputs.cache, anchors)
+    return teaching
 
 
 @torch.no_grad()
@@ -107,3 +120,21 @@ def summarize(logits: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
     best_tokens = [chunk.max(dim=-1).indices for chunk in chunks]
     normalizers = [chunk.to(dtype).logsumexp(dim=-1) for chunk in chunks]
     return torch.cat(best_tokens), torch.cat(normalizers)
+
+
+def contemplate(
+    runner: TargetRunner, batch: TokenBatch, taps: torch.Tensor, cache: DynamicCache, anchors: Anchors
+) -> torch.Tensor:
+    """Future predictions at the anchors `(B, K, F)`, behind texts that are cached."""
+    with torch.autocast(device_type=taps.device.type, enabled=False):
+        return runner.contemplate(cache, *contemplate_rows(batch, taps, anchors))
+
+
+def contemplate_rows(batch: TokenBatch, taps: torch.Tensor, anchors: Anchors) -> tuple[torch.Tensor, ...]:
+    """What [`TargetRunner`] asks about the contemplate rows at anchors, behind a cache that holds the batch."""
+    return (
+        gather_rows(taps, anchors.routed_by),
+        batch.position_ids.gather(1, anchors.positions) + 1,
+        batch.position_ids.gather(1, anchors.routed_by) + 1,
+        batch.sees(anchors.positions),
+    )

@@ -186,7 +186,7 @@ def write_card_facts(trainer: ConFuTrainer, arguments: DraftArguments) -> None:
     tokens = args.tokens_per_batch * args.gradient_accumulation_steps * args.world_size
     facts = CardFacts(
         training=f"Stage `{args.stage}`: {trainer.state.global_step:,} steps of up to {tokens:,} tokens, "
-        f"{args.ttt_steps} TTT steps, loss `{args.loss}`, l = {args.replication}, learning rate "
+        f"{args.ttt_steps} TTT steps, l = {args.replication}, learning rate "
         f"{args.learning_rate:g}, seed {args.seed}."
     )
     if evaluations := [entry for entry in trainer.state.log_history if "eval_tau_greedy" in entry]:

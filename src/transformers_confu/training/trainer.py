@@ -33,8 +33,8 @@ from .contemplation import compute_foresight
 from .features import KeptFeatures
 from .initialisation import is_channel_untrained
 from .metrics import Counts, add_counts, metrics_of, no_counts
-from .objective import Objective, Recipe, compute_live
-from .teacher import freeze
+from .objective import Objective, compute_objective
+from .teacher import freeze, teach
 
 
 # What the override below relies on; `Trainer` calls it with what to train, and trains what it returns.
@@ -64,10 +64,12 @@ class ObjectiveModule(nn.Module):
         texts, anchors = TokenBatch.of(batch), batch.get("anchors")
         if self.args.stage == "contemplation":
             return compute_foresight(self.draft, self.runner, texts, anchors)
-        recipe = Recipe(self.args.ttt_steps, self.args.ttt_decay, self.args.loss)
-        if self.features is not None:
-            return self.features.compute(texts, anchors, recipe)
-        return compute_live(self.draft, self.runner, texts, anchors, recipe)
+        if self.features is None:
+            teaching = teach(self.draft, self.runner, texts, anchors)
+        else:
+            teaching = self.features.teach(texts, anchors)
+        how = (self.args.ttt_steps, self.args.ttt_decay)
+        return compute_objective(self.draft, self.runner.embed, texts, teaching, anchors, *how)
 
 
 class KeepSpecialTokens(TrainerCallback):
@@ -173,7 +175,11 @@ class ConFuTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._sampling = AnchorSampling(args.replication, args.ttt_steps + 1, args.seed)
         runner = TargetRunner(self.target_model, model.config, model.future_channel)
-        self._objective = ObjectiveModule(model, runner, args, self._kept_features(runner))
+        features = None
+        if args.feature_cache is not None:
+            sampling = self._sampling if args.stage == "joint" else None
+            features = KeptFeatures(model, runner, args.feature_cache, sampling)
+        self._objective = ObjectiveModule(model, runner, args, features)
         self._counts = {"train": self._no_counts(), "eval": self._no_counts()}
 
     # Data
@@ -197,15 +203,6 @@ class ConFuTrainer(Trainer):
             num_processes=args.world_size,
             process_index=args.process_index,
         )
-
-    def _kept_features(self, runner: TargetRunner) -> KeptFeatures | None:
-        """The files of `args.feature_cache`."""
-        if self.args.feature_cache is None:
-            return None
-        sampling = self._sampling if self.args.stage == "joint" else None
-        features = KeptFeatures(self.model, runner, self.args.feature_cache, sampling)
-        features.check_room(dataset for dataset in (self.train_dataset, self.eval_dataset) if dataset is not None)
-        return features
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
