@@ -242,7 +242,6 @@ def test_refused_prompts_are_counted(tokenizer, prompts, ask):
         ((200, {}, "<html>"), {}, "replied with something else than JSON, HTTP 200: <html>"),
         ({**YES, "token_ids": [400]}, {}, "answers with token 400"),
         (YES, {"model": None}, "serves a, b: name one"),
-        (YES, {"concurrency": 0}, "concurrency is 0"),
         (YES, {"rows": [{"id": 1}]}, "Row 0: it has the fields"),
         (YES, {"file": "a.json"}, r"expected a \.jsonl file"),
     ],

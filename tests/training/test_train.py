@@ -15,7 +15,7 @@ from transformers_confu import ConFuDraftModel
 from transformers_confu.inference.knobs import ConFuKnobs
 from transformers_confu.publishing.model_card import CardFacts
 from transformers_confu.training import ConFuTrainer
-from transformers_confu.training.train import main
+from transformers_confu.training.train import load_target_once, main
 
 
 def test_the_command_trains_a_new_draft_and_continues_it(saved_target, tmp_path, capsys):
@@ -157,7 +157,7 @@ def test_answers_of_another_target_are_refused(saved_target, tmp_path):
 def test_no_stopwatch_decides_how_weights_are_laid_out(saved_target, tmp_path, monkeypatch):
     """Processes that decide it by their own measurement would not agree, and DDP ends with an error."""
     monkeypatch.setattr("transformers_confu.common.loading.column_major_pays", lambda: True)
-    monkeypatch.setattr("transformers_confu.training.train._loaded_target", {})
+    load_target_once.cache_clear()
     trained: list[ConFuTrainer] = []
     monkeypatch.setattr(ConFuTrainer, "train", lambda self, **kwargs: trained.append(self))
     stages = [{"stage": "core"}, {"stage": "joint"}]
@@ -289,15 +289,10 @@ def test_options_that_were_refused_leave_no_run_behind(saved_target, tmp_path):
     assert (tmp_path / "draft" / "model.safetensors").exists()
 
 
-def test_unquoted_no_and_lists_of_trackers_reach_the_run(saved_target, tmp_path, monkeypatch):
+def test_unquoted_no_reaches_the_run(saved_target, tmp_path, monkeypatch):
     run = write_run(tmp_path, saved_target, max_steps=1, eval_rows=0, save_strategy=False)
-    text = Path(run).read_text().replace("report_to: none", "report_to: [tensorboard, wandb]")
-    monkeypatch.setattr(
-        "transformers_confu.training.arguments.get_available_reporting_integrations", lambda: ["tensorboard", "wandb"]
-    )
-    Path(run).write_text(text + "include_num_input_tokens_seen: no\n")
+    Path(run).write_text(Path(run).read_text() + "include_num_input_tokens_seen: no\n")
     arguments = []
     monkeypatch.setattr("transformers_confu.training.train.run", lambda *given: arguments.append(given[-1]))
     main([run])
-    assert arguments[0].report_to == ["tensorboard", "wandb"]
     assert arguments[0].include_num_input_tokens_seen == "no" and arguments[0].save_strategy == "no"

@@ -396,15 +396,15 @@ def test_evaluating_does_not_change_training(target, rows, tmp_path):
 
 def test_missing_datasets_are_refused(target, tmp_path):
     trainer = make_trainer(target, tmp_path, max_steps=1)
-    with pytest.raises(ValueError, match="Training needs a `train_dataset`; make one with `prepare_dataset`."):
+    with pytest.raises(ValueError, match="Give `train_dataset`; make one with `prepare_dataset`."):
         trainer.train()
-    with pytest.raises(ValueError, match="Evaluation needs an `eval_dataset`; make one with `prepare_dataset`."):
+    with pytest.raises(ValueError, match="Give `eval_dataset`; make one with `prepare_dataset`."):
         trainer.evaluate()
 
 
 def test_a_dataset_that_makes_no_batches_is_refused_before_the_training(target, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(ConFuTrainingArguments, "world_size", 3)
-    message = "`eval_dataset` makes no batches. 2 rows of these lengths cannot be shared evenly by 3 processes"
+    message = "2 rows of these lengths cannot be shared evenly by 3 processes"
     with pytest.raises(ValueError, match=message):
         make_trainer(target, tmp_path, train_dataset=rows, eval_dataset=rows.select([0, 1]))
 
@@ -425,7 +425,7 @@ def test_a_sharding_that_accelerate_was_told_of_is_refused(target, rows, tmp_pat
         self.is_fsdp_enabled = True
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", as_launched)
-    with pytest.raises(ValueError, match="FSDP is not supported: the draft is small"):
+    with pytest.raises(ValueError, match="FSDP or DeepSpeed is not supported: the draft is small"):
         make_trainer(target, tmp_path, train_dataset=rows)
 
 
@@ -519,7 +519,6 @@ def adapted(config) -> PreTrainedModel:
             train_with(model=lambda t, r: get_peft_model(make_draft(t), LoraConfig(target_modules=["q_proj"]))),
             "`model` is a PeftModel, expected a ConFuDraftModel",
         ),
-        (train_with(model=None, model_init=lambda t, r: make_draft), "`model_init` is not supported: a draft is made"),
         (
             train_with(target_model=lambda t, r: make_tiny_target(dtype=torch.float32, vocab_size=98)),
             "made for a target with `vocab_size=97`, but LlamaForCausalLM has 98",
@@ -540,7 +539,7 @@ def adapted(config) -> PreTrainedModel:
         (train_under(frozen=["head"]), "`frozen` names 'head'; the groups are core, contemplate, future."),
         (train_under(stage="core", frozen=["core"]), "Nothing is left to train: stage 'core' teaches core, and `froz"),
         (train_under(feature_cache="f"), "`feature_cache` keeps what never changes, and stage 'joint' teaches soft"),
-        (train_under(gradient_checkpointing=True), "`activation_checkpointing` (`gradient_checkpointing`) is not sup"),
+        (train_under(gradient_checkpointing=True), "`activation_checkpointing` is not supported: the steps"),
         (
             train_under(per_device_train_batch_size=4),
             "`per_device_train_batch_size` has no effect here: a batch holds as many rows as fit `tokens_per_batch`",

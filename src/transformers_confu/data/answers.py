@@ -21,16 +21,11 @@ _HANDED_ON = (*TEMPLATE_FIELDS, "source", "license", "category")
 
 
 class Conversation:
-    r"""
+    """
     A row of prompts and how far it is answered.
 
-    Args:
-        row: `id` and either `prompt`, one user turn or messages, or `turns`, user turns that are answered one after
-            the other, with a `system` message if wanted. Beside them perhaps what is handed on.
-        temperature: Of its answers; 0 is greedy.
-
-    Raises:
-        ValueError: the row is neither.
+    The row holds `id` and either `prompt`, one user turn or messages, or `turns`, user turns that are answered one
+    after the other, with a `system` message if wanted; and perhaps what is handed on.
     """
 
     def __init__(self, row: Mapping[str, Any], temperature: float) -> None:
@@ -110,64 +105,6 @@ class Conversation:
         )
 
 
-def plan_conversations(rows: Iterable[Mapping[str, Any]], temperatures: Sequence[float]) -> list[Conversation]:
-    """
-    The conversations of rows of prompts, which take the temperatures in turn.
-
-    Raises:
-        ValueError: a temperature is negative or none is given, or a row is malformed or has the id of another.
-    """
-    if not temperatures or min(temperatures) < 0:
-        raise ValueError(f"temperatures is {list(temperatures)}, expected one or more numbers of 0 or above.")
-    conversations: dict[str | int, Conversation] = {}
-    for index, row in enumerate(rows):
-        try:
-            conversation = Conversation(row, temperatures[index % len(temperatures)])
-        except ValueError as error:
-            raise ValueError(f"Row {index}: {error}") from error
-        if conversation.id in conversations:
-            raise ValueError(f"Row {index} has the id {conversation.id!r} of an earlier row: make the ids unique.")
-        conversations[conversation.id] = conversation
-    return list(conversations.values())
-
-
-def check_output(output_path: str | Path, **least_one: int) -> Path:
-    """The path of the answers; ValueError if it is no `.jsonl` file or one of the numbers is less than 1."""
-    if Path(output_path).suffix != ".jsonl":
-        raise ValueError(f"The output is {output_path}, expected a .jsonl file; compress it when it is complete.")
-    for name, value in least_one.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}, expected at least 1.")
-    return Path(output_path)
-
-
-def find_unanswered(
-    file: JsonLines, conversations: Iterable[Conversation], made_with: Mapping[str, Any]
-) -> list[Conversation]:
-    """
-    The conversations that an earlier call has not answered, in their order.
-
-    Raises:
-        ValueError: the file holds an answer that this call would not write.
-    """
-    unanswered = {conversation.id: conversation for conversation in conversations}
-    for number, row in file.rows():
-        conversation = unanswered.pop(row.get("id"), None)
-        if conversation is None or not conversation.is_answered_by(row):
-            raise ValueError(
-                f"{file.path}, line {number} is no answer (id {row.get('id')!r}) that this call would write: repeat "
-                "the earlier call with its prompts and settings, or choose another output."
-            )
-        before = row.get("made_with") or {}
-        # The same target may be called by another name: its hash counts.
-        if changed := differences({**before, "target_name": ""}, {**made_with, "target_name": ""}):
-            raise ValueError(
-                f"{file.path}, line {number} was made with other settings ({changed}): repeat the earlier call with "
-                "its target and settings, or choose another output."
-            )
-    return list(unanswered.values())
-
-
 @dataclass
 class RegenerationReport:
     """What one call of `regenerate` or `regenerate_served` did, in conversations; a single prompt is one."""
@@ -194,15 +131,73 @@ class RegenerationReport:
 
     def __str__(self) -> str:
         rate = self.tokens / self.seconds if self.seconds else 0.0
-        return "\n".join(
-            [
-                f"prompts: {self.prompts:,}, of which too long: {self.too_long:,}, answered before: {self.resumed:,}",
-                f"answers written: {self.written:,} ({self.tokens:,} tokens, {rate:,.0f} tokens/s), of which cut at "
-                f"the maximum length: {self.unfinished:,}, ended before their last turn: {self.stopped:,}, with ids "
-                f"made from text, which may not be those the target chose: {self.retokenized:,}",
-                *(f"prompts refused ({reason}): {number:,}" for reason, number in self.refused.items()),
-            ]
-        )
+        lines = [
+            f"prompts: {self.prompts:,}, of which too long: {self.too_long:,}, answered before: {self.resumed:,}",
+            f"answers written: {self.written:,} ({self.tokens:,} tokens, {rate:,.0f} tokens/s), of which cut at "
+            f"the maximum length: {self.unfinished:,}, ended before their last turn: {self.stopped:,}, with ids "
+            f"made from text, which may not be those the target chose: {self.retokenized:,}",
+            *(f"prompts refused ({reason}): {number:,}" for reason, number in self.refused.items()),
+        ]
+        return "\n".join(lines)
+
+
+class AnswerFile:
+    r"""
+    A JSONL file of answers that a call goes on with: what is not answered yet, and what it adds.
+
+    Args:
+        path: The `.jsonl` file; made when the first answer is written.
+        prompts: Rows, see [`Conversation`].
+        temperatures: The prompts take them in turn.
+        made_with: Target and settings. The same target may be called by another `target_name`: its hash counts.
+
+    Raises:
+        ValueError: a temperature or a row is invalid, or the file holds an answer that this call would not write.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        prompts: Iterable[Mapping[str, Any]],
+        temperatures: Sequence[float],
+        made_with: Mapping[str, Any],
+    ) -> None:
+        if Path(path).suffix != ".jsonl":
+            raise ValueError(f"The output is {path}, expected a .jsonl file; compress it when it is complete.")
+        if not temperatures or min(temperatures) < 0:
+            raise ValueError(f"temperatures is {list(temperatures)}, expected one or more numbers of 0 or above.")
+        self._file, self._made_with = JsonLines(path), made_with
+        unanswered: dict[str | int, Conversation] = {}
+        for index, row in enumerate(prompts):
+            try:
+                conversation = Conversation(row, temperatures[index % len(temperatures)])
+            except ValueError as error:
+                raise ValueError(f"Row {index}: {error}") from error
+            if conversation.id in unanswered:
+                raise ValueError(f"Row {index} has the id {conversation.id!r} of an earlier row: make the ids unique.")
+            unanswered[conversation.id] = conversation
+        self.report = RegenerationReport(prompts=len(unanswered))
+        for number, row in self._file.rows():
+            answered = unanswered.pop(row.get("id"), None)
+            if answered is None or not answered.is_answered_by(row):
+                raise ValueError(
+                    f"{path}, line {number} is no answer (id {row.get('id')!r}) that this call would write: repeat "
+                    "the earlier call with its prompts and settings, or choose another output."
+                )
+            before = row.get("made_with") or {}
+            if changed := differences({**before, "target_name": ""}, {**made_with, "target_name": ""}):
+                raise ValueError(
+                    f"{path}, line {number} was made with other settings ({changed}): repeat the earlier call with "
+                    "its target and settings, or choose another output."
+                )
+        self.unanswered = list(unanswered.values())
+        self.report.resumed = self.report.prompts - len(unanswered)
+
+    def write(self, conversations: Sequence[Conversation]) -> None:
+        """Append answered conversations."""
+        self._file.append(conversation.row(self._made_with) for conversation in conversations)
+        for conversation in conversations:
+            self.report.count(conversation)
 
 
 @dataclass(kw_only=True)

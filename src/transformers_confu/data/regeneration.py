@@ -21,20 +21,12 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..common.answer_text import end_token_ids
-from ..common.jsonl import JsonLines
 from ..common.loading import TargetOptions, default_dtype
 from ..common.option_files import option
 from ..inference.checks import check_target
 from ..inference.configuration_confu import ConFuConfig
 from ..inference.target import input_device
-from .answers import (
-    AnswerArguments,
-    Conversation,
-    RegenerationReport,
-    check_output,
-    find_unanswered,
-    plan_conversations,
-)
+from .answers import AnswerArguments, AnswerFile, Conversation, RegenerationReport
 from .fingerprints import fingerprint_of_target
 from .rows import load_rows
 
@@ -61,8 +53,8 @@ def regenerate(
 
     A row is `{id, messages, prompt_ids, answer_ids, temperature, finished, made_with}` and what its prompt says of the
     chat template and its source: `prompt_ids` and `answer_ids` have one list for each answer; an answer includes the
-    token that ended it; `finished` is False if the last one was cut at `max_new_tokens`; `made_with` holds name and
-    hash of the target, its settings and the seed. `prepare_dataset` takes these rows as they are.
+    token that ended it; `finished` is False if the last one was cut; `made_with` holds name and hash of the target,
+    its settings and the seed. `prepare_dataset` takes these rows as they are.
 
     The same call resumes an interrupted one, with the same draws where whole batches were written. The global random
     state is not touched.
@@ -78,16 +70,9 @@ def regenerate(
     Raises:
         ValueError: a setting or a prompt is invalid, or the output holds answers that this call would not write.
     """
-    path = check_output(
-        output_path, max_new_tokens=max_new_tokens, batch_size=batch_size, max_prompt_length=max_prompt_length
-    )
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1.")
     _check_target(target, max_prompt_length + max_new_tokens)
-    conversations = plan_conversations(prompts, temperatures)
-    report = RegenerationReport(prompts=len(conversations))
-    lengths = {conversation.id: len(conversation.next_prompt(tokenizer)) for conversation in conversations}
-    fitting = [conversation for conversation in conversations if lengths[conversation.id] <= max_prompt_length]
-    report.too_long = len(conversations) - len(fitting)
-    fitting.sort(key=lambda conversation: (conversation.temperature, -lengths[conversation.id]))
     name = target.config.name_or_path
     made_with = {
         "target_name": Path(name).name if Path(name).exists() else name,  # no paths of this machine
@@ -97,18 +82,18 @@ def regenerate(
         "max_new_tokens": max_new_tokens,
         "seed": seed,
     }
-    file = JsonLines(path)
-    waiting = find_unanswered(file, fitting, made_with)
-    report.resumed = len(fitting) - len(waiting)
-    with tqdm(total=len(waiting), unit="answer", desc="Regenerating") as progress:
-        for _, group in groupby(waiting, key=attrgetter("temperature")):
+    answers = AnswerFile(output_path, prompts, temperatures, made_with)
+    lengths = {conversation.id: len(conversation.next_prompt(tokenizer)) for conversation in answers.unanswered}
+    fitting = [conversation for conversation in answers.unanswered if lengths[conversation.id] <= max_prompt_length]
+    answers.report.too_long = len(answers.unanswered) - len(fitting)
+    fitting.sort(key=lambda conversation: (conversation.temperature, -lengths[conversation.id]))
+    with tqdm(total=len(fitting), unit="answer", desc="Regenerating") as progress:
+        for _, group in groupby(fitting, key=attrgetter("temperature")):
             while batch := list(islice(group, batch_size)):
                 _answer(target, tokenizer, batch, max_new_tokens, max_prompt_length, seed)
-                file.append(conversation.row(made_with) for conversation in batch)
-                for conversation in batch:
-                    report.count(conversation)
+                answers.write(batch)
                 progress.update(len(batch))
-    return report
+    return answers.report
 
 
 def _answer(
@@ -129,18 +114,14 @@ def _answer(
     device = input_device(target)
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(own_seed)
-        going_on = batch
-        while going_on:
-            prompts = [conversation.next_prompt(tokenizer) for conversation in going_on]
-            asked = [
-                (conversation, prompt)
-                for conversation, prompt in zip(going_on, prompts, strict=True)
-                if len(prompt) <= max_prompt_length  # the first turn's fit
-            ]
-            if not asked:
-                return
+        # The first turn's prompts fit; those of later ones may have grown too long.
+        while asked := [
+            (conversation, prompt)
+            for conversation in batch
+            if len(prompt := conversation.next_prompt(tokenizer)) <= max_prompt_length
+        ]:
             answers = _generate(target, [prompt for _, prompt in asked], ends, max_new_tokens, sampling)
-            going_on = [
+            batch = [
                 conversation
                 for (conversation, prompt), answer in zip(asked, answers, strict=True)
                 if conversation.add(prompt, answer, answer[-1] in ends, tokenizer)
@@ -201,7 +182,7 @@ def _generation_settings(target: PreTrainedModel) -> dict[str, Any]:
 
 @dataclass(kw_only=True)
 class RegenerationArguments(AnswerArguments):
-    """Arguments of the command line."""
+    """Of the command line."""
 
     target: str = option("Model id or folder of the target, or 'demo' for a small public model.", ...)
     batch_size: int = option("Conversations answered at once.", 64)
@@ -209,11 +190,11 @@ class RegenerationArguments(AnswerArguments):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `regenerate` from the command line; `argv` defaults to the process's arguments."""
+    """Runs `regenerate` from the command line."""
     parser = HfArgumentParser((RegenerationArguments, TargetOptions))
     arguments, options = parser.parse_args_into_dataclasses(args=argv)
-    prompts = load_rows(arguments.prompts)
-    target, tokenizer = options.load(arguments.target, arguments.dtype)
-    names = ("max_new_tokens", "batch_size", "max_prompt_length", "temperatures", "seed")
-    settings = {name: getattr(arguments, name) for name in names}
-    print(regenerate(target, tokenizer, prompts, arguments.output, **settings))
+    settings = dict(vars(arguments))
+    name, dtype, prompts, output = (settings.pop(name) for name in ("target", "dtype", "prompts", "output"))
+    prompts = load_rows(prompts)
+    target, tokenizer = options.load(name, dtype)
+    print(regenerate(target, tokenizer, prompts, output, **settings))

@@ -25,17 +25,9 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..common.jsonl import JsonLines
 from ..common.loading import load_tokenizer
 from ..common.option_files import json_option, option
-from .answers import (
-    AnswerArguments,
-    Conversation,
-    RegenerationReport,
-    check_output,
-    find_unanswered,
-    plan_conversations,
-)
+from .answers import AnswerArguments, AnswerFile, Conversation, RegenerationReport
 from .rows import load_rows
 
 
@@ -88,11 +80,7 @@ def regenerate_served(
             this call would not write.
         ConnectionError: the server stayed out of reach; what it answered is in the file.
     """
-    path = check_output(
-        output_path, max_new_tokens=max_new_tokens, max_prompt_length=max_prompt_length, concurrency=concurrency
-    )
-    conversations = plan_conversations(rows, temperatures)
-    client = _Client(server.rstrip("/"), concurrency, timeout, api_key)
+    client = _Client(server, concurrency, timeout, api_key)
     made_with: dict[str, Any] = {"model": model or client.only_model(), "max_new_tokens": max_new_tokens, "seed": seed}
     if extra_body:
         made_with["extra_body"] = dict(extra_body)
@@ -103,9 +91,8 @@ def regenerate_served(
         "skip_special_tokens": False,
         **(extra_body or {}),
     }
-    file = JsonLines(path)
-    waiting = find_unanswered(file, conversations, made_with)
-    report = RegenerationReport(prompts=len(conversations), resumed=len(conversations) - len(waiting))
+    answers = AnswerFile(output_path, rows, temperatures, made_with)
+    report = answers.report
     tokenizer_lock = Lock()  # a fast tokenizer may be set up by one call while another uses it
 
     def answer(conversation: Conversation) -> tuple[Conversation, str | None]:
@@ -131,18 +118,16 @@ def regenerate_served(
 
     # Threads and no event loop, so that it runs in notebooks too. When this process is stopped they end at once.
     with ThreadPool(concurrency) as pool:
-        done = pool.imap_unordered(answer, waiting)
-        for conversation, refusal in tqdm(done, total=len(waiting), unit="answer", desc="Regenerating"):
+        done = pool.imap_unordered(answer, answers.unanswered)
+        for conversation, refusal in tqdm(done, total=len(answers.unanswered), unit="answer", desc="Regenerating"):
             if conversation.answer_ids:
-                file.append([conversation.row(made_with)])
-                report.count(conversation)
+                answers.write([conversation])
             elif refusal is None:
                 report.too_long += 1
             if refusal is not None:
                 report.refused[refusal] += 1
-                if not (report.written or report.resumed) and (
-                    report.refused.total() >= min(_REFUSALS_AT_START, report.prompts)
-                ):
+                nothing_so_far = not (report.written or report.resumed)
+                if nothing_so_far and report.refused.total() >= min(_REFUSALS_AT_START, report.prompts):
                     raise ValueError(f"{server} refuses the requests: {refusal}")
                 logger.warning("The server refuses prompt %r: %s", conversation.id, refusal)
     return report
@@ -156,7 +141,7 @@ class _Client:
     """Requests to a server, each repeated while the server is busy, fails or cannot be reached."""
 
     def __init__(self, server: str, concurrency: int, timeout: float, api_key: str | None):
-        self.server = server
+        self.server = server.rstrip("/")
         self.pool = urllib3.PoolManager(
             maxsize=concurrency,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
@@ -173,14 +158,7 @@ class _Client:
         )
 
     def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """
-        The JSON of the reply.
-
-        Raises:
-            _Refused: the server does not take this request.
-            ValueError: it lets nobody in, or its reply is no JSON.
-            ConnectionError: it stayed busy, failing or out of reach.
-        """
+        """The JSON of the reply; an error says whether to ask no more (`_Refused`), or what else is wrong."""
         try:
             response = self.pool.request(method, self.server + path, json=body)
             problem = f"HTTP {response.status}: {response.data.decode(errors='replace')[:300]}"
@@ -259,7 +237,7 @@ class ServedRegenerationArguments(AnswerArguments):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `regenerate_served` from the command line; `argv` defaults to the process's arguments."""
+    """Runs `regenerate_served` from the command line."""
     (arguments,) = HfArgumentParser(ServedRegenerationArguments).parse_args_into_dataclasses(args=argv)
     settings = dict(vars(arguments))
     server, tokenizer, prompts, output = (settings.pop(name) for name in ("server", "tokenizer", "prompts", "output"))

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -21,17 +20,25 @@ PARAMETER_GROUPS = ["core", "contemplate", "future"]
 TAUGHT_BY_STAGE = {"core": ["core"], "contemplation": ["contemplate"], "joint": PARAMETER_GROUPS}
 STAGES = list(TAUGHT_BY_STAGE)
 
-NOT_SHARDED_BY = (
-    "{} is not supported: the draft is small, and the target, which is not, would not be sharded by it. Start several "
-    "processes (DDP), or one with a `device_map` for a target that one device cannot hold."
+NOT_SHARDED = (
+    "the draft is small, and the target, which is not, would not be sharded by it. Start several processes (DDP), or "
+    "one with a `device_map` for a target that one device cannot hold."
 )
-NOT_PUSHED = (
-    "`push_to_hub` is not supported: leave it out, and upload the trained draft by `confu publish`, which checks it "
-    "against its target and adds card and code."
-)
+NOT_PUSHED = "leave it out, and upload the trained draft by `confu publish`, which checks it and adds card and code."
 
+# Options of `TrainingArguments` that cannot be followed here, and why.
+_NOT_SUPPORTED = {
+    "activation_checkpointing": "the steps of the unrolled draft share keys and values, which a second forward would "
+    "compute anew. For less memory lower `tokens_per_batch` and raise `gradient_accumulation_steps`, which gives the "
+    "very same step.",
+    "fsdp": NOT_SHARDED,
+    "deepspeed": NOT_SHARDED,
+    "fp16": "gradients of the head are made in the forward, before the scaling that keeps small ones from vanishing "
+    "in float16. Use `bf16`, or neither, which trains in float32.",
+    "push_to_hub": NOT_PUSHED,
+}
 _BATCHES_BY_TOKENS = "a batch holds as many rows as fit `tokens_per_batch`; set that"
-# Options of `TrainingArguments` that would do nothing here, or harm, and why.
+# Those that would do nothing here, or harm.
 _WITHOUT_EFFECT = {
     "per_device_train_batch_size": _BATCHES_BY_TOKENS,
     "per_device_eval_batch_size": _BATCHES_BY_TOKENS,
@@ -58,7 +65,7 @@ def parameter_group(name: str) -> str:
 
 @dataclass
 class ConFuTrainingArguments(TrainingArguments):
-    r"""
+    """
     `TrainingArguments` with ConFu's own. Where a default differs from Transformers', the field is repeated here.
 
     Parameters are in three groups: `core`, the EAGLE-3 draft; `contemplate`, soft prompts and `[con]`; `future`, `[f]`
@@ -112,12 +119,9 @@ class ConFuTrainingArguments(TrainingArguments):
             self.load_best_model_at_end or self.save_strategy in (SaveStrategy.BEST, SaveStrategy.BEST.value)
         ):
             self.metric_for_best_model = "tau_greedy"
-        trackers: Any = vars(self)["report_to"]
-        if isinstance(trackers, str) and "," in trackers:  # several, as a command line can give them
-            setattr(self, "report_to", trackers.split(","))  # noqa: B010 - its type is lost on mypy
         super().__post_init__()
         self._check_recipe()
-        self._check_trainer()
+        self._check_options_of_trainer()
         self._check_machine()
 
     @property
@@ -138,12 +142,8 @@ class ConFuTrainingArguments(TrainingArguments):
     def _check_recipe(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"`stage` is {self.stage!r}; it must be one of {', '.join(STAGES)}.")
-        for name, least in (
-            ("tokens_per_batch", 1),
-            ("ttt_steps", 1),
-            ("replication", 0),
-            ("channel_learning_rate", 0),
-        ):
+        least_of = {"tokens_per_batch": 1, "ttt_steps": 1, "replication": 0, "channel_learning_rate": 0}
+        for name, least in least_of.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {least}.")
         if self.ttt_decay is not None and not 0 < self.ttt_decay <= 1:
@@ -164,26 +164,13 @@ class ConFuTrainingArguments(TrainingArguments):
                 f"and `frozen` is {self.frozen}."
             )
 
-    def _check_trainer(self) -> None:
-        """Options of `TrainingArguments` that mean something else here, or nothing."""
+    def _check_options_of_trainer(self) -> None:
         for name, why in _WITHOUT_EFFECT.items():
             if getattr(self, name) != (default := type(self).__dataclass_fields__[name].default):
                 raise ValueError(f"`{name}` has no effect here: {why}; leave it at {default!r}.")
-        if self.activation_checkpointing:
-            raise ValueError(
-                "`activation_checkpointing` (`gradient_checkpointing`) is not supported: the steps of the unrolled "
-                "draft share keys and values, which a second forward would compute anew. For less memory lower "
-                "`tokens_per_batch` and raise `gradient_accumulation_steps`, which gives the very same step."
-            )
-        if self.fsdp or self.deepspeed:
-            raise ValueError(NOT_SHARDED_BY.format("`fsdp`" if self.fsdp else "`deepspeed`"))
-        if self.fp16 or self.mixed_precision == "fp16":
-            raise ValueError(
-                "`fp16` is not supported: gradients of the head are made in the forward, before the scaling that "
-                "keeps small ones from vanishing in float16. Use `bf16`, or neither, which trains in float32."
-            )
-        if self.push_to_hub:
-            raise ValueError(NOT_PUSHED)
+        for name, why in _NOT_SUPPORTED.items():
+            if getattr(self, name) or (name == "fp16" and self.mixed_precision == "fp16"):
+                raise ValueError(f"`{name}` is not supported: {why}")
 
     def _check_machine(self) -> None:
         known = get_available_reporting_integrations()

@@ -26,8 +26,6 @@ def check_call(args: Any, kwargs: dict[str, Any]) -> None:
             f"`args` is a {type(args).__name__}; give `ConFuTrainingArguments(output_dir=...)`, which hold what a "
             "draft's training needs besides."
         )
-    if kwargs.get("model_init") is not None:
-        raise ValueError("`model_init` is not supported: a draft is made for its target; give it as `model`.")
     for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
         if kwargs.get(name) is not None:
             raise ValueError(
@@ -101,22 +99,21 @@ def check_dataset(dataset: Dataset, target: PreTrainedModel, name: str, num_step
             "`prepare_dataset`."
         )
     config = target.config.get_text_config(decoder=True)
-    useful: list[bool] = []
-    longest_answer = longest_row = greatest_id = 0
-    rows = dataset.select_columns(["input_ids", "labels"]).with_format("numpy")  # without a Python list for every row
-    for batch in rows.iter(batch_size=1000):
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            answer = _longest_answer(labels[1:])  # nothing foretells a first token
-            useful.append(answer >= 2)
-            longest_answer = max(longest_answer, answer)
-            longest_row = max(longest_row, len(ids))
-            greatest_id = max(greatest_id, int(ids.max(initial=0)))
+    answers, rows, ids = [], [], []  # of each row: its longest answer, its length, its greatest id
+    columns = dataset.select_columns(["input_ids", "labels"]).with_format("numpy")  # no Python list for every row
+    for batch in columns.iter(batch_size=1000):
+        for input_ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            answers.append(_longest_answer(labels[1:]))  # nothing foretells a first token
+            rows.append(len(input_ids))
+            ids.append(int(input_ids.max(initial=0)))
+    useful = np.array(answers) >= 2
+    longest_answer, longest_row, greatest_id = (max(found, default=0) for found in (answers, rows, ids))
     if greatest_id >= config.vocab_size:
         raise ValueError(
             f"`{name}` holds the token id {greatest_id}, but {type(target).__name__} has {config.vocab_size} tokens: "
             "prepare the data with the target's tokenizer."
         )
-    if not any(useful):
+    if not useful.any():
         raise ValueError(
             f"None of the {len(useful)} rows of `{name}` holds two answer tokens in a row (labels other than "
             f"{IGNORE_INDEX}), so there is nothing to learn: did `max_length` cut the answers away?"
@@ -132,11 +129,9 @@ def check_dataset(dataset: Dataset, target: PreTrainedModel, name: str, num_step
             f"`{name}` has a row of {longest_row} tokens, but {type(target).__name__} was made for {positions} "
             "(`max_position_embeddings`); prepare the data with a lower `max_length`."
         )
-    if all(useful):
+    if useful.all():
         return dataset
-    logger.warning(
-        "%d of %d rows of `%s` have no answer to learn from; left out.", useful.count(False), len(useful), name
-    )
+    logger.warning("%d of %d rows of `%s` have no answer to learn from; left out.", (~useful).sum(), len(useful), name)
     return dataset.select(np.flatnonzero(useful))
 
 

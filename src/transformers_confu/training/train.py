@@ -8,9 +8,9 @@ true` besides. Tested with two processes on the CPU (gloo); on several GPUs it h
 """
 
 import difflib
-import gc
 import sys
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +119,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.parse_args_into_dataclasses(options, look_for_args_file=False)
         for options in read_option_file(argv, types)
     ]
-    for _, training in runs:
-        if training.save_only_model:
-            raise ValueError(
-                "`save_only_model` leaves checkpoints that an interrupted run cannot go on from; leave it out, and "
-                "limit their number by `save_total_limit`."
-            )
+    if any(training.save_only_model for _, training in runs):
+        raise ValueError(
+            "`save_only_model` leaves checkpoints that an interrupted run cannot go on from; leave it out, and limit "
+            "their number by `save_total_limit`."
+        )
     folders = [RunFolder(training.output_dir, outcome_of(arguments, training)) for arguments, training in runs]
     for folder, (arguments, training) in zip(folders, runs, strict=True):
         run(folder, arguments, training)
@@ -146,7 +145,8 @@ def run(folder: RunFolder, arguments: DraftArguments, training: ConFuTrainingArg
     AcceleratorState._reset_state()  # which would keep the precision of the stage before
     say(f"Stage {training.stage}: {f'continues from {checkpoint}' if checkpoint else 'starts'}, to {folder.path}")
 
-    target, tokenizer = load_target_once(arguments, training)
+    how = (arguments.target_dtype, training.device, arguments.device_map, arguments.trust_remote_code)
+    target, tokenizer = load_target_once(arguments.target, *how)
     train_dataset, eval_dataset = prepare(arguments, training, target, tokenizer)
     conditions = {"data": fingerprint_of_dataset(train_dataset), "processes": training.world_size}
     folder.run_under(conditions, continued=checkpoint is not None)
@@ -203,25 +203,12 @@ def say(what: Any) -> None:
     PartialState().print(what)
 
 
-_loaded_target: dict[tuple[Any, ...], tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
-
-
+@lru_cache(maxsize=1)
 def load_target_once(
-    arguments: DraftArguments, training: ConFuTrainingArguments
+    name: str, dtype: str, device: torch.device, device_map: str | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The target and its tokenizer, shared by stages that follow each other and use it alike."""
-    how = (
-        arguments.target,
-        arguments.target_dtype,
-        training.device,
-        arguments.device_map,
-        arguments.trust_remote_code,
-    )
-    if how not in _loaded_target:
-        _loaded_target.clear()  # there may be no room for two
-        gc.collect()  # of trainers, which hold it in cycles
-        _loaded_target[how] = load_target(*how, few_rows=False)
-    return _loaded_target[how]
+    """[`load_target`], shared by stages that follow each other and use it alike."""
+    return load_target(name, dtype, device, device_map, trust_remote_code, few_rows=False)
 
 
 def prepare(
@@ -257,23 +244,18 @@ def draft_of_run(
         draft = new_draft(target, tokenizer, dataset, arguments)
         if training.stage == "core":  # its channel stays untrained, as that of a converted draft is
             draft.generation_config.confu_contemplation = 0
-    else:
-        draft = load_draft(arguments.draft, torch.float32)
-        check_form(draft, arguments)
-        if training.stage != "core" and is_channel_untrained(draft):  # of a converted draft, or one of stage core
-            size = draft.config.num_soft_prompts
-            start_future_channel(draft, target, instruction_ids(tokenizer, arguments.instruction, size))
-    return draft
-
-
-def check_form(draft: ConFuDraftModel, arguments: DraftArguments) -> None:
-    """ValueError where options of a new draft ask for another form than that of the draft to continue from."""
+        return draft
+    draft = load_draft(arguments.draft, torch.float32)
     for name, asked in arguments.form.items():
         if asked != (found := getattr(draft.config, name)):
             raise ValueError(
                 f"`{name}` is {asked}, and {arguments.draft}, the draft to continue from, has {found}: it is an "
                 "option of new drafts. Leave it out, or leave `draft` out for a new one."
             )
+    if training.stage != "core" and is_channel_untrained(draft):  # of a converted draft, or one of stage core
+        size = draft.config.num_soft_prompts
+        start_future_channel(draft, target, instruction_ids(tokenizer, arguments.instruction, size))
+    return draft
 
 
 def new_draft(

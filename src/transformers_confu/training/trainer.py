@@ -26,7 +26,7 @@ from ..inference.modeling_confu import ConFuDraftModel
 from ..inference.target import TargetRunner
 from ..publishing.publish import write_custom_generate
 from .anchors import AnchorSampling
-from .arguments import NOT_PUSHED, NOT_SHARDED_BY, ConFuTrainingArguments, parameter_group
+from .arguments import NOT_PUSHED, NOT_SHARDED, ConFuTrainingArguments, parameter_group
 from .batch import ConFuDataCollator, TokenBatch, TokenBatchSampler, draft_rows
 from .checks import check_call, check_dataset, check_stage, check_tokenizer, draft_to_train
 from .contemplation import compute_foresight
@@ -42,10 +42,9 @@ _WRAP_MODEL_PARAMETERS = ["self", "model", "training", "dataloader"]
 
 
 class ObjectiveModule(nn.Module):
-    r"""
-    The objective of a batch as the forward of a module that holds the draft.
-
-    It is what accelerate wraps, so that the gradients of several processes meet; the target is no part of it.
+    """
+    The objective of a batch as the forward of a module that holds the draft: what accelerate wraps, so that the
+    gradients of several processes meet. The target is no part of it.
     """
 
     def __init__(
@@ -105,10 +104,8 @@ class ConFuTrainer(Trainer):
 
     The target is in neither checkpoints nor optimiser, and its parameters stop requiring gradients. The loss of a step
     is the sum over the draft rows of all accumulated batches and all processes, divided by their number: the same
-    step, however the rows are dealt out. A resumed run continues as if it had not been interrupted.
-
-    Logged and evaluated beside the loss: see [`~metrics.Counts.metrics`]. `load_best_model_at_end=True` selects by
-    `tau_greedy`.
+    step, however the rows are dealt out. A resumed run continues as if it had not been interrupted. For what is logged
+    see [`~metrics.metrics_of`]; `load_best_model_at_end=True` selects by `tau_greedy`.
 
     Args:
         model ([`ConFuDraftModel`] or `str`): The draft, in float32; see [`warm_start`]. Or its folder or Hub id.
@@ -148,12 +145,9 @@ class ConFuTrainer(Trainer):
         check_stage(args.stage, self.target_model)
         if processing_class is not None:
             check_tokenizer(processing_class, self.target_model)
-        if train_dataset is not None:
-            train_dataset = self._checked(train_dataset, "train_dataset", args)
-        if eval_dataset is not None:
-            eval_dataset = self._checked(eval_dataset, "eval_dataset", args)
-        if kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = ConFuDataCollator(model.config.pad_token_id)
+        train_dataset = self._checked(train_dataset, "train_dataset", args)
+        eval_dataset = self._checked(eval_dataset, "eval_dataset", args)
+        kwargs.setdefault("data_collator", ConFuDataCollator(model.config.pad_token_id))
         if {"contemplate", "future"} & set(args.taught) and is_channel_untrained(model):
             del model.generation_config.confu_contemplation  # from here on there is something to decode with
         # Parameters that this run shall not teach are left out of the optimiser, whose weight decay would shrink them.
@@ -168,7 +162,7 @@ class ConFuTrainer(Trainer):
             **kwargs,
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # by `accelerate launch` or its configuration file
-            raise ValueError(NOT_SHARDED_BY.format("DeepSpeed" if self.is_deepspeed_enabled else "FSDP"))
+            raise ValueError(f"FSDP or DeepSpeed is not supported: {NOT_SHARDED}")
         self.add_callback(KeepSpecialTokens(model))
         # The loss below is already divided by the number of rows of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
@@ -184,13 +178,11 @@ class ConFuTrainer(Trainer):
 
     # Data
 
-    def _checked(self, dataset: Any, name: str, args: ConFuTrainingArguments) -> Dataset:
-        """A dataset that can be trained on, without the rows that cannot."""
-        dataset = check_dataset(dataset, self.target_model, name, args.num_steps)
-        try:
-            self._sampler(dataset, args, shuffle=False)
-        except ValueError as error:
-            raise ValueError(f"`{name}` makes no batches. {error}") from error
+    def _checked(self, dataset: Any, name: str, args: ConFuTrainingArguments) -> Dataset | None:
+        """A dataset that can be trained on, without the rows that cannot, if there is one."""
+        if dataset is not None:
+            dataset = check_dataset(dataset, self.target_model, name, args.num_steps)
+            self._sampler(dataset, args, shuffle=False)  # refuses too few rows
         return dataset
 
     @staticmethod
@@ -205,22 +197,20 @@ class ConFuTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        if self.train_dataset is None:
-            raise ValueError("Training needs a `train_dataset`; make one with `prepare_dataset`.")
         return self._loader(self.train_dataset, shuffle=True)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         return self.get_eval_dataloader(test_dataset)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise ValueError("Evaluation needs an `eval_dataset`; make one with `prepare_dataset`.")
-        if dataset is not self.eval_dataset:
-            dataset = self._checked(dataset, "eval_dataset", self.args)
-        return self._loader(dataset, shuffle=False)
+        if eval_dataset is None or eval_dataset is self.eval_dataset:
+            return self._loader(self.eval_dataset, shuffle=False)
+        return self._loader(self._checked(eval_dataset, "eval_dataset", self.args), shuffle=False)
 
-    def _loader(self, dataset: Dataset, shuffle: bool) -> DataLoader:
+    def _loader(self, dataset: Dataset | None, shuffle: bool) -> DataLoader:
+        if dataset is None:
+            name = "train_dataset" if shuffle else "eval_dataset"
+            raise ValueError(f"Give `{name}`; make one with `prepare_dataset`.")
         args = self.args
         loader = DataLoader(
             dataset,
@@ -356,7 +346,7 @@ class ConFuTrainer(Trainer):
             write_custom_generate(folder)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(NOT_PUSHED)
+        raise ValueError(f"`push_to_hub` is not supported: {NOT_PUSHED}")
 
     def _no_counts(self) -> Counts:
         return no_counts(self.model.config, self.args.num_steps)
