@@ -8,13 +8,11 @@ from unittest import mock
 
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from questions_and_words import QUESTIONS, tiny_tokenizer
 from transformers import GenerationConfig
 
-from helpers import make_tiny_draft, make_tiny_target
+from helpers import make_tiny_target
 from transformers_confu import ConFuCandidateGenerator, ConFuDraftModel
-from transformers_confu.common import loading
 from transformers_confu.evaluation import answering
 from transformers_confu.evaluation import measure as measuring
 from transformers_confu.evaluation.answering import Models
@@ -125,86 +123,29 @@ def test_rounds_of_prompt_lookup_and_an_assistant_are_what_the_cache_gains(optio
         assert all(len(turn["token_ids"]) > sum(turn["rounds"]["emitted"]) for turn in turns)  # prefill emitted, too
     make_tiny_target("hybrid").save_pretrained(tmp_path / "hybrid")
     tiny_tokenizer().save_pretrained(tmp_path / "hybrid")
-    new = {"target": str(tmp_path / "hybrid"), "output": str(tmp_path / "hybrid.jsonl")}
     with pytest.raises(ValueError, match="has neither .* for Qwen3_5ForCausalLM, .*give `--baselines plain`"):
-        measure(options | new)
-    make_tiny_draft(make_tiny_target("hybrid")).save_pretrained(tmp_path / "draft")
-    measure(options | new | {"baselines": ["plain"], "drafts": [str(tmp_path / "draft")]})
+        measure(options, target=str(tmp_path / "hybrid"), output=str(tmp_path / "hybrid.jsonl"))
     make_tiny_target(vocab_size=60).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="has a vocabulary of 60 tokens and the target one of 97; give an assistant"):
         measure(options, assistant=str(tmp_path / "other"), output=str(tmp_path / "other.jsonl"))
 
 
-def test_a_target_may_be_split_and_bring_code(options, tmp_path):
-    changes = FEW | {"device": None, "device_map": '{"": "cpu"}', "trust_remote_code": True}
-    with mock.patch("transformers_confu.common.loading.load_target", wraps=loading.load_target) as load_target:
-        file = measure(options, **changes)
-    assert load_target.call_args.args[2:] == (None, '{"": "cpu"}', True)
-    assert all(row["departure"] is None for row in answers_of(options))
-    assert file.settings["device_map"] == '{"": "cpu"}'  # another placement is another measurement
+# --- a draft whose proposals are known
 
 
-# --- a draft whose acceptance is known
+def chain_after(answer, start, depth):
+    """The next tokens of an answer, some of them spoilt; which ones depends on both places only."""
+    return [
+        (token + 1) % 97 if (7 * start + place**2) % 13 < 4 else token
+        for place, token in enumerate(answer[start : start + depth], start=start)
+    ]
 
 
-class Corrupted:
-    r"""
-    In place of the draft's own proposals: chains of the target's own answer, each token spoilt with probability p.
-
-    Whether the token at a place of the answer is spoilt in the round that starts at another place depends on nothing
-    else, so that counts can be made again from the ids alone.
-    """
-
-    def __init__(self, probability: float, depth: int, max_new_tokens: int):
-        self.probability, self.depth, self.max_new_tokens = probability, depth, max_new_tokens
-        self.target = make_tiny_target()
-        self.answers: dict[tuple[int, ...], list[int]] = {}
-        self.prompt: tuple[int, ...] = ()
-
-    def answer(self, prompt: tuple[int, ...]) -> list[int]:
-        if prompt not in self.answers:
-            self.answers[prompt] = plain_answer(self.target, list(prompt), self.max_new_tokens)
-        return self.answers[prompt]
-
-    def spoilt(self, prompt: tuple[int, ...], start: int, place: int) -> bool:
-        seed = hash((prompt, start, place)) % 2**31  # of integers: the same in every process
-        return torch.rand(1, generator=torch.Generator().manual_seed(seed)).item() < self.probability
-
-    def chain(self, prompt: tuple[int, ...], start: int, depth: int) -> list[int]:
-        """Behind the first `start` tokens of the answer."""
-        return [
-            (token + 1) % 97 if self.spoilt(prompt, start, place) else token
-            for place, token in enumerate(self.answer(prompt)[start : start + depth], start=start)
-        ]
-
-    def patches(self):
-        own_decode = ConFuDraftModel.confu_decode
-
-        def decode(draft, target, input_ids, **kwargs):
-            self.prompt = tuple(input_ids[0].tolist())
-            return own_decode(draft, target, input_ids, **kwargs)
-
-        def propose(generator, root_tokens, tree_size, max_depth, future_states):
-            generator._pending = generator._pending[-1:]
-            written = self.max_new_tokens - max_depth - 1
-            tokens = [int(root_tokens[0]), *self.chain(self.prompt, written, min(self.depth, max_depth))]
-            count = len(tokens)
-            return DraftTree.from_parents(
-                torch.tensor([tokens]),
-                torch.tensor([[max(0, i - 1) for i in range(count)]]),
-                -torch.arange(count)[None],
-            )
-
-        return mock.patch.multiple(ConFuDraftModel, confu_decode=decode), mock.patch.object(
-            ConFuCandidateGenerator, "propose", propose
-        )
-
-
-def recount(corrupted, prompt, answer):
+def recount(answer, depth):
     """Emitted and accepted of each round, from the ids and the chains alone."""
     emitted, accepted, written = [], [], 1
     while written < len(answer):
-        chain = corrupted.chain(prompt, written, min(corrupted.depth, len(answer) - written - 1))
+        chain = chain_after(answer, written, min(depth, len(answer) - written - 1))
         count = 0
         while count < len(chain) and chain[count] == answer[written + count]:
             count += 1
@@ -214,20 +155,34 @@ def recount(corrupted, prompt, answer):
     return emitted, accepted
 
 
-def expected(alpha, depth, tokens):
-    """Mean rounds, and mean rounds that accept l or more, of a text of `tokens` tokens in rounds."""
-    rounds, survivors = [0.0], [[0.0] * depth]
-    for left in range(1, tokens + 1):
-        deepest = min(depth, left - 1)
-        law = [alpha**k * (1 - alpha) for k in range(deepest)] + [alpha**deepest]
-        rounds.append(1 + sum(p * rounds[left - k - 1] for k, p in enumerate(law)))
-        survivors.append(
-            [
-                sum(p * ((k > level) + survivors[left - k - 1][level]) for k, p in enumerate(law))
-                for level in range(depth)
-            ]
-        )
-    return rounds[-1], survivors[-1]
+def test_what_rounds_emit_and_accept_is_what_a_recount_from_the_ids_gives(options):
+    depth, new_tokens, target, answer = 4, 60, make_tiny_target(), []
+    own_decode = ConFuDraftModel.confu_decode
+
+    def decode(draft, target_, input_ids, **kwargs):
+        answer[:] = plain_answer(target, input_ids[0].tolist(), new_tokens)
+        return own_decode(draft, target_, input_ids, **kwargs)
+
+    def propose(generator, root_tokens, tree_size, max_depth, future_states):
+        generator._pending = generator._pending[-1:]
+        tokens = [int(root_tokens[0]), *chain_after(answer, new_tokens - max_depth - 1, min(depth, max_depth))]
+        ranks = torch.arange(len(tokens))[None]
+        return DraftTree.from_parents(torch.tensor([tokens]), (ranks - 1).clamp(min=0), -ranks)
+
+    changes = {"max_new_tokens": [new_tokens], "tree_sizes": [str(depth + 1)], "contemplations": ["0"]}
+    with (
+        mock.patch.object(ConFuDraftModel, "confu_decode", decode),
+        mock.patch.object(ConFuCandidateGenerator, "propose", propose),
+        mock.patch.object(Models, "warm_up"),
+    ):
+        file = measure(options, **FEW | changes)
+    turns = [turn for row in answers_of(options) if row["arm"]["kind"] == "draft" for turn in row["turns"]]
+    counts = [recount(turn["token_ids"], depth) for turn in turns]
+    assert [(turn["rounds"]["emitted"], turn["rounds"]["accepted"]) for turn in turns] == counts
+    assert {0, 1, 2, 4} <= {count for _, accepted in counts for count in accepted}
+    (comparison,) = comparisons_of([file])
+    rounds = [count for emitted, _ in counts for count in emitted]
+    assert comparison.tau()[comparison.drafted[0]][0] == pytest.approx(sum(rounds) / len(rounds))
 
 
 def test_the_other_layout_answers_by_a_second_target(options, monkeypatch):
@@ -235,47 +190,9 @@ def test_the_other_layout_answers_by_a_second_target(options, monkeypatch):
     monkeypatch.setattr(answering, "copy_in_other_layout", lambda target: other)
     measure(options, drafts=[], baselines=["plain", "other_layout"])
     rows = [row for row in answers_of(options) if row["label"] == "plain generate, other layout"]
-    for row in rows:
-        question = next(q for q in QUESTIONS if str(q["question_id"]) == row["question_id"])
+    for row, question in zip(rows, QUESTIONS, strict=True):
         prompt = tiny_tokenizer()(f"a{question['turns'][0]}b", add_special_tokens=False)["input_ids"]
         assert row["turns"][0]["token_ids"] == plain_answer(other, prompt, 12)
-    assert len(rows) == len(QUESTIONS)
-
-
-def test_a_draft_of_known_acceptance_is_measured_as_the_closed_form_says(options, tmp_path):
-    probability, depth, new_tokens = 0.4, 4, 80
-    prompts = ["".join("abcdefghi"[(i * j + j) % 9] for i in range(8)) for j in range(12)]
-    questions = tmp_path / "prompts.txt"
-    questions.write_text("\n".join(prompts))
-    options |= FEW | {"questions": str(questions), "max_new_tokens": [new_tokens], "tree_sizes": [str(depth + 1)]}
-    corrupted = Corrupted(probability, depth, new_tokens)
-    decode, propose = corrupted.patches()
-    with decode, propose, mock.patch.object(Models, "warm_up"):
-        file = measure(options, contemplations=["0"])
-
-    tokenizer = tiny_tokenizer()
-    for row in answers_of(options):
-        if row["arm"]["kind"] == "draft":
-            prompt = tuple(tokenizer(f"a{prompts[int(row['question_id']) - 1]}b")["input_ids"])
-            turn = row["turns"][0]
-            assert turn["token_ids"] == corrupted.answer(prompt)
-            assert (turn["rounds"]["emitted"], turn["rounds"]["accepted"]) == recount(
-                corrupted, prompt, turn["token_ids"]
-            )
-
-    (comparison,) = comparisons_of([file])
-    (name,) = comparison.drafted
-    result = comparison.acceptance(name)
-    rounds, survivors = expected(1 - probability, depth, new_tokens - 1)
-    assert result["tokens"] == len(prompts) * (new_tokens - 1)
-    assert result["tau"] == pytest.approx((new_tokens - 1) / rounds, rel=0.08)
-    assert comparison.tau()[name][0] == pytest.approx(result["tau"])
-    for level, survivor in enumerate(survivors):
-        share = survivor / rounds
-        deviation = (share * (1 - share) / result["rounds"]) ** 0.5
-        assert result["survival"][level] == pytest.approx(share, abs=4 * deviation)
-        # Far from the end of a text every step is accepted alike; the end of one in 80 tokens takes little off.
-        assert result["conditional"][level] == pytest.approx(1 - probability, abs=0.1)
 
 
 # --- stopping and going on
@@ -350,7 +267,7 @@ def test_options_may_be_set_right_while_nothing_is_measured(options):
     assert {unit["setting"]["dtype"] for unit in measure(options, **FEW).units.values()} == {"float64"}
 
 
-@pytest.mark.parametrize("content", ["[]\n", "not json\n", '{"kind": "answer"}\n', '{"a": 1}\n{"b": 2}'])
+@pytest.mark.parametrize("content", ["not json\n", '{"kind": "answer"}\n'])
 def test_a_foreign_file_is_refused_and_kept(options, content):
     Path(options["output"]).write_text(content)
     with pytest.raises(ValueError, match="records.jsonl"):
@@ -366,10 +283,9 @@ def test_own_knobs_are_read_or_the_measurement_does_not_start(options, tiny_fold
     (draft / "generation_config.json").unlink()  # a draft need not have one
     assert measuring.own_generation_config(str(draft)).to_diff_dict() == GenerationConfig().to_diff_dict()
 
-    hub = mock.Mock(side_effect=RemoteEntryNotFoundError("no such file", response=mock.Mock()))
-    monkeypatch.setattr(measuring, "hf_hub_download", hub)
+    monkeypatch.setattr(measuring, "cached_file", mock.Mock(return_value=None))  # nor one on the Hub
     assert measuring.own_generation_config("org/draft").to_diff_dict() == GenerationConfig().to_diff_dict()
-    hub.side_effect = LocalEntryNotFoundError("offline")  # it may have one
+    measuring.cached_file.side_effect = OSError("offline")  # it may have one
     with pytest.raises(ValueError, match="org/nowhere is no folder and cannot be had from the Hub"):
         measure(options, drafts=["org/nowhere"])
     assert not Path(options["output"]).exists()
@@ -434,19 +350,17 @@ def test_turns_that_are_too_long_are_left_out_and_named(options, tmp_path):
         {"question_id": 7, "category": "rag", "turns": ["abc" * 200]},
         {"question_id": 8, "category": "rag", "turns": ["abc", "abc" * 200, "a"]},
     ]
-    questions.write_text("".join(json.dumps(question) + "\n" for question in [*long, *QUESTIONS[1:]]))
+    questions.write_text("".join(json.dumps(question) + "\n" for question in [*long, QUESTIONS[1]]))
     changes = FEW | {"questions": str(questions)}
     with mock.patch.object(answering.logger, "warning") as warning:
         file = measure(options, **changes)
-    assert [call.args[0] % call.args[1:] for call in warning.call_args_list] == [
-        f"Question {name}: {number} of its turns, with an answer of up to 12 tokens, exceed the target's context of "
-        "512."
-        for name, number in (("7", 1), ("8", 2))
-    ]
+    first, second = (call.args[0] % call.args[1:] for call in warning.call_args_list)
+    assert first.startswith("Question 7: 1 of its turns, with an answer of up to 12 tokens, exceed the target's")
+    assert second.startswith("Question 8: 2 of its turns")
     counts = {(row["question_id"], len(row["turns"]), row["skipped_turns"]) for row in answers_of(options)}
-    assert counts == {("7", 0, 1), ("8", 1, 2), ("91", 1, 0), ("201", 1, 0), ("203", 1, 0)}
+    assert counts == {("7", 0, 1), ("8", 1, 2), ("91", 1, 0)}
     (comparison,) = comparisons_of([file])
-    assert comparison.questions == ["8", "91", "201", "203"]
+    assert comparison.questions == ["8", "91"]
     assert "; turns that exceed the target's context are left out, of 7, 8 (ids). Runs: 1." in about(file)
     with mock.patch.object(Models, "load", side_effect=AssertionError("nothing is left to measure")):
         measure(options, **changes)

@@ -36,8 +36,3 @@ def test_speedup():
     }
     with pytest.raises(ValueError, match="`seconds` holds 0.0; every question needs tokens and a time above 0"):
         metric.compute(tokens=[1], seconds=[0], baseline_tokens=[1], baseline_seconds=[1])
-
-
-def test_an_unknown_metric():
-    with pytest.raises(ValueError, match="There is no metric 'tau'; there are 'confu_acceptance' and 'confu_speedup'"):
-        metric_path("tau")

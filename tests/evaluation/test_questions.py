@@ -31,9 +31,11 @@ def test_spec_bench_rows_and_plain_prompts(tmp_path):
         Question("1", "prompts", ("a",)),
         Question("x", "mine", ("b",)),
     ]
-    assert load_questions(write(tmp_path, ["first", "", "second"], "prompts.txt")) == [
-        Question("1", "prompts", ("first",)),
-        Question("2", "prompts", ("second",)),
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbffirst\n\nsecond\n")  # with a byte-order mark
+    assert [(question.id, question.turns) for question in load_questions(path)] == [
+        ("1", ("first",)),
+        ("2", ("second",)),
     ]
 
 
@@ -43,20 +45,25 @@ ONE = {"question_id": 1, "category": "qa", "turns": ["a"]}
 @pytest.mark.parametrize(
     "rows, message",
     [
+        ("Grüße", r"prompts.txt is not UTF-8 \(.*\); save it as such."),
         (None, "There is no file .*nowhere.jsonl; give a JSONL file"),
         ([], "holds no question"),
         ([ONE, "{"], "line 2 is not JSON"),
         ([ONE, ONE], "holds question 1 twice; make the ids unique"),
         ([{"turns": ["a"]}], r"question 1 has the fields \['turns'\]; expected `question_id`, `category` and `turns`"),
         ([ONE | {"turns": []}], r"question 1 \(id 1\) has the turns \[\]; expected one or more texts"),
-        ([ONE | {"turns": "a"}], "has the turns 'a'; expected one or more texts"),
         ([ONE | {"turns": ["a", " "]}], "has the turns .*; expected one or more texts"),
         ([{"prompt": None}], "has the turns .None.; expected one or more texts"),
     ],
 )
 def test_bad_files_are_refused_in_one_sentence(tmp_path, rows, message):
+    path = tmp_path / ("prompts.txt" if isinstance(rows, str) else "nowhere.jsonl")
+    if isinstance(rows, str):
+        path.write_bytes(rows.encode("latin-1"))
+    elif rows is not None:
+        path = write(tmp_path, rows)
     with pytest.raises(ValueError, match=message):
-        load_questions(write(tmp_path, rows) if rows is not None else tmp_path / "nowhere.jsonl")
+        load_questions(path)
 
 
 def test_every_group_gives_as_many_and_its_categories_take_turns():
@@ -90,12 +97,3 @@ def test_urls_are_downloaded_and_a_failure_says_what_to_do(tmp_path):
     with mock.patch(way, side_effect=ConnectionError("offline")):
         with pytest.raises(ValueError, match=r"could not be fetched from https.* \(ConnectionError\); download"):
             fetch(None)
-
-
-def test_the_encoding_of_prompts(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(b"\xef\xbb\xbffirst\nsecond\n")  # with a byte-order mark
-    assert [question.turns for question in load_questions(path)] == [("first",), ("second",)]
-    path.write_bytes("Grüße".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"prompts.txt is not UTF-8 \(.*\); save it as such."):
-        load_questions(path)

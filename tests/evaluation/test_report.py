@@ -175,16 +175,14 @@ def test_text_above_the_mark_is_kept_and_other_files_are_not_touched(answered, t
 
     output.write_text("Something else.\n")
     settings = records.splitlines(keepends=True)[0]
-    Path("empty.jsonl").write_bytes(settings)
     Path("old.jsonl").write_bytes(settings + b'{"kind": "answer"}\n')
     Path("torn.jsonl.gz").write_bytes(zipped[:-50])
     Path("run.yaml").write_text("runs: 1\n")
     for arguments, sentence in (
         (["records.jsonl", "--output", "results.md"], "results.md has no line"),
-        (["nothing.jsonl", "--output", "new.md"], "There is no file nothing.jsonl; give the `output` of"),
+        (["nothing.jsonl", "--output", "new.md"], "nothing.jsonl holds no answers; run its `confu evaluate`"),
         (["records.jsonl", "--output", "new.html"], "The output is new.html; expected a folder or a .md file."),
         (["run.yaml", "--output", "new.md"], "run.yaml, line 1"),
-        (["empty.jsonl", "--output", "new.md"], "empty.jsonl holds no answers; run its `confu evaluate`"),
         (["old.jsonl", "--output", "new.md"], "old.jsonl, line 2 is no record of a measurement"),
         (["torn.jsonl.gz", "--output", "new.md"], "torn.jsonl.gz cannot be decompressed"),
     ):

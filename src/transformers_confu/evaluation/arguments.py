@@ -1,6 +1,6 @@
 """What a measurement is: the options of `confu evaluate`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from ..common.loading import TargetOptions, default_dtype
 from ..common.option_files import json_option, option
@@ -61,12 +61,6 @@ class EvaluationArguments(TargetOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(value, list) and len(set(map(str, value))) < len(value):
-                raise ValueError(f"`{entry.name}` is {value}; leave out what comes twice.")
-            if value == [] and entry.name not in ("drafts", "baselines"):
-                raise ValueError(f"`{entry.name}` is empty; give at least one value.")
         if isinstance(self.chat_template_kwargs, str):
             self.chat_template_kwargs = json_option("chat_template_kwargs", self.chat_template_kwargs)
         if wrong := [size for size in self.tree_sizes if size != "own" and not size.isdecimal()]:

@@ -1,10 +1,9 @@
 """Arms: the ways of decoding that are compared, and the settings under which they are."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import GenerationConfig
 
@@ -14,8 +13,12 @@ from .arguments import EvaluationArguments
 
 PROMPT_LOOKUP_TOKENS = 10  # that it copies at most, the default of Transformers
 TREE_KNOBS = ("tree_size", "depth", "branching")
-BASELINE_NAMES = {"plain": "plain generate", "prompt_lookup": "prompt lookup", "assistant": "assistant model"}
-BASELINE_NAMES["other_layout"] = "plain generate, other layout"
+BASELINE_NAMES = {
+    "plain": "plain generate",
+    "prompt_lookup": "prompt lookup",
+    "other_layout": "plain generate, other layout",
+    "assistant": "assistant model",
+}
 
 
 @dataclass(frozen=True)
@@ -92,38 +95,32 @@ def comparisons(arguments: EvaluationArguments, own_knobs: dict[str, GenerationC
     Which arms run under which settings, in order: all combinations. Equal arms (a budget that is cut at the tree's
     size, or the draft's own that is also asked for) run once. `own_knobs`: name of a draft -> its generation config.
     """
-    baselines = [Arm(kind) for kind in [*arguments.baselines, *(["assistant"] if arguments.assistant else [])]]
-    factors: list[list[Any]] = [arguments.dtypes, arguments.temperatures, arguments.max_new_tokens]
-    factors.append([None if size == "own" else int(size) for size in arguments.tree_sizes])
-    factors += [values or [None] for values in (arguments.depths, arguments.branchings)]
-    plan: dict[Setting, list[Arm]] = {}
-    for combination in itertools.product(*factors):
-        tree = combination[3:]
-        arms = plan.setdefault(Setting(*combination[:3]), list(baselines))
+    arms = [Arm(kind) for kind in [*arguments.baselines, *(["assistant"] if arguments.assistant else [])]]
+    sizes = [None if size == "own" else int(size) for size in arguments.tree_sizes]
+    for tree in itertools.product(sizes, arguments.depths or [None], arguments.branchings or [None]):
         for draft in drafts_of(arguments):
-            is_automatic = tree[0] is None and ConFuKnobs.resolve(own_knobs[draft]).automatic
-            if is_automatic and len(arguments.tree_sizes) == 1 and any(tree):
-                raise ValueError(
-                    f"`depths` and `branchings` are of fixed trees, and {draft}'s own rounds are automatic; give "
-                    "`tree_sizes` a number of nodes."
-                )
-            of_draft = (None, None, None) if is_automatic else tree
-            for arm in _draft_arms(draft, of_draft, arguments.contemplations, own_knobs[draft]):
-                if arm not in arms:
-                    arms.append(arm)
-    return plan
+            arms += _draft_arms(draft, tree, arguments, own_knobs[draft])
+    settings = itertools.product(arguments.dtypes, arguments.temperatures, arguments.max_new_tokens)
+    return {Setting(*setting): list(dict.fromkeys(arms)) for setting in settings}
 
 
-def _draft_arms(draft: str, tree: tuple[int | None, ...], budgets: list[str], own: GenerationConfig) -> list[Arm]:
+def _draft_arms(
+    draft: str, tree: tuple[int | None, ...], arguments: EvaluationArguments, own: GenerationConfig
+) -> Iterator[Arm]:
     """
     The arms of one draft and tree (what is `None` is the draft's own), one for each budget of contemplate rows. With
     `confu_contemplation` 0 of its own a draft's future channel is not trained, and 0 is all that it can do.
     """
+    if tree[0] is None and ConFuKnobs.resolve(own).automatic:
+        if len(arguments.tree_sizes) == 1 and any(tree):
+            raise ValueError(
+                f"`depths` and `branchings` are of fixed trees, and {draft}'s own rounds are automatic; give "
+                "`tree_sizes` a number of nodes."
+            )
+        tree = (None, None, None)
     given = {f"confu_{name}": value for name, value in zip(TREE_KNOBS, tree, strict=True) if value is not None}
     knobs = ConFuKnobs.resolve(GenerationConfig(**given), own)
-    is_trained = getattr(own, "confu_contemplation", None) != 0
-    arms = []
-    for budget in budgets if is_trained else ["0"]:
+    for budget in arguments.contemplations if getattr(own, "confu_contemplation", None) != 0 else ["0"]:
         if budget not in ("default", "full") and not budget.isdecimal():
             raise ValueError(f"`contemplations` holds {budget!r}; expected a number of rows, 'default' or 'full'.")
         named = {"full": knobs.tree_size, "default": knobs.contemplation}
@@ -132,5 +129,4 @@ def _draft_arms(draft: str, tree: tuple[int | None, ...], budgets: list[str], ow
             rows = 0  # which automatic rounds would choose by themselves
         if rows is not None and knobs.tree_size is not None:
             rows = min(rows, knobs.tree_size)
-        arms.append(Arm("draft", draft, knobs.tree_size, knobs.depth, knobs.branching, rows))
-    return arms
+        yield Arm("draft", draft, knobs.tree_size, knobs.depth, knobs.branching, rows)

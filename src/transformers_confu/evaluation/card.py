@@ -1,6 +1,7 @@
 """Figures of a measurement for the model card of a draft: `confu report RECORDS --output OUT --card FOLDER`."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,10 +12,8 @@ from .figures import Comparison
 def card_evaluation(c: Comparison, folder: Path) -> Evaluation:
     """
     One setting of a measurement as the card of the draft in `folder` shows it. The folder's name is the draft's in the
-    measurement, unless that has one draft only. Arms of other drafts and methods count as others.
-
-    Raises:
-        ValueError: none of several drafts has the folder's name.
+    measurement, unless that has one draft only; ValueError if it has several, and none of that name. Arms of other
+    drafts and methods count as others.
     """
     drafts = {c.arms[name].draft for name in c.drafted}
     draft = folder.absolute().name if len(drafts) != 1 else next(iter(drafts))
@@ -23,15 +22,13 @@ def card_evaluation(c: Comparison, folder: Path) -> Evaluation:
             f"{c.file.path} measured the drafts {', '.join(sorted(drafts)) or '(none)'}, not {draft}; give the folder "
             "of one of these."
         )
-    tau, total, mean = (samples.iloc[0] for samples in (c.tau(), c.speedup_total(), c.speedup_mean()))
-    rows = []
+    figures = {"tau": c.tau(), "speed_up": c.speedup_total(), "speed_up_mean": c.speedup_mean()}
+    rows: list[dict[str, Any]] = []
     for name, arm in c.arms.items():
         if name == c.plain:
             continue
-        figures = {"tau": tau[name], "speed_up": total[name], "speed_up_mean": mean[name]}
-        row = {"arm": name} | {
-            figure: round(float(value), 3) for figure, value in figures.items() if np.isfinite(value)
-        }
+        values = {figure: round(float(samples[name][0]), 3) for figure, samples in figures.items()}
+        row = {"arm": name} | {figure: value for figure, value in values.items() if np.isfinite(value)}
         if arm.contemplation is not None:
             row["contemplation"] = arm.contemplation
         if arm.draft != draft:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from ..common.demo_target import demo_target_path
 from ..common.files import read_json
@@ -40,12 +39,11 @@ COST_CONTEXT = 64  # tokens of context, at most, in the call that times the mixt
 
 
 def measure(arguments: EvaluationArguments, command: str = "") -> RecordFile:
-    r"""
+    """
     Make all records of a measurement that its file does not hold yet. `command` goes into a new file.
 
-    Raises:
-        ValueError: wrong options or questions, or a file of another measurement, before any model is loaded; models
-            that do not fit each other, before any answer.
+    ValueError for wrong options or questions, or a file of another measurement, before any model is loaded; for models
+    that do not fit each other, before any answer.
     """
     questions = stratified(load_questions(arguments.questions), arguments.num_per_group)
     drafts = drafts_of(arguments)
@@ -80,19 +78,12 @@ def measure(arguments: EvaluationArguments, command: str = "") -> RecordFile:
 
 def own_generation_config(source: str) -> GenerationConfig:
     """
-    The `generation_config.json` of a draft's folder or Hub id, or the default one if the draft has none.
-
-    Raises:
-        ValueError: there is no such draft, the file is damaged, or the Hub does not answer.
+    The `generation_config.json` of a draft's folder or Hub id, or the default one if the draft has none. ValueError if
+    there is no such draft, the file is damaged, or the Hub does not answer.
     """
-    path = Path(source) / "generation_config.json"
-    if not Path(source).is_dir():
-        with refusals(source, "draft"):
-            try:
-                path = Path(hf_hub_download(source, path.name))
-            except RemoteEntryNotFoundError:
-                return GenerationConfig()
-    return GenerationConfig(**read_json(path)) if path.is_file() else GenerationConfig()
+    with refusals(source, "draft"):
+        path = cached_file(source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+    return GenerationConfig() if path is None else GenerationConfig(**read_json(path))
 
 
 def _settings(

@@ -33,10 +33,7 @@ def load_questions(source: str | Path | None) -> list[Question]:
     Read a file of questions, or what [`fetch`] makes of its URL.
 
     It is a `.txt` file of one prompt a line, or a JSONL file (also `.gz`) whose rows hold `question_id`, `category`
-    and `turns`, as Spec-Bench's do, or `prompt` and optionally `id` and `category`.
-
-    Raises:
-        ValueError: a row that is neither, an empty turn, an id that comes twice, or no question at all.
+    and `turns`, as Spec-Bench's do, or `prompt` and optionally `id` and `category`. ValueError for any other.
     """
     path = fetch(source)
     if not path.is_file():
@@ -74,37 +71,34 @@ def _question(row: dict[str, Any], number: int, path: Path) -> Question:
 
 
 def stratified(questions: Iterable[Question], num_per_group: int | None) -> list[Question]:
-    r"""
-    `num_per_group` questions of each group, in the file's order; all of them for `None`.
-
-    Within a group the categories take turns, so that MT-bench's eight are all there.
-
-    Raises:
-        ValueError: a group holds fewer.
+    """
+    `num_per_group` questions of each group, in the file's order; all of them for `None`. Within a group the categories
+    take turns, so that MT-bench's eight are all there. ValueError if a group holds fewer.
     """
     questions = list(questions)
     if num_per_group is None:
         return questions
-    pandas: Any = require("pandas")
-    rows = [{"category": question.category, "group": question.group} for question in questions]
-    frame = pandas.DataFrame(rows)
-    frame["rank"] = frame.groupby("category").cumcount()  # of each in its category
-    chosen = frame.sort_values("rank", kind="stable").groupby("group").head(num_per_group).sort_index()
-    for group, number in chosen["group"].value_counts().items():
-        if number < num_per_group:
+    seen: Counter[str] = Counter()
+    ranks: dict[Question, int] = {}  # of each in its category
+    for question in questions:
+        ranks[question] = seen[question.category]
+        seen[question.category] += 1
+    groups: dict[str, list[Question]] = {}
+    for question in sorted(questions, key=ranks.__getitem__):
+        groups.setdefault(question.group, []).append(question)
+    for group, members in groups.items():
+        if len(members) < num_per_group:
             raise ValueError(
-                f"Group {group} holds {number} questions, `num_per_group` asks for {num_per_group}; lower it."
+                f"Group {group} holds {len(members)} questions, `num_per_group` asks for {num_per_group}; lower it."
             )
-    return [questions[index] for index in chosen.index]
+    chosen = {question for members in groups.values() for question in members[:num_per_group]}
+    return [question for question in questions if question in chosen]
 
 
 def fetch(source: str | Path | None) -> Path:
-    r"""
+    """
     The path of a file of questions: `source` itself; of an `https://` or `hf://datasets/<repository>/<file>` URL the
     copy that `datasets` downloads, decompresses and keeps; without a source Spec-Bench as its authors publish it.
-
-    Raises:
-        ValueError: it cannot be fetched.
     """
     source = SPEC_BENCH_URL if source is None else str(source)
     if "://" not in source:

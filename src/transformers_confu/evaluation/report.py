@@ -13,25 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ..publishing.model_card import add_evaluation
+from . import tables
 from .arms import PROMPT_LOOKUP_TOKENS, TREE_KNOBS
 from .card import card_evaluation
 from .figures import Comparison, comparisons_of
 from .plots import Plot, draw, forward_curve, round_costs, speedup_by_group, survival, sweep
 from .records import RecordFile
-from .tables import (
-    FULL_PRECISION,
-    Table,
-    acceptance_table,
-    against,
-    contemplation_table,
-    curve_table,
-    difference_table,
-    exactness_table,
-    group_table,
-    memory_table,
-    speed_table,
-    time_table,
-)
+from .tables import FULL_PRECISION, Table, against
 
 
 HOW, STYLE = Path(__file__).with_name("how_it_was_measured.md"), Path(__file__).with_name("report.css")
@@ -58,9 +46,6 @@ def main(argv: list[str] | None = None) -> None:
         "--card", type=Path, help="folder of a draft, whose card.yaml takes over its figures; they appear in its card"
     )
     arguments = parser.parse_args(argv)
-    for path in arguments.records:
-        if not path.is_file():
-            raise ValueError(f"There is no file {path}; give the `output` of a `confu evaluate`.")
     files = [RecordFile(path) for path in arguments.records]
     print(write_report(files, arguments.output))
     if arguments.card is not None:
@@ -71,10 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 def write_report(files: Sequence[RecordFile], output: Path) -> Path:
     """
     Write the report on measurements, the main one first, to a folder or a .md file (see the command's help); the path
-    of the page.
-
-    Raises:
-        ValueError: a measurement is empty, or `output` is a file of another kind.
+    of the page. ValueError for an empty measurement, or an `output` of another kind.
     """
     is_page = output.suffix == ".md"
     if not is_page and (output.suffix or output.is_file()):
@@ -113,23 +95,23 @@ def report_parts(files: Sequence[RecordFile]) -> list[Part]:
     parts: list[Part | None] = [
         *map(conclusion, timed),
         "## Speed and accepted length",
-        speed_table(timed),
+        tables.speed_table(timed),
         picture(speedup_by_group),
         *(picture(partial(sweep, knob=knob), knob) for knob in (*TREE_KNOBS, "contemplation")),
-        group_table(timed),
+        tables.group_table(timed),
         "## What the draft predicts",
-        difference_table(timed),
+        tables.difference_table(timed),
         picture(survival),
-        acceptance_table(timed),
+        tables.acceptance_table(timed),
         "## What a round costs",
-        time_table(timed),
+        tables.time_table(timed),
         picture(round_costs),
-        contemplation_table(timed),
-        curve_table(curves),
+        tables.contemplation_table(timed),
+        tables.curve_table(curves),
         draw(forward_curve, curves),
-        memory_table(timed),
+        tables.memory_table(timed),
         "## Texts against plain generation's",
-        exactness_table(everything),
+        tables.exactness_table(everything),
         "## How it was measured",
         *HOW.read_text(encoding="utf-8").strip().split("\n\n"),
         *map(about, files),
