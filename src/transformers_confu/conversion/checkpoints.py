@@ -9,13 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-    cached_file,
-)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..common.files import read_json
 
@@ -51,30 +45,21 @@ def require_new(folder: str | Path) -> None:
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """
     All tensors of a checkpoint folder on the CPU: safetensors, sharded or not, else PyTorch files without code.
-
-    Raises:
-        ValueError: there are no weights, a file is damaged or missing, or a PyTorch file holds more than tensors.
+    ValueError if there are none, or a file is damaged or holds more than tensors.
     """
-    weights: dict[str, torch.Tensor] = {}
-    for file in _weight_files(folder):
-        weights |= _read_file(file)
-    return weights
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    for name, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-        if (folder / name).is_file():
-            return [folder / name]
-        if (folder / index).is_file():
-            # A shard lies beside its index, whatever path the index gives.
-            files = {folder / Path(file).name for file in read_json(folder / index).get("weight_map", {}).values()}
-            for file in files:
-                if not file.is_file():
-                    raise ValueError(f"{folder / index} names the file {file.name}, which is not in {folder}.")
-            return sorted(files)
-    raise ValueError(
-        f"{folder} holds no weights; expected {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}, or an index of shards of either."
-    )
+    whole = folder / SAFE_WEIGHTS_NAME
+    files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+    files = files or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise ValueError(
+            f"{folder} holds no weights; expected model.safetensors or pytorch_model.bin, or shards of either."
+        )
+    for index in folder.glob(f"*{files[0].suffix}.index.json"):
+        # A shard lies beside its index, whatever path the index gives.
+        named = {Path(file).name for file in read_json(index).get("weight_map", {}).values()}
+        if missing := named - {file.name for file in files}:
+            raise ValueError(f"{index} names the file {min(missing)}, which is not in {folder}.")
+    return {name: tensor for file in files for name, tensor in _read_file(file).items()}
 
 
 def _read_file(path: Path) -> dict[str, torch.Tensor]:

@@ -79,12 +79,12 @@ def convert_eagle3(
         raise ValueError(f"The draft cannot be a ConFu draft: {error.__cause__ or error}") from error
     dtype = dtype or _dtype_of(weights)
     draft = ConFuDraftModel._from_config(config, dtype=dtype)
-    _check_names_and_shapes(weights, draft)
-    draft.load_state_dict(weights, strict=False)
-
+    _load(weights, draft)
     draft.generation_config.confu_contemplation = 0
     return draft.eval()
 
+
+MAPS = {"d2t", "t2d"}  # of the draft's vocabulary to the target's and back
 
 # Names of SafeAILab and of SGLang's first EAGLE-3.1 drafts -> ours.
 RENAMED = {
@@ -164,34 +164,20 @@ def _dtype_of(weights: dict[str, torch.Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()
 
 
-def _check_names_and_shapes(weights: dict[str, torch.Tensor], draft: ConFuDraftModel) -> None:
-    expected = {
-        name: tuple(tensor.shape)
-        for name, tensor in draft.state_dict().items()
-        if not name.startswith("future_channel.")
-    }
-    optional = {"d2t", "t2d"}  # already checked
-    if missing := expected.keys() - weights.keys() - optional:
-        older = {"lm_head.weight", "layers.0.hidden_norm.weight"} <= missing
-        raise ValueError(
-            f"The source lacks weights of an EAGLE-3 draft with its config: {some(missing)}."
-            + (" It looks like a draft of EAGLE-1 or 2, which cannot be converted." if older else "")
-        )
-    if unexpected := weights.keys() - expected.keys():
-        raise ValueError(
-            f"The source has weights that an EAGLE-3 draft with its config has not: {some(unexpected)}. Leaving them "
-            "out would change what it computes."
-        )
-    wrong = [
-        f"{name} is {tuple(tensor.shape)}, expected {expected[name]}"
-        for name, tensor in weights.items()
-        if tuple(tensor.shape) != expected[name]
-    ]
-    if wrong:
-        raise ValueError(f"The source's weights have other shapes than its config says: {'; '.join(wrong[:6])}.")
-    integers = [name for name, tensor in weights.items() if name not in optional and not tensor.is_floating_point()]
-    if integers:
+def _load(weights: dict[str, torch.Tensor], draft: ConFuDraftModel) -> None:
+    """Fill a draft's EAGLE-3 core; no weight may be missing or left over, and none may have another shape."""
+    if integers := [name for name, weight in weights.items() if name not in MAPS and not weight.is_floating_point()]:
         raise ValueError(f"The source's {some(integers)} are integers; convert the draft before it was quantised.")
+    own = draft.state_dict()
+    kept = {name: own[name] for name in own if name in MAPS or name.startswith("future_channel.")}
+    try:
+        draft.load_state_dict(kept | weights)
+    except RuntimeError as error:
+        hint = ""
+        if not {"lm_head.weight", "layers.0.hidden_norm.weight"} & weights.keys():
+            hint = " It looks like a draft of EAGLE-1 or 2, which cannot be converted."
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"The source's weights are not those of its config. {reason}.{hint}") from error
 
 
 SWITCH = {"nargs": "?", "const": True}  # the name alone means true

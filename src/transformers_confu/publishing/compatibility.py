@@ -4,6 +4,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +39,9 @@ class Finding:
         return f"{'error' if self.is_error else 'warning'}: {self.sentence}"
 
 
+wrong, doubtful = partial(Finding, True), partial(Finding, False)
+
+
 def check_compatibility(
     target: str | Path | PreTrainedConfig | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -58,19 +62,15 @@ def check_compatibility(
     """
     if not isinstance(target, PreTrainedModel):
         target = load_target_config(target, trust_remote_code)
-    findings: list[Finding] = []
-    if isinstance(draft, ConFuDraftModel):
-        model = draft
-    else:
-        model, findings = _load_draft(draft)
-        if tokenizer is not None:
-            findings += _check_tokenizers(draft, tokenizer)
+    model, findings = (draft, []) if isinstance(draft, ConFuDraftModel) else _load_draft(draft)
     if tokenizer is not None:
         findings += _check_template(tokenizer)
+        if model is not draft:
+            findings += _check_tokenizers(draft, tokenizer)
     if model is not None:
         findings += _check_draft(model)
         findings += _check_target(target, model.config, trust_remote_code)
-        findings += _check_special_tokens(load_target_config(target), model, tokenizer)
+        findings += _check_tokens(load_target_config(target), model, tokenizer)
     return sorted(findings, key=lambda finding: not finding.is_error)
 
 
@@ -82,7 +82,7 @@ def _load_draft(draft: str | Path) -> tuple[ConFuDraftModel | None, list[Finding
                 draft, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except ValueError as error:
-        return None, [Finding(True, str(error))]
+        return None, [wrong(str(error))]
     # Drafts that predict every token may come without a map.
     optional = {"d2t", "t2d"} if model.config.draft_vocab_size == model.config.vocab_size else set()
     sentences = []
@@ -93,8 +93,7 @@ def _load_draft(draft: str | Path) -> tuple[ConFuDraftModel | None, list[Finding
     if mismatched := info["mismatched_keys"]:
         shapes = [f"{name} is {tuple(found)}, expected {tuple(expected)}" for name, found, expected in mismatched]
         sentences.append(f"The weights in {draft} have other shapes than its config says: {'; '.join(shapes[:6])}.")
-    findings = [Finding(True, sentence) for sentence in sentences]
-    return (None if findings else model), findings
+    return (None if sentences else model), [wrong(sentence) for sentence in sentences]
 
 
 def _check_draft(draft: ConFuDraftModel) -> Iterator[Finding]:
@@ -102,14 +101,14 @@ def _check_draft(draft: ConFuDraftModel) -> Iterator[Finding]:
     try:
         check_vocabulary_map(draft.d2t, draft.t2d, draft.config.vocab_size)
     except ValueError as error:
-        yield Finding(True, str(error))
+        yield wrong(str(error))
     broken = [name for name, weight in draft.named_parameters() if not bool(weight.isfinite().all())]
     if broken:
-        yield Finding(True, f"The draft's {some(broken)} hold numbers that are not finite; train or save it again.")
+        yield wrong(f"The draft's {some(broken)} hold numbers that are not finite; train or save it again.")
     try:
         ConFuKnobs.resolve(draft.generation_config)
     except (ValueError, TypeError) as error:
-        yield Finding(True, f"The draft's generation config: {error}")
+        yield wrong(f"The draft's generation config: {error}")
 
 
 def _check_target(
@@ -126,22 +125,20 @@ def _check_target(
             heads = (wanted.target_num_key_value_heads, wanted.target_head_dim)
             check_cached_heads(heads, heads, config)
     except ValueError as error:
-        yield Finding(True, str(error))
+        yield wrong(str(error))
         found = target_config.get_text_config(decoder=True).vocab_size
         if found != config.vocab_size:
-            yield Finding(
-                True,
+            yield wrong(
                 f"If only the embeddings of the draft's target were resized, so that ids 0 to "
                 f"{min(found, config.vocab_size) - 1} mean what they did, carry the draft over: `confu convert resize "
-                f"DRAFT --vocab_size {found} --output NEW`.",
+                f"DRAFT --vocab_size {found} --output NEW`."
             )
         return
     if config.max_position_embeddings < wanted.max_position_embeddings:
-        yield Finding(
-            False,
+        yield doubtful(
             f"The draft's `max_position_embeddings` is {config.max_position_embeddings}, the target's "
             f"{wanted.max_position_embeddings}; raise the draft's, as engines that size tables by it draft nonsense "
-            "beyond.",
+            "beyond."
         )
 
 
@@ -162,34 +159,30 @@ def _without_weights(config: PreTrainedConfig, trust_remote_code: bool) -> PreTr
             return AutoModelForCausalLM.from_config(text_config)
 
 
-def _check_special_tokens(
+def _check_tokens(
     target_config: PreTrainedConfig, draft: ConFuDraftModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[Finding]:
+    """Special tokens, and the largest id."""
     target_config = target_config.get_text_config(decoder=True)
     for name in SPECIAL_TOKENS:
         ours, theirs = getattr(draft.config, name), getattr(target_config, name, None)
         if ours != theirs:
-            yield Finding(
-                False,
+            yield doubtful(
                 f"The draft's `{name}` is {ours}, the target's {theirs}; `generate` follows the target's. Copy it "
-                "into the draft's config if the two belong together.",
+                "into the draft's config if the two belong together."
             )
     ends = target_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else ends or []
     if ends and not any(bool(draft.t2d[token]) for token in ends if 0 <= token < len(draft.t2d)):
-        yield Finding(
-            False,
+        yield doubtful(
             f"The target's `eos_token_id` {ends} is not in the draft's vocabulary, so every answer ends with a round "
-            "that the draft fails; train with a draft vocabulary that includes it.",
+            "that the draft fails; train with a draft vocabulary that includes it."
         )
-    if tokenizer is not None:
-        largest = max(tokenizer.get_vocab().values())
-        if largest >= draft.config.vocab_size:
-            yield Finding(
-                True,
-                f"The tokenizer has token ids up to {largest}, but draft and target know 0.."
-                f"{draft.config.vocab_size - 1}; use the target's own tokenizer, before tokens were added.",
-            )
+    if tokenizer is not None and (largest := max(tokenizer.get_vocab().values())) >= draft.config.vocab_size:
+        yield wrong(
+            f"The tokenizer has token ids up to {largest}, but draft and target know 0.."
+            f"{draft.config.vocab_size - 1}; use the target's own tokenizer, before tokens were added."
+        )
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
@@ -201,13 +194,12 @@ def _check_template(tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
     except Exception as error:  # a template can raise anything
-        yield Finding(False, f"The chat template cannot write a conversation of one turn ({error}).")
+        yield doubtful(f"The chat template cannot write a conversation of one turn ({error}).")
         return
     if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
-        yield Finding(
-            False,
+        yield doubtful(
             "The tokenizer gives other ids to the text of a rendered conversation than to the conversation; take ids "
-            "from `apply_chat_template(tokenize=True)`, never from its text.",
+            "from `apply_chat_template(tokenize=True)`, never from its text."
         )
 
 
@@ -219,20 +211,18 @@ def _check_tokenizers(draft: str | Path, tokenizer: PreTrainedTokenizerBase) -> 
         # Given a config, Transformers does not read the draft's, and so asks nobody whether to run its code.
         drafts = AutoTokenizer.from_pretrained(draft, config=PreTrainedConfig())
     except (OSError, ValueError) as error:
-        yield Finding(False, f"The tokenizer in {draft} cannot be loaded ({error}).")
+        yield doubtful(f"The tokenizer in {draft} cannot be loaded ({error}).")
         return
     ours, theirs = drafts.get_vocab(), tokenizer.get_vocab()
     if differ := {token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)}:
-        yield Finding(
-            True,
+        yield wrong(
             f"The tokenizer in {draft} gives {len(differ)} tokens other ids than the target's ({some(differ, 3)}): "
-            "the draft was trained for another vocabulary; use the target named in its card.",
+            "the draft was trained for another vocabulary; use the target named in its card."
         )
     if drafts.chat_template != tokenizer.chat_template:
-        yield Finding(
-            False,
+        yield doubtful(
             f"The chat template in {draft} is not the target's: the draft was trained on dialogues of another form "
-            "and may accept less.",
+            "and may accept less."
         )
 
 
