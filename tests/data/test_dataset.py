@@ -148,10 +148,8 @@ ANSWERED = {"prompt": "a", "answer_ids": [1]}
     ("row", "template", "message"),
     [
         ({"text": "a"}, PLAIN_TEMPLATE, r"Row 0: it has the fields \['text'\], expected 'messages'"),
-        ({"prompt": "hello"}, PLAIN_TEMPLATE, "a prompt without 'answer_ids': .* answer the prompts first"),
-        ({"conversations": [{"from": "human", "value": "hello"}]}, PLAIN_TEMPLATE, "ShareGPT's form"),
+        ({"conversations": [{"from": "human"}]}, PLAIN_TEMPLATE, "prompts without 'answer_ids': .* answer them first"),
         ({"messages": "hello"}, PLAIN_TEMPLATE, "expected a non-empty list of messages"),
-        ({"messages": [{"content": "hello"}]}, PLAIN_TEMPLATE, "expected a message with a role"),
         ({"messages": [{**USER, "content": None}]}, PLAIN_TEMPLATE, "expected a message with a role and a content"),
         ({"messages": [{**USER, "content": 3}]}, PLAIN_TEMPLATE, "the content 3, expected text or a list of text"),
         ({"messages": [{**USER, "content": [{"type": "image"}]}]}, PLAIN_TEMPLATE, "parts of type 'text' only"),
@@ -337,11 +335,10 @@ def test_every_answer_to_a_prompt_is_on_one_side_in_every_stage():
         joint, other = split_by_prompt(prepare_dataset(rows, tokenizer, max_length), 0.1, num_rows=5)
         assert not never & set(joint["prompt_hash"])
         assert set(other["prompt_hash"]) <= never and len(other) == 5
-    # Few of them are the same in any order; another seed draws others.
+    # Few of them are the same in any order.
     turned = core.select(range(len(core) - 1, -1, -1))
-    draws = [(core, 0), (turned, 0), (core, 1)]
-    one, other, third = (split_by_prompt(rows, 0.2, 7, seed=seed)[1]["prompt_hash"][:] for rows, seed in draws)
-    assert one == other != third
+    one, other = (split_by_prompt(rows, 0.2, 7)[1]["prompt_hash"][:] for rows in (core, turned))
+    assert one == other
     assert prompt_hash("Question 1") == prompt_hash("ques\uff54ion\t1 ") != prompt_hash("Question 2")
 
 

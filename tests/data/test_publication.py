@@ -7,7 +7,7 @@ import yaml
 from datasets import load_dataset
 from test_dataset import answered, byte_tokenizer, labelled_texts
 
-from transformers_confu.data.dataset import is_held_out, prepare_dataset, split_by_prompt
+from transformers_confu.data.dataset import place_of_prompt, prepare_dataset, split_by_prompt
 from transformers_confu.data.encoding import prompt_hash
 from transformers_confu.data.publication import main, publish_answers, write_card
 
@@ -41,7 +41,7 @@ def shards(folder):
 def test_answers_become_shards_that_are_added_and_never_rewritten(tmp_path):
     answers, folder = write(tmp_path / "a.jsonl", plain_rows(range(200), **ORIGIN)), tmp_path / "corpus"
     added = publish_answers([answers], folder)
-    held_out = [number for number in range(200) if is_held_out(prompt_hash(f"Question {number}"))]
+    held_out = [number for number in range(200) if place_of_prompt(prompt_hash(f"Question {number}")) < 0.02]
     assert 0 < len(held_out) < 15
     assert added == {"train": 200 - len(held_out), "held_out": len(held_out)}
     before = shards(folder)

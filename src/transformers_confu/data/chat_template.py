@@ -28,28 +28,23 @@ Span = tuple[int, int]  # [start, end), of characters or tokens
 def check_messages(messages: Any, name: str = "messages") -> Messages:
     """
     Messages as templates expect them: content is text (text parts are joined), and no key holds None, neither Arrow's
-    for a key that only other rows have, nor the `"content": null` of a message that only calls tools.
-
-    Raises:
-        ValueError: the row's field `name` is not a list of messages, each with a role and with text or tool calls.
+    for a key that only other rows have, nor the `"content": null` of a message that only calls tools. ValueError
+    where the row's field `name` holds something else.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"'{name}' is {messages!r:.80}, expected a non-empty list of messages with role and content.")
-    return [_check_message(message, name) for message in messages]
-
-
-def _check_message(message: Any, name: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ValueError(f"'{name}' holds {message!r:.80}, expected a message with a role and a content.")
-    if message["role"] in ("human", "gpt"):
-        raise ValueError(
-            f"'{name}' holds the role {message['role']!r}, expected roles such as 'user' and 'assistant': rename it."
-        )
-    checked = without_nulls(message)
-    if checked.get("content") is not None:
-        checked["content"] = check_content(checked["content"], name)
-    elif not checked.get("tool_calls"):
-        raise ValueError(f"'{name}' holds {message!r:.80}, expected a message with a role and a content.")
+    checked = []
+    for message in messages:
+        given = without_nulls(message) if isinstance(message, Mapping) else {}
+        if not isinstance(given.get("role"), str) or not ("content" in given or given.get("tool_calls")):
+            raise ValueError(f"'{name}' holds {message!r:.80}, expected a message with a role and a content.")
+        if given["role"] in ("human", "gpt"):
+            raise ValueError(
+                f"'{name}' holds the role {given['role']!r}, expected roles such as 'user' and 'assistant': rename it."
+            )
+        if "content" in given:
+            given["content"] = check_content(given["content"], name)
+        checked.append(given)
     return checked
 
 
@@ -80,9 +75,6 @@ def encode_prompt(
     """
     Token ids of a prompt, one user's turn or messages, as the target sees it, with the chat template's generation
     prompt; `tools` and `chat_template_kwargs` as in the rows of `prepare_dataset`.
-
-    Raises:
-        ValueError: the prompt is neither, or the chat template is missing or refuses it.
     """
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
@@ -90,12 +82,7 @@ def encode_prompt(
 
 
 class ChatTemplate:
-    """
-    A tokenizer's chat template with the options of one row: tools as JSON schemas and further variables, or as JSON.
-
-    Raises:
-        ValueError: there is no template, or the tools or options are of another kind.
-    """
+    """A tokenizer's chat template with the options of one row: tools (JSON schemas) and variables, or both as JSON."""
 
     def __init__(
         self,
@@ -128,9 +115,6 @@ class ChatTemplate:
         One such pair, or one for each answer if the template renders an earlier answer otherwise than the newest.
         A span begins behind the generation prompt and ends where the template's text for the answer does, without the
         line break that many put behind the end of a turn: the target does not write it.
-
-        Raises:
-            ValueError: an answer cannot be found in the text, or the tokenizer does not tell where its tokens lie.
         """
         if not getattr(self.tokenizer, "is_fast", False):
             raise ValueError(
@@ -159,11 +143,9 @@ class ChatTemplate:
         return [self._encode_spans(messages[: index + 1], [span]) for index, span in zip(answers, spans, strict=True)]
 
     def _check_tool_calls(self, messages: Messages, text: str) -> None:
-        calls = [message for message in messages if message["role"] == "assistant" and "tool_calls" in message]
-        if calls:
+        if any(message["role"] == "assistant" and "tool_calls" in message for message in messages):
             without = [
-                {"content": "", **{key: value for key, value in message.items() if key != "tool_calls"}}
-                for message in messages
+                {"content": ""} | {k: v for k, v in message.items() if k != "tool_calls"} for message in messages
             ]
             if self._apply(without, tokenize=False) == text:
                 raise ValueError(

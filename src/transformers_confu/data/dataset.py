@@ -91,10 +91,7 @@ def prepare_dataset(
         vocab_size: The target's vocabulary size, the bound of given ids. Defaults to the tokenizer's.
         made_by: Refuse answers that say they were made by another target than this `fingerprint_of_target`.
         num_proc: Processes that tokenise. By default up to 8 for many rows.
-        report: A new one, filled in with what was kept, cut and dropped.
-
-    Raises:
-        ValueError: a row is malformed (the message names it), the chat template cannot be used, or nothing is left.
+        report: A new one, filled in.
     """
     if max_length < 2:
         raise ValueError(f"max_length is {max_length}, expected at least 2 tokens: one to read, one to predict.")
@@ -119,13 +116,13 @@ def sequence_lengths(dataset: Dataset) -> list[int]:
     return lengths
 
 
-def is_held_out(hashed_prompt: str, share: float = HELD_OUT_SHARE, seed: int = 0) -> bool:
-    """Whether a prompt belongs to the share that training never sees."""
-    return _place(hashed_prompt, seed) < share
+def place_of_prompt(hashed_prompt: str) -> float:
+    """Of a prompt in 0..1, by its hash: those below the held-out share are the ones that training never sees."""
+    return int.from_bytes(hashlib.blake2b(hashed_prompt.encode(), digest_size=7).digest(), "big") / 2**56
 
 
 def split_by_prompt(
-    dataset: Dataset, share: float = HELD_OUT_SHARE, num_rows: int | None = None, seed: int = 0
+    dataset: Dataset, share: float = HELD_OUT_SHARE, num_rows: int | None = None
 ) -> tuple[Dataset, Dataset | None]:
     """
     Split a prepared dataset into rows to train on and held-out rows, `None` for a share of 0.
@@ -136,21 +133,17 @@ def split_by_prompt(
     Args:
         share: Of the prompts, to hold out.
         num_rows: At most so many held-out rows are returned. The others are left out, not trained on.
-        seed: Another seed holds out other prompts.
-
-    Raises:
-        ValueError: the share is no share, or one side is empty.
     """
     if not 0 <= share < 1:
         raise ValueError(f"The share of held-out prompts is {share}, expected 0 or more and less than 1.")
     if share == 0:
         return dataset, None
     hashes = [hashed for batch in dataset.select_columns("prompt_hash").iter(1000) for hashed in batch["prompt_hash"]]
-    of_prompt = {hashed: _place(hashed, seed) for hashed in set(hashes)}
+    of_prompt = {hashed: place_of_prompt(hashed) for hashed in set(hashes)}
     places = np.array([of_prompt[hashed] for hashed in hashes])
     held_out = np.flatnonzero(places < share)
     if len(held_out) in (0, len(dataset)):
-        which = "None" if len(held_out) == 0 else "Every one"
+        which = "Every one" if len(held_out) else "None"
         raise ValueError(
             f"{which} of {len(of_prompt)} prompts is held out by a share of {share}: give more data or another share; "
             "a share of 0 holds out nothing."
@@ -160,20 +153,13 @@ def split_by_prompt(
     return dataset.select(np.flatnonzero(places >= share)), dataset.select(held_out)
 
 
-def _place(hashed_prompt: str, seed: int) -> float:
-    digest = hashlib.blake2b(hashed_prompt.encode(), digest_size=7, salt=seed.to_bytes(8, "big", signed=True))
-    return int.from_bytes(digest.digest(), "big") / 2**56
-
-
 def _sources(rows: Any) -> list[tuple[str, Dataset]]:
     """The given rows as datasets, each with a name for errors."""
     if isinstance(rows, Dataset):
         return [("", rows)]
     if isinstance(rows, DatasetDict):
         raise ValueError(f"The rows are a DatasetDict with the splits {', '.join(rows)}: give one of them.")
-    if isinstance(rows, str | Path):
-        rows = [rows]
-    rows = list(rows)
+    rows = [rows] if isinstance(rows, str | Path) else list(rows)
     if rows and all(isinstance(row, str | Path) for row in rows):
         return [(str(source), load_rows(source)) for source in rows]
     names = dict.fromkeys(name for row in rows for name in row)

@@ -80,13 +80,12 @@ class RowEncoder:
                 raise MalformedRow(f"Row {index}{f' of {name}' if name else ''}: {error}") from error
             is_first = True
             for input_ids, labels in encoded:
-                kept = _count_assistant(labels[: self.max_length])
-                if kept:
-                    columns["input_ids"].append(input_ids[: self.max_length])
-                    columns["labels"].append(labels[: self.max_length])
-                    columns["prompt_hash"].append(hashed_prompt)
-                    columns["is_first"].append(is_first)
-                    columns["is_cut"].append(kept < _count_assistant(labels))
+                lost = [label for label in labels[self.max_length :] if label != IGNORE_INDEX]
+                input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
+                if labels.count(IGNORE_INDEX) < len(labels):
+                    prepared = (input_ids, labels, hashed_prompt, is_first, bool(lost))
+                    for column, value in zip(columns.values(), prepared, strict=True):  # in the order of `FEATURES`
+                        column.append(value)
                     is_first = False
         return columns
 
@@ -101,15 +100,11 @@ class RowEncoder:
         if {"prompt", "completion"} <= row.keys():
             messages = _as_messages(row["prompt"], "user") + _as_messages(row["completion"], "assistant")
             return self._conversation(messages, template_options)
-        if row.keys() & {"prompt", "turns"}:
+        if row.keys() & {"prompt", "turns", "conversations"}:
             raise ValueError(
-                "it holds a prompt without 'answer_ids': a draft learns from the target's own answers, so let the "
-                "target answer the prompts first (`regenerate`, or `regenerate_served` through a server)."
-            )
-        if "conversations" in row:
-            raise ValueError(
-                "it holds 'conversations' (ShareGPT's form): make prompts of them with `build_prompts` and let the "
-                "target answer these, or pass 'messages' with role and content."
+                "it holds prompts without 'answer_ids': a draft learns from the target's own answers, so let the "
+                "target answer them first (`regenerate`, or `regenerate_served` through a server; `build_prompts` "
+                "reads ShareGPT's 'conversations')."
             )
         raise ValueError(
             f"it has the fields {sorted(row)}, expected 'messages', or 'prompt' and 'answer_ids', or 'input_ids' "
@@ -136,8 +131,7 @@ class RowEncoder:
         if self.made_by is not None and target is not None and target != self.made_by:
             raise ValueError(
                 f"its answer was made by another target ({target}) than the one to train for ({self.made_by}), as "
-                "after the target was trained again: let the target answer the prompts anew, or allow answers of "
-                "other targets if they are meant."
+                "after the target was trained again: let the target answer anew, or allow answers of other targets."
             )
         prompts, answers = row.get("prompt_ids"), row["answer_ids"]
         if "prompt" in row:
@@ -199,11 +193,6 @@ def _as_messages(said: str | Messages, role: str) -> Messages:
 
 
 def _int_list(values: Any, name: str) -> list[int]:
-    values = list(values) if isinstance(values, Sequence) else values
-    if not isinstance(values, list) or not all(type(value) is int for value in values):
+    if not isinstance(values, Sequence) or not all(type(value) is int for value in values):
         raise ValueError(f"{name} is {values!r:.80}, which are not integers; expected a flat list of token ids.")
-    return values
-
-
-def _count_assistant(labels: list[int]) -> int:
-    return len(labels) - labels.count(IGNORE_INDEX)
+    return list(values)

@@ -47,13 +47,20 @@ def user_turns(row: Mapping[str, Any]) -> list[str]:
     The user's turns of a row: of `messages`, of ShareGPT's `conversations`, of `turns`, or its one `prompt`,
     `question` or `instruction` (with `input` or `instances` behind it). None if it has none of them, or begins with
     an answer, so that its questions lack what they refer to.
-
-    Raises:
-        ValueError: a turn is no text, or a conversation no list of messages.
     """
     for name in ("messages", "conversations", "prompt"):
-        if (conversation := row.get(name)) and not (name == "prompt" and isinstance(conversation, str)):
-            return _turns_of_conversation(conversation, name)
+        said = row.get(name)
+        if not said or (name == "prompt" and isinstance(said, str)):
+            continue
+        if not isinstance(said, list) or not all(isinstance(message, Mapping) for message in said):
+            raise ValueError(f"'{name}' is {said!r:.80}, expected a list of messages.")
+        spoken = [
+            (role, message.get("content") or message.get("value") or "")
+            for message in said
+            if (role := message.get("role") or message.get("from")) != "system"
+        ]
+        begins = spoken and spoken[0][0] in _USERS
+        return [check_content(text, name) for role, text in spoken if role in _USERS] if begins else []
     if turns := row.get("turns"):
         return [check_content(turn["content"] if isinstance(turn, Mapping) else turn, "turns") for turn in turns]
     for name in ("prompt", "question", "instruction"):
@@ -61,19 +68,6 @@ def user_turns(row: Mapping[str, Any]) -> list[str]:
             given = row.get("input") or next((instance.get("input") for instance in row.get("instances") or ()), "")
             return [row[name] + (f"\n\n{given}" if name == "instruction" and given else "")]
     return []
-
-
-def _turns_of_conversation(conversation: Any, name: str) -> list[str]:
-    if not isinstance(conversation, list) or not all(isinstance(message, Mapping) for message in conversation):
-        raise ValueError(f"'{name}' is {conversation!r:.80}, expected a list of messages.")
-    spoken = [
-        (message.get("role") or message.get("from"), message.get("content") or message.get("value") or "")
-        for message in conversation
-    ]
-    spoken = [(role, text) for role, text in spoken if role != "system"]
-    if not spoken or spoken[0][0] not in _USERS:
-        return []
-    return [check_content(text, name) for role, text in spoken if role in _USERS]
 
 
 @dataclass(frozen=True)
@@ -184,14 +178,10 @@ def build_prompts(
     the same words. Answers and system messages are not taken.
 
     Args:
-        sources: see `find_sources`.
         evaluation: the questions to keep out.
         max_prompts: most rows, drawn from all that passed.
         max_turns: turns of a conversation; further ones are cut.
         seed: of the drawing and of the order.
-
-    Raises:
-        ValueError: a row is malformed; the message names it and its source.
     """
     report = PromptReport()
     rows: list[dict[str, Any]] = []
@@ -214,10 +204,9 @@ def build_prompts(
             prompt = {"prompt": turns[0]} if len(turns) == 1 else {"turns": turns}
             rows.append({"id": f"{source.name}-{index:06d}", "source": name, "license": license_} | prompt)
     random.Random(seed).shuffle(rows)
-    most = len(rows) if max_prompts is None else max_prompts
-    rows, left = rows[:most], rows[most:]
-    for row in left:
+    for row in rows[max_prompts:] if max_prompts is not None else ():
         report.dropped[row["source"]]["not drawn"] += 1
+    rows = rows[:max_prompts]
     report.kept = Counter(row["source"] for row in rows)
     return rows, report
 
@@ -236,7 +225,7 @@ def _reason_to_drop(turns: list[str], seen: set[str], evaluation: EvaluationOver
 
 @dataclass
 class PromptArguments:
-    """Arguments of the command line."""
+    """Of the command line."""
 
     output: str = option("JSONL file of the prompts; its provenance goes beside it, as .md.", ...)
     sources: list[str] = option(
@@ -251,7 +240,7 @@ class PromptArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `build_prompts` from the command line; `argv` defaults to the process's arguments."""
+    """Runs `build_prompts` from the command line."""
     (arguments,) = HfArgumentParser(PromptArguments).parse_args_into_dataclasses(args=argv)
     output = Path(arguments.output)
     if output.suffix != ".jsonl":

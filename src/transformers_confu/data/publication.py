@@ -25,14 +25,13 @@ from ..common.files import differences, write_atomically
 from ..common.jsonl import JsonLines
 from ..common.option_files import option
 from .chat_template import TEMPLATE_FIELDS, check_messages
-from .dataset import HELD_OUT_SHARE, is_held_out
+from .dataset import HELD_OUT_SHARE, place_of_prompt
 from .encoding import prompt_hash
 from .prompts import SOURCES
 from .rows import load_rows
 
 
 SPLITS = ("train", "held_out")
-
 _IDS = pa.list_(pa.list_(pa.int32()))  # one list for each answer of a conversation
 SCHEMA = pa.schema(
     {
@@ -78,15 +77,29 @@ def publish_answers(
 
     Returns:
         The numbers of rows added to `"train"` and `"held_out"`.
-
-    Raises:
-        ValueError: an answer is malformed, its source is unknown, or it is of another target than the others.
     """
     folder = Path(folder)
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    added = _write_shards(folder / "data", _new_rows(folder, answers, {str(row["id"]): row for row in prompts}))
+    rows = _new_rows(folder, answers, {str(row["id"]): row for row in prompts})
+    tables = {split: [SCHEMA.empty_table()] for split in SPLITS}
+    while some := list(islice(rows, _ROWS_AT_ONCE)):  # in Arrow they take a tenth of the room
+        for split, parts in tables.items():
+            of_split = [row for row in some if _split_of(row) == split]
+            parts.append(pa.Table.from_pylist(of_split, schema=SCHEMA))
+    added: Counter = Counter()
+    for split, parts in tables.items():
+        table = pa.concat_tables(parts)
+        if len(table):
+            path = folder / "data" / f"{split}-{len(list(folder.glob(f'data/{split}-*.parquet'))):05d}.parquet"
+            pq.write_table(table, f"{path}.unfinished", compression="zstd")
+            Path(f"{path}.unfinished").replace(path)
+            added[split] = len(table)
     write_card(folder)
     return added
+
+
+def _split_of(row: Mapping[str, Any]) -> str:
+    return "held_out" if place_of_prompt(row["prompt_hash"]) < HELD_OUT_SHARE else "train"
 
 
 def _new_rows(
@@ -156,25 +169,6 @@ def _target(made_with: Mapping[str, Any]) -> dict[str, Any]:
     return {name: made_with[name] for name in ("target", "model") if name in made_with}
 
 
-def _write_shards(folder: Path, rows: Iterable[dict[str, Any]]) -> Counter:
-    """Write one new shard for each split that has new rows, when all are read; their numbers by split."""
-    tables = {split: [SCHEMA.empty_table()] for split in SPLITS}
-    rows = iter(rows)
-    while some := list(islice(rows, _ROWS_AT_ONCE)):  # in Arrow they take a tenth of the room
-        for split, parts in tables.items():
-            of_split = [row for row in some if is_held_out(row["prompt_hash"]) == (split == "held_out")]
-            parts.append(pa.Table.from_pylist(of_split, schema=SCHEMA))
-    added: Counter = Counter()
-    for split, parts in tables.items():
-        table = pa.concat_tables(parts)
-        if len(table):
-            path = folder / f"{split}-{len(list(folder.glob(f'{split}-*.parquet'))):05d}.parquet"
-            pq.write_table(table, f"{path}.unfinished", compression="zstd")
-            Path(f"{path}.unfinished").replace(path)
-            added[split] = len(table)
-    return added
-
-
 def _table(folder: Path, columns: list[str], split: str = "*") -> pa.Table:
     """Columns of all shards."""
     paths = sorted(folder.glob(f"data/{split}-*.parquet"))
@@ -195,60 +189,50 @@ def write_card(folder: str | Path) -> None:
         "text": "",
         "sources": {},
     }
-    if (folder / "card.yaml").exists():
-        given = yaml.safe_load((folder / "card.yaml").read_text(encoding="utf-8"))
+    file = folder / "card.yaml"
+    if file.exists():
+        given = yaml.safe_load(file.read_text(encoding="utf-8"))
         if not isinstance(given, dict) or not given.keys() <= facts.keys():
-            raise ValueError(f"{folder / 'card.yaml'} holds {given!r:.80}, expected entries of {', '.join(facts)}.")
+            raise ValueError(f"{file} holds {given!r:.80}, expected entries of {', '.join(facts)}.")
         facts |= given
     columns = ["source", "license", "temperature", "finished", "answer_tokens", "made_with"]
     frame = _table(folder, columns).to_pandas()
     for row in frame.drop_duplicates("source").itertuples():
         credit = SOURCES[row.source].credit if row.source in SOURCES else ""
         facts["sources"].setdefault(row.source, {"license": row.license, "credit": credit})
-    write_atomically(folder / "card.yaml", yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
+    write_atomically(file, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
 
     licenses = {str(source["license"]).lower() for source in facts["sources"].values()}
-    splits = {split: len(_table(folder, ["id"], split)) for split in SPLITS}
+    splits = {split: number for split in SPLITS if (number := len(_table(folder, ["id"], split)))}
+    data_files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
     metadata = DatasetCardData(
         pretty_name=facts["title"],
         language=facts["language"],
         license=sorted({name if name in _HUB_LICENSES else "other" for name in licenses}),
         task_categories=["text-generation"],
         tags=["speculative-decoding", "on-policy", "confu"],
-        configs=[
-            {
-                "config_name": "default",
-                "data_files": [
-                    {"split": split, "path": f"data/{split}-*.parquet"} for split, number in splits.items() if number
-                ],
-            }
-        ],
+        configs=[{"config_name": "default", "data_files": data_files}],
     )
     made_with = json.loads(frame.made_with[0]) if len(frame) else {}
+    names = (facts["target"], *(made_with.get(name) for name in ("target_name", "model", "target")))
     sums = {"rows": ("finished", "size"), "tokens": ("answer_tokens", "sum"), "finished": ("finished", "mean")}
     by_temperature, by_source = (frame.groupby(name).agg(**sums).itertuples() for name in ("temperature", "source"))
     sources = {name: (source["license"], source["credit"]) for name, source in facts["sources"].items()}
-    text = (
-        _CARD.read_text(encoding="utf-8")
-        .format(
-            title=facts["title"],
-            target=facts["target"]
-            or made_with.get("target_name")
-            or made_with.get("model")
-            or made_with.get("target"),
-            conversations=len(frame),
-            tokens=frame.answer_tokens.sum(),
-            text=facts["text"].strip(),
-            share=HELD_OUT_SHARE,
-            hash=made_with.get("target", "not known"),
-            splits=_lines((split, f"{number:,}") for split, number in splits.items() if number),
-            temperatures=_lines(
-                (f"{row.Index:g}", f"{row.rows:,}", f"{row.tokens:,}", f"{row.finished:.0%}") for row in by_temperature
-            ),
-            sources=_lines((row.Index, *sources[row.Index], f"{row.rows:,}", f"{row.tokens:,}") for row in by_source),
-        )
-        .replace("\n\n\n\n", "\n\n")
-    )  # where there are no further words
+    text = _CARD.read_text(encoding="utf-8").format(
+        title=facts["title"],
+        target=next(filter(None, names), None),
+        conversations=len(frame),
+        tokens=frame.answer_tokens.sum(),
+        text=facts["text"].strip(),
+        share=HELD_OUT_SHARE,
+        hash=made_with.get("target", "not known"),
+        splits=_lines((split, f"{number:,}") for split, number in splits.items()),
+        temperatures=_lines(
+            (f"{row.Index:g}", f"{row.rows:,}", f"{row.tokens:,}", f"{row.finished:.0%}") for row in by_temperature
+        ),
+        sources=_lines((row.Index, *sources[row.Index], f"{row.rows:,}", f"{row.tokens:,}") for row in by_source),
+    )
+    text = text.replace("\n\n\n\n", "\n\n")  # where there are no further words
     write_atomically(folder / "README.md", str(DatasetCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")))
 
 
@@ -259,7 +243,7 @@ def _lines(rows: Iterable[Sequence[str]]) -> str:
 
 @dataclass
 class PublicationArguments:
-    """Arguments of the command line."""
+    """Of the command line."""
 
     answers: list[str] = option("JSONL files of answers, as `confu data regenerate` writes them.", ...)
     output: str = option("Folder of the dataset; answers that it does not hold yet are added.", ...)
@@ -267,7 +251,7 @@ class PublicationArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `publish_answers` from the command line; `argv` defaults to the process's arguments."""
+    """Runs `publish_answers` from the command line."""
     (arguments,) = HfArgumentParser(PublicationArguments).parse_args_into_dataclasses(args=argv)
     prompts = load_rows(arguments.prompts) if arguments.prompts else ()
     added = publish_answers(arguments.answers, arguments.output, prompts=prompts)

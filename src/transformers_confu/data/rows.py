@@ -26,9 +26,6 @@ def load_rows(source: str | Path) -> Dataset:
 
             Of a folder with the splits `train` and `held_out` (as `confu data publish` writes it) both are read:
             whoever trains holds the same prompts out again.
-
-    Raises:
-        ValueError: there is no such file, folder, address or dataset, or it cannot be read.
     """
     source = str(source)
     path = Path(source)

@@ -20,13 +20,7 @@ class DraftVocabulary:
 
 
 def count_assistant_tokens(dataset: Dataset, vocab_size: int) -> torch.LongTensor:
-    """
-    How often each of the target's V tokens occurs among the labels of a prepared dataset, LongTensor [V]; labels of
-    -100 are not counted.
-
-    Raises:
-        ValueError: a label is neither -100 nor an id of the target.
-    """
+    """How often each of the target's V tokens occurs among the labels of a prepared dataset, LongTensor [V]."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for batch in dataset.select_columns("labels").with_format("arrow").iter(batch_size=1000):
         labels = pc.list_flatten(batch["labels"]).to_numpy()
@@ -43,15 +37,13 @@ def count_assistant_tokens(dataset: Dataset, vocab_size: int) -> torch.LongTenso
 def build_draft_vocabulary(
     counts: torch.LongTensor, draft_vocab_size: int, always_include: Iterable[int] = ()
 ) -> DraftVocabulary:
-    """The `draft_vocab_size` most frequent tokens; of equally frequent ones those with the lower id.
+    """
+    The `draft_vocab_size` most frequent tokens; of equally frequent ones those with the lower id.
 
     Args:
         counts: LongTensor [V], occurrences of each target token.
         always_include: target ids to include whatever their count. Pass every id that ends an answer: a draft that
             cannot propose them loses the last round of each answer.
-
-    Raises:
-        ValueError: the size or an id is out of range, or nothing was counted.
     """
     vocab_size, total, forced = counts.numel(), int(counts.sum()), sorted(set(always_include))
     if not 1 <= draft_vocab_size <= vocab_size:
