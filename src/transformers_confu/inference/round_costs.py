@@ -184,8 +184,9 @@ def costs_key(target: PreTrainedModel, draft: PreTrainedModel) -> dict[str, Any]
         hardware = torch.cuda.get_device_name(device)
     else:
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        # Two processors of one name may differ in their instructions.
+        # Two processors of one name may differ in their instructions, and torch be held to some of them.
         hardware = " ".join(sorted(f"{name}={value}" for name, value in capabilities.items()))
+        hardware += f" used={torch.backends.cpu.get_cpu_capability()}"
     return {
         "target": _fingerprint(target),
         "draft": _fingerprint(draft),
