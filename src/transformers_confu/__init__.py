@@ -12,7 +12,7 @@ from .auto_classes import register_when_loaded
 
 if TYPE_CHECKING:
     from .common.int8_weights import use_int8_weights as use_int8_weights
-    from .common.weight_layout import use_column_major_weights as use_column_major_weights
+    from .common.weight_layout import use_packed_weights as use_packed_weights
     from .inference.call_statistics import ConFuStatistics as ConFuStatistics
     from .inference.candidate_generator_confu import ConFuCandidateGenerator as ConFuCandidateGenerator
     from .inference.configuration_confu import ConFuConfig as ConFuConfig
@@ -31,8 +31,8 @@ _MODULES = {
     "ConFuGenerate": "inference.generation_confu",
     "ConFuStatistics": "inference.call_statistics",
     "confu_generation_config": "inference.knobs",
-    "use_column_major_weights": "common.weight_layout",
     "use_int8_weights": "common.int8_weights",
+    "use_packed_weights": "common.weight_layout",
 }
 
 __all__ = list(_MODULES)

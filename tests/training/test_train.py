@@ -12,6 +12,7 @@ from transformers.utils import logging
 from commands import weights_of, write_run
 from helpers import make_tiny_target
 from transformers_confu import ConFuDraftModel
+from transformers_confu.common.weight_layout import PackedLinear
 from transformers_confu.inference.knobs import ConFuKnobs
 from transformers_confu.publishing.model_card import CardFacts
 from transformers_confu.training import ConFuTrainer
@@ -154,16 +155,17 @@ def test_answers_of_another_target_are_refused(saved_target, tmp_path):
     main([run, "--allow_other_target=true"])
 
 
-def test_no_stopwatch_decides_how_weights_are_laid_out(saved_target, tmp_path, monkeypatch):
+def test_no_stopwatch_decides_whether_weights_are_packed(saved_target, tmp_path, monkeypatch):
     """Processes that decide it by their own measurement would not agree, and DDP ends with an error."""
-    monkeypatch.setattr("transformers_confu.common.loading.column_major_pays", lambda: True)
+    monkeypatch.setattr("transformers_confu.common.loading.packing_pays", lambda: True)
     load_target_once.cache_clear()
     trained: list[ConFuTrainer] = []
     monkeypatch.setattr(ConFuTrainer, "train", lambda self, **kwargs: trained.append(self))
     stages = [{"stage": "core"}, {"stage": "joint"}]
     main([write_run(tmp_path, saved_target, stages=stages, output_dir=str(tmp_path / "runs"), eval_rows=0)])
     models = [model for trainer in trained for model in (trainer.model, trainer.target_model)]
-    assert len(models) == 4 and all(weight.is_contiguous() for model in models for weight in model.parameters())
+    assert len(models) == 4
+    assert not any(isinstance(module, PackedLinear) for model in models for module in model.modules())
 
 
 # Stages

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -25,7 +26,7 @@ from ..inference.target import input_device
 from .demo_target import demo_target_path
 from .int8_weights import int8_pays, use_int8_weights
 from .option_files import json_option, option
-from .weight_layout import column_major_pays, use_column_major_weights
+from .weight_layout import packing_pays, use_packed_weights
 
 
 DEMO_DRAFT = "transformers-confu/confu-smollm2-135m-instruct"
@@ -95,7 +96,7 @@ def load_target(
         device_map: As of `from_pretrained`, also as JSON, for a target that is split or offloaded; in place of
             `device`.
         few_rows: Whether it will see few rows at a time, as in decoding: where this CPU gains by it, fp32 weights are
-            then laid out for that. Not for training, in which all processes must lay them out alike.
+            then packed for that. Not for training, in which all processes must have them alike.
         trust_remote_code, model_kwargs: As of `from_pretrained`.
 
     Raises:
@@ -113,15 +114,19 @@ def load_target(
             path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **model_kwargs
         )
     if few_rows and few_rows_are_slow(target):
-        use_column_major_weights(target)
-        print(f"{name}: weights laid out column by column, which this CPU multiplies faster.", file=sys.stderr)
+        megabytes = use_packed_weights(target) / 2**20
+        print(
+            f"{name}: multiplies by packed copies of its weights, {megabytes:.0f} MiB, which is faster on this CPU.",
+            file=sys.stderr,
+        )
     return target.eval(), load_tokenizer(path, trust_remote_code)
 
 
 def few_rows_are_slow(model: PreTrainedModel) -> bool:
-    """Whether another layout of its weights makes a model faster on this machine: fp32 on some CPUs."""
+    """Whether packed copies of its weights make a model faster on this machine, and there is room for them: fp32 on
+    some CPUs."""
     on_cpu = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()} == {("cpu", torch.float32)}
-    return on_cpu and column_major_pays()
+    return on_cpu and packing_pays() and 2 * model.get_memory_footprint() < psutil.virtual_memory().available
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -179,7 +184,7 @@ def load_decoding_draft(name: str | Path, target: PreTrainedModel) -> ConFuDraft
             file=sys.stderr,
         )
     elif few_rows_are_slow(draft):
-        use_column_major_weights(draft)
+        use_packed_weights(draft)
     return draft
 
 

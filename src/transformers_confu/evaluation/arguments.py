@@ -23,7 +23,7 @@ class EvaluationArguments(TargetOptions):
     assistant: str | None = option("A small model with the target's vocabulary, for vanilla assisted generation.")
     baselines: list[str] = option(
         f"Of {', '.join(BASELINES)}; plain must be there. The last is plain generation by a second copy of the "
-        "target, on a CPU, with weights laid out column by column if those of the first are not, else row by row.",
+        "target, on a CPU, with packed weights if those of the first are not, else with plain ones.",
         lambda: ["plain", "prompt_lookup"],
     )
     questions: str | None = option(

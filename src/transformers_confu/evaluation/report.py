@@ -137,7 +137,7 @@ def conclusion(c: Comparison) -> str:
     if c.limit(best) > 0:
         sentences.append(f"Were each of its rounds one forward of the target and nothing else: {c.limit(best):.2f}.")
     if arm.kind == "other_layout":
-        sentences.append("To set it: `use_column_major_weights(target)`, or not, where it has been called.")
+        sentences.append("To set it: `use_packed_weights(target)`, or not, where it has been called.")
     elif arm.kind == "prompt_lookup":
         sentences.append(f"To set it: `prompt_lookup_num_tokens={PROMPT_LOOKUP_TOKENS}`.")
     elif arm.knobs:

@@ -198,9 +198,14 @@ def costs_key(target: PreTrainedModel, draft: PreTrainedModel) -> dict[str, Any]
 
 def _fingerprint(model: PreTrainedModel) -> list[Any]:
     config = hashlib.sha256(model.config.to_json_string(use_diff=False).encode()).hexdigest()[:16]
-    weights = [tensor for tensor in chain(model.parameters(), model.buffers()) if tensor.ndim == 2]
-    layout = sorted({f"{weight.dtype}{'' if weight.is_contiguous() else ', column-major'}" for weight in weights})
-    return [type(model).__name__, config, layout, model.config._attn_implementation]
+    # A quantised, packed or wrapped layer is of a class of its own.
+    layers = {
+        f"{type(module).__name__} {weight.dtype} {weight.stride()[-1]}"
+        for module in model.modules()
+        for weight in chain(module.parameters(recurse=False), module.buffers(recurse=False))
+        if weight.ndim == 2
+    }
+    return [type(model).__name__, config, sorted(layers), model.config._attn_implementation]
 
 
 def costs_path(key: dict[str, Any]) -> Path:
