@@ -4,19 +4,19 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-from huggingface_hub.utils import _http
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModel
 from transformers.utils import logging
 
 import transformers_confu
 from helpers import example_models, make_tiny_draft, make_tiny_target
-from hub_stand_in import HubServer
 from transformers_confu import cli, confu_generation_config
 from transformers_confu.inference.target import TargetRunner
 from transformers_confu.publishing import check_answers
@@ -29,7 +29,7 @@ from transformers_confu.publishing.publish import publish
 FACTS = CardFacts(base_model="org/target", license="mit", training="Trained on *nothing*.")
 INFERENCE = Path(transformers_confu.__file__).parent / "inference"
 FILES = {path.name for path in INFERENCE.glob("*.py") if path.name != "__init__.py"} | {
-    *(".gitattributes", "LICENSE", "README.md", "config.json", "generation_config.json", "model.safetensors"),
+    *("LICENSE", "README.md", "config.json", "generation_config.json", "model.safetensors"),
     *("chat_template.jinja", "custom_generate/generate.py", "tokenizer.json", "tokenizer_config.json"),
 }
 PROMPTS = ["One prompt.", "And another one."]
@@ -61,18 +61,26 @@ def a_shorter_check(monkeypatch):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """A Hub and whoever is logged in to it; after the test no temporary folder may be left."""
-    server = HubServer()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    """The Hub: what it was asked for, the files it got, and the call that it refuses. No temporary folder may stay."""
+    server = SimpleNamespace(calls={}, files={}, refuse=None)
+
+    def answering(name):
+        def answer(api, *args, **options):
+            server.calls[name] = options
+            if name == server.refuse:
+                raise HfHubHTTPError("403: you may not do that", response=mock.Mock())
+            if name == "upload_folder":
+                paths = [path for path in Path(options["folder_path"]).rglob("*") if path.is_file()]
+                server.files = {str(path.relative_to(options["folder_path"])): path.read_bytes() for path in paths}
+            return SimpleNamespace(repo_id=args and args[0], pr_url=None, commit_url="https://hub/commit")
+
+        return answer
+
+    for name in ("whoami", "create_repo", "upload_folder"):
+        monkeypatch.setattr(HfApi, name, answering(name))
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
-    before = _http._GLOBAL_CLIENT_FACTORY
-    huggingface_hub.set_client_factory(server.client)
     yield server
-    huggingface_hub.set_client_factory(before)
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
@@ -90,14 +98,11 @@ def one_file(monkeypatch):
 def test_a_published_draft_is_complete_and_takes_the_place_of_an_earlier_one(
     draft, target, tokenizer, server, tmp_path
 ):
-    server.private["org/draft"] = True
-    leftovers = ("old_code.py", "model-00001-of-00002.safetensors", "training_args.bin", "NOTES")
-    server.branches["org/draft", "main"] = dict.fromkeys((".gitattributes", *leftovers), b"left")
-    address = publish(draft, target, tokenizer, "org/draft", FACTS)
-    assert address.startswith("https://huggingface.co/org/draft/commit/")
-    assert server.messages == ["Upload ConFu draft"]
-    files = server.branches["org/draft", "main"]
-    assert files.keys() == FILES | {"NOTES"}
+    assert publish(draft, target, tokenizer, "org/draft", FACTS) == "https://hub/commit"
+    files, upload = server.files, server.calls["upload_folder"]
+    assert files.keys() == FILES and (upload["repo_id"], upload["create_pr"]) == ("org/draft", False)
+    earlier = ["old_code.py", "model-00001-of-00002.safetensors", "training_args.bin", "NOTES", ".gitattributes"]
+    assert [*filter_repo_objects(earlier, allow_patterns=upload["delete_patterns"])] == earlier[:3]
     assert json.loads(files["generation_config.json"])["confu_tree_size"] == 12
 
     for name, data in files.items():
@@ -114,37 +119,19 @@ def test_a_published_draft_is_complete_and_takes_the_place_of_an_earlier_one(
     assert "of 2 greedy answers of up to 16 tokens, target in float64, 2 equal plain `generate`'s; tau " in card.text
 
 
-def test_a_pull_request(draft, target, tokenizer, server, one_file):
-    address = publish(draft, target, tokenizer, "org/draft", FACTS, private=True, create_pr=True)
-    assert address.endswith("/discussions/1") and server.private == {"org/draft": True}
-    assert server.branches["org/draft", "refs/pr/1"].keys() == {".gitattributes", "README.md"}
-    assert server.branches["org/draft", "main"].keys() == {".gitattributes"}
-
-
-@pytest.mark.parametrize("call", ["repos/create", "models/org/draft/preupload/main", "models/org/draft/commit/main"])
-def test_a_refused_upload_leaves_nothing(call, draft, target, tokenizer, server, one_file):
-    server.refuse[call] = 403
-    with pytest.raises(HfHubHTTPError, match="403"):
-        publish(draft, target, tokenizer, "org/draft", FACTS)
-    assert server.branches.get(("org/draft", "main"), {}).keys() <= {".gitattributes"}
-
-
 def test_an_interruption_leaves_nothing(draft, target, tokenizer, server, monkeypatch, tmp_path):
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(hub, "check_exactness", interrupt)
+    monkeypatch.setattr(hub, "check_exactness", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         publish(draft, target, tokenizer, "org/draft", FACTS, dry_run=tmp_path / "runs" / "out")
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_who_is_not_logged_in_learns_it_first(draft, target, tokenizer, server, monkeypatch):
+def test_who_is_not_logged_in_learns_it_first(draft, target, tokenizer, monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "build", lambda *args: pytest.fail("the check must not begin"))
-    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(LocalTokenNotFoundError, match="hf auth login"):
         publish(draft, target, tokenizer, "org/draft", FACTS)
-    assert server.private == {}
 
 
 def test_a_dry_run_writes_the_folder_and_sends_nothing(draft, target, tokenizer, server, tmp_path):
@@ -153,11 +140,11 @@ def test_a_dry_run_writes_the_folder_and_sends_nothing(draft, target, tokenizer,
     assert publish(draft, target, tokenizer, dry_run=out) == str(out)  # needs neither a repository nor a card
     os.umask(mask)
     files = [file for file in out.rglob("*") if file.is_file()]
-    assert {str(file.relative_to(out)) for file in files} == FILES - {".gitattributes"}
+    assert {str(file.relative_to(out)) for file in files} == FILES
     # safetensors writes files for their owner only.
     assert {file.stat().st_mode & 0o777 for file in files} == {0o644}
     assert "Apache License" in (out / "LICENSE").read_text()
-    assert server.calls == []
+    assert server.calls == {}
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     with pytest.raises(ValueError, match="out exists; a dry run writes a new folder"):
         publish(draft, target, tokenizer, dry_run=out)
@@ -201,7 +188,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written_or_sent(
     for where in ({}, {"dry_run": tmp_path / "runs" / "out"}):
         with pytest.raises(ValueError, match=message):
             publish(draft, target, tokenizer, **arguments, **where)
-    assert server.calls == [] and not (tmp_path / "runs").exists()
+    assert server.calls == {} and not (tmp_path / "runs").exists()
 
 
 # The check
@@ -306,9 +293,9 @@ def test_the_command_publishes_with_knobs_and_warns_once(command, server, capsys
     (tmp_path / "draft" / "LICENSE").write_text("Mine.")
     assert command("--private", "--confu-tree-size", "9", "--confu_contemplation", "0") == 0
     printed = capsys.readouterr()
-    assert printed.out.startswith("https://huggingface.co/org/draft/commit/") and "gain" not in printed.err
-    files = server.branches["org/draft", "main"]
-    assert files.keys() == FILES and server.private["org/draft"] is True
+    assert printed.out == "https://hub/commit\n" and "gain" not in printed.err
+    files = server.files
+    assert files.keys() == FILES and server.calls["create_repo"]["private"] is True
     assert files["LICENSE"] == b"Mine."
     knobs = {name: value for name, value in json.loads(files["generation_config.json"]).items() if "confu" in name}
     assert knobs == {"confu_tree_size": 9, "confu_contemplation": 0, "confu_future_gain": 0.25}
@@ -359,13 +346,12 @@ def test_the_command_fails_in_one_sentence_before_any_work(command, server, caps
     weights = tmp_path / "draft" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "are damaged or incomplete" in refused()
-    assert server.calls == []
+    assert server.calls == {}
 
 
-def test_what_the_hub_refuses_is_one_sentence(command, server, one_file, capsys, monkeypatch):
-    server.refuse["repos/create"] = 403
-    assert command() == 1
-    assert "Not published: " in capsys.readouterr().err
-    monkeypatch.delenv("HF_TOKEN")
-    assert command() == 1
-    assert "hf auth login" in capsys.readouterr().err
+@pytest.mark.parametrize("call", ["create_repo", "upload_folder"])
+def test_what_the_hub_refuses_is_one_sentence(call, command, server, one_file, capsys):
+    server.refuse = call
+    assert command("--create_pr") == 1
+    assert capsys.readouterr().err == "Not published: 403: you may not do that\n"
+    assert server.calls.get("upload_folder", {"create_pr": True})["create_pr"]
