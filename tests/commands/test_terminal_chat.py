@@ -5,7 +5,7 @@ import builtins
 import pytest
 import torch
 
-from helpers import example_models, make_tiny_draft, make_tiny_target
+from helpers import example_models, make_tiny_draft
 from transformers_confu import cli
 from transformers_confu.commands import chat as chat_module
 from transformers_confu.commands.chat import Chat, converse
@@ -29,15 +29,6 @@ def plain_answer(target, tokenizer, ids: list[int]) -> list[int]:
     prompt = torch.tensor([ids])
     # Without a mask, `generate` would take the marks of the chat for padding.
     return target.generate(prompt, attention_mask=torch.ones_like(prompt), **OPTIONS)[0, len(ids) :].tolist()
-
-
-def test_layers_with_a_window_keep_no_more_rows_than_it_has(models):
-    target = make_tiny_target("windows", vocab_size=258)
-    chat = Chat(target, models[1], make_tiny_draft(target))
-    for question in QUESTIONS:
-        chat.ask(question, **OPTIONS)
-        assert chat.ids[0, -20:].tolist() == plain_answer(target, models[1], chat.ids[0, :-20].tolist())
-    assert [layer.keys.shape[-2] for layer in chat.cache.layers[::2]] == [5, 5, 5]
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["cut answers", "ended answers"])
@@ -184,7 +175,6 @@ def test_the_command(models, type_in, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("option", "value", "sentence"),
     [
-        ("target", "no/target", "no/target"),
         ("dtype", "nothing", "expected the name of a torch dtype"),
         ("temperature", "-0.5", "`temperature` is -0.5; it must be at least 0"),
         ("max_new_tokens", "0", "`max_new_tokens` is 0; it must be at least 1"),

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import pytest
-import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
@@ -53,22 +52,11 @@ CONFIG = ConFuConfig.from_target(make_tiny_target().config)
 
 
 def test_the_metadata_are_those_of_the_hub():
-    data = model_card(FACTS, CONFIG, "org/draft").data
-    assert data.to_dict() == {
-        "license": "other",
-        "license_name": "some-licence",
-        "license_link": "https://example.org/licence",
-        "base_model": "org/target",
-        "base_model_relation": "adapter",
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "language": ["en", "pt-BR"],
-        "datasets": ["org/answers", "squad"],
-        "tags": ["speculative-decoding", "draft-model", "confu", "eagle3", "custom_code", "custom_generate"],
-        "model-index": data.to_dict()["model-index"],
-    }
-    # Plain YAML, which anything can read.
-    assert yaml.safe_load(data.to_yaml()) == data.to_dict()
+    data = model_card(FACTS, CONFIG, "org/draft").data.to_dict()
+    ours = {"base_model_relation": "adapter", "library_name": "transformers", "pipeline_tag": "text-generation"}
+    given = ("license", "license_name", "license_link", "base_model", "language", "datasets")
+    assert data.pop("model-index") and {"confu", "custom_code", "custom_generate"} <= set(data.pop("tags"))
+    assert data == ours | {name: getattr(FACTS, name) for name in given}
 
 
 def test_every_result_is_in_the_index_once():
@@ -110,12 +98,7 @@ def test_every_fact_is_in_the_text():
 
 
 @pytest.mark.parametrize(
-    ("facts", "licence"),
-    [
-        (CardFacts(), "not stated yet"),
-        (CardFacts("org/target", "apache-2.0"), "Apache-2.0"),
-        (CardFacts("org/target", "mit"), "MIT"),
-    ],
+    ("facts", "licence"), [(CardFacts(), "not stated yet"), (CardFacts("org/target", "mit"), "MIT")]
 )
 def test_a_card_is_whole_whatever_is_known(facts, licence):
     card = model_card(facts, CONFIG, "org/draft")
@@ -129,14 +112,12 @@ def test_a_card_is_whole_whatever_is_known(facts, licence):
 
 @pytest.mark.parametrize("own_embeddings", [False, True])
 def test_the_description_counts_what_the_draft_has(own_embeddings):
-    target = make_tiny_target()
-    draft = make_tiny_draft(target, **({"hidden_size": 16, "head_dim": 4} if own_embeddings else {}))
+    draft = make_tiny_draft(make_tiny_target(), **({"hidden_size": 16, "head_dim": 4} if own_embeddings else {}))
     rows = describe(draft.config, {})
     count = sum(parameter.numel() for parameter in draft.parameters())
     assert rows["parameters"].startswith(f"{count / 1e6:.1f} million: EAGLE-3 core ")
     assert ("an embedding table of its own" in rows["core"]) == own_embeddings
     assert "hidden states 1, 2 and 4" in rows["core"]
-    assert rows["draft vocabulary"] == "97 of the target's 97 tokens"
     assert rows["future channel"].startswith("4 soft prompts per target layer; mixtures of experts: 2 of 8 active")
 
 

@@ -15,13 +15,11 @@ from .checkpoints import require_new
 
 def resize_vocabulary(draft: ConFuDraftModel, vocab_size: int) -> ConFuDraftModel:
     """
-    The draft for a target of `vocab_size` tokens; it proposes the tokens that it proposed before.
+    The draft for a target of `vocab_size` tokens; it proposes the tokens that it proposed before. ValueError if the
+    target would not have one of these.
 
     New tokens are never proposed; a draft with embeddings of its own gives them the mean of the old ones. That they
     get a place among the proposals takes training with another draft vocabulary.
-
-    Raises:
-        ValueError: the draft proposes tokens that the target would not have.
     """
     largest = int(draft.draft_token_ids.max())
     if largest >= vocab_size:

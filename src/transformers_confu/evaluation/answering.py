@@ -46,11 +46,8 @@ class Models:
     @classmethod
     def load(cls, arguments: EvaluationArguments, dtype: str) -> "Models":
         """
-        Load all of a measurement's models in one dtype.
-
-        Raises:
-            ValueError: one cannot be loaded, the assistant's vocabulary is not the target's, or Transformers has no
-                such baseline for the target.
+        Load all of a measurement's models in one dtype; ValueError if one cannot be loaded, the assistant's vocabulary
+        is not the target's, or Transformers has no such baseline for the target.
         """
         target, tokenizer = arguments.load(arguments.target, dtype)
         if target._is_stateful and ("prompt_lookup" in arguments.baselines or arguments.assistant is not None):
@@ -79,7 +76,7 @@ class Models:
         return cls(arguments, target, tokenizer, assistants, other)
 
     def _target_of(self, arm: Arm) -> PreTrainedModel:
-        return self.in_other_layout if arm.kind == "other_layout" and self.in_other_layout else self.target
+        return self.in_other_layout if arm.kind == "other_layout" else self.target
 
     @property
     def context_length(self) -> int:
@@ -139,13 +136,16 @@ class Models:
                 "Question %s: %d of its turns, with an answer of up to %d tokens, exceed the target's context of %d.",
                 question.id, skipped, setting.max_new_tokens, self.context_length,
             )  # fmt: skip
-        answers: list[dict[str, Any]] = []
-        for arm in calls:
-            turns = [turn for _, turn in conversations[arm]]
-            answer = {"arm": asdict(arm), "order": order.index(arm), "turns": turns}
-            answer["skipped_turns"] = num_turns - len(turns)
-            answer["departure"] = departure(plain, conversations[arm], self.target, setting.temperature == 0)
-            answers.append(answer)
+        answers = [
+            {
+                "arm": asdict(arm),
+                "order": order.index(arm),
+                "turns": [turn for _, turn in conversations[arm]],
+                "skipped_turns": num_turns - len(conversations[arm]),
+                "departure": departure(plain, conversations[arm], self.target, setting.temperature == 0),
+            }
+            for arm in calls
+        ]
         of_question = {"question_id": question.id, "category": question.category, "group": question.group}
         return {"kind": "unit", "run": run, "setting": asdict(setting), **of_question, "answers": answers}
 
@@ -180,7 +180,7 @@ def answer_prompt(target: PreTrainedModel, prompt: list[int], kwargs: dict[str, 
     seconds = time.perf_counter() - started
     rounds: dict[str, Any] | None = None
     if counter is not None:
-        rounds = {"emitted": counter.emitted}
+        rounds = {"emitted": counter.sizes[2:]}
     elif kind == "draft":
         counted = kwargs["assistant_model"].last_statistics
         parts = ("prefill", "draft", "target", "walk", "compaction")
@@ -201,18 +201,13 @@ class EmissionCounter(BaseStreamer):
     """Counts the tokens of each forward of Transformers' own assisted loop, which keeps no record of its rounds."""
 
     def __init__(self):
-        self.sizes: list[int] = []
+        self.sizes: list[int] = []  # first the prompt, then what prefill yields, then those of each round
 
     def put(self, value: torch.Tensor) -> None:
         self.sizes.append(value.numel())
 
     def end(self) -> None:
         """The text is over."""
-
-    @property
-    def emitted(self) -> list[int]:
-        """Tokens of each round: neither the prompt nor what the first forward, prefill, yields."""
-        return self.sizes[2:]
 
 
 def departure(

@@ -27,14 +27,9 @@ from .arms import Setting
 
 
 class RecordFile:
-    r"""
-    The records on disk: to be read, and after [`go_on`] to be added to.
-
-    Args:
-        path (`Path`): A `.jsonl` file, which need not be there yet, or a `.jsonl.gz` one.
-
-    Raises:
-        ValueError: the file holds something else.
+    """
+    The records on disk, in a `.jsonl` file, which need not be there yet, or a `.jsonl.gz` one: to be read, and after
+    [`go_on`] to be added to. ValueError if the file holds something else.
     """
 
     def __init__(self, path: str | Path):
@@ -59,15 +54,9 @@ class RecordFile:
         return kind in ("settings", "unit", "cost")
 
     def go_on(self, settings: dict[str, Any]) -> None:
-        r"""
-        Take up the measurement that the file holds, or begin one.
-
-        Args:
-            settings (`dict`): What is measured. Machine and command may be others than those of the file, from which
-                a report can be written anywhere; see [`check_same_machine`].
-
-        Raises:
-            ValueError: the file is that of another measurement.
+        """
+        Take up the measurement that the file holds, or begin one; ValueError if it holds another. Machine and command
+        may be others than those of the file, from which a report can be written anywhere; see [`check_same_machine`].
         """
         if self.path.suffix != ".jsonl":
             raise ValueError(f"`output` is {self.path}; expected a .jsonl file.")

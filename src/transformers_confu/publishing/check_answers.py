@@ -29,13 +29,9 @@ def check_exactness(
     target: PreTrainedModel, draft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
 ) -> str:
     """
-    Greedy answers with and without a draft.
+    Greedy answers with and without a draft; what was found, as a sentence for the card.
 
-    Returns:
-        What was found, as a sentence for the card.
-
-    Raises:
-        ValueError: an answer differs in a way that rounding does not explain. In half precision it is only counted.
+    ValueError if an answer differs in a way that rounding does not explain. In half precision it is only counted.
     """
     dtype = str(target.dtype).removeprefix("torch.")
     identical, ties, emitted = 0, 0, []
@@ -76,10 +72,8 @@ def measure_future_gain(
 ) -> str:
     """
     Measure `confu_future_gain` and write it into the draft's generation config: tau with a contemplate row for every
-    node, less tau without any, of greedy answers by trees of 16 nodes.
-
-    Returns:
-        What was measured, or why nothing was, as a sentence for the card.
+    node, less tau without any, of greedy answers by trees of 16 nodes. What was measured, or why nothing was, as a
+    sentence for the card.
     """
     if getattr(draft.generation_config, "confu_contemplation", None) == 0:
         return "`confu_future_gain` was not measured: the future channel is untrained (`confu_contemplation` is 0)."

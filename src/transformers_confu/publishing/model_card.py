@@ -152,12 +152,7 @@ class CardFacts:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "CardFacts":
-        """
-        Read a `card.yaml`.
-
-        Raises:
-            ValueError: the file is none: what is wrong, and what is expected.
-        """
+        """Read a `card.yaml`; the ValueError of a file that is none says what is wrong."""
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
             if not isinstance(values, dict):
@@ -165,13 +160,11 @@ class CardFacts:
             names = [entry.name for entry in fields(cls)]
             if unknown := [name for name in values if name not in names]:
                 raise ValueError(f"`{unknown[0]}` is not known; there are {', '.join(names)}.")
-            if not isinstance(values.get("evaluations", []), list):
-                raise ValueError(f"`evaluations` is {values['evaluations']!r}; expected a list.")
-            try:
-                values["evaluations"] = [Evaluation(**entry) for entry in values.get("evaluations", [])]
-            except TypeError as error:  # names the entry that is missing or unknown
-                raise ValueError(f"`evaluations`: {str(error).removeprefix('Evaluation.__init__() ')}.") from error
+            values["evaluations"] = [Evaluation(**entry) for entry in values.get("evaluations", [])]
             return cls(**values)
+        except TypeError as error:  # names the entry that is missing or unknown
+            reason = str(error).removeprefix("Evaluation.__init__() ")
+            raise ValueError(f"{path}: `evaluations`: {reason}.") from error
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -194,11 +187,8 @@ def add_evaluation(folder: str | os.PathLike, evaluation: Evaluation) -> None:
     """Write a measurement into a draft's `card.yaml`, in place of one of the same questions and setting."""
     path = Path(folder, CARD_FILE)
     facts = CardFacts.load(path) if path.is_file() else CardFacts()
-    others = [
-        other
-        for other in facts.evaluations
-        if (other.dataset_id, other.setting) != (evaluation.dataset_id, evaluation.setting)
-    ]
+    same = evaluation.dataset_id, evaluation.setting
+    others = [other for other in facts.evaluations if (other.dataset_id, other.setting) != same]
     replace(facts, evaluations=[*others, evaluation]).save(path)
 
 

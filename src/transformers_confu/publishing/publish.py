@@ -128,12 +128,7 @@ def publish(
 
 
 def named(facts: CardFacts, target_name: str) -> CardFacts:
-    """
-    The facts with the target's name on the Hub, if it was loaded by that.
-
-    Raises:
-        ValueError: the card names another target.
-    """
+    """The facts with the target's name on the Hub, if it was loaded by that; ValueError if the card names another."""
     if target_name.count("/") != 1 or os.path.isdir(target_name):
         return facts
     if facts.base_model not in (None, target_name):
