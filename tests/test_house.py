@@ -27,8 +27,6 @@ INFERENCE = {path.stem for path in (PACKAGE / "inference").glob("*.py")} - {"__i
 # huggingface_hub is no dependency beyond transformers: it supplies the `strict` decorator of every config class.
 ALLOWED_PACKAGES = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
 
-inference_files = pytest.mark.parametrize("name", sorted(INFERENCE))
-
 
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
@@ -84,24 +82,18 @@ def test_no_files_import_each_other_in_a_circle():
 
 
 @pytest.mark.parametrize("name", [*sorted(INFERENCE), "custom_generate/generate"])
-def test_inference_imports_only_torch_transformers_and_the_standard_library(name):
-    imported = set()
+def test_inference_imports_only_torch_transformers_and_by_name_from_its_own_folder(name):
     for node in ast.walk(parse(PACKAGE / "inference" / f"{name}.py")):
+        where = f"{name}.py, line {getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
+            assert {alias.name.split(".")[0] for alias in node.names} <= ALLOWED_PACKAGES, where
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            imported.add(node.module.split(".")[0])
-    assert imported <= ALLOWED_PACKAGES
+            assert node.module.split(".")[0] in ALLOWED_PACKAGES, where
+        elif isinstance(node, ast.ImportFrom) and name in INFERENCE:
+            assert node.level == 1 and node.module in INFERENCE, where
 
 
-@inference_files
-def test_inference_imports_only_inference_and_by_name_from_its_own_folder(name):
-    for node in ast.walk(parse(PACKAGE / "inference" / f"{name}.py")):
-        if isinstance(node, ast.ImportFrom) and node.level > 0:
-            assert node.level == 1 and node.module in INFERENCE, f"{name}.py, line {node.lineno}: {ast.unparse(node)}"
-
-
-@inference_files
+@pytest.mark.parametrize("name", sorted(INFERENCE))
 def test_the_remote_code_copier_sees_exactly_the_real_imports(name):
     # The copier searches text: it misses some forms of import, and takes an example in a docstring for an import.
     path = PACKAGE / "inference" / f"{name}.py"

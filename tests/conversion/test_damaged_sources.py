@@ -184,10 +184,8 @@ def nested(ids: list[int]) -> dict:
 
 WRONG_CONFIGS = [
     ({"hidden_size": None, "intermediate_size": None}, "has no `hidden_size`, `intermediate_size`."),
-    ({"intermediate_size": 60}, "size mismatch for layers.0.mlp.gate_proj.weight"),
     ({"draft_vocab_size": 50}, "`d2t` has the shape (40,), expected (50,)"),
     ({"vocab_size": 100}, "made for a target with `vocab_size=100`, but this one has 97"),
-    ({"target_hidden_size": 48}, "a target with `hidden_size=48`, but this one has 32"),
     (nested([3, 1, 5]), "taps the inputs of layers [4, 2, 6], in this order"),
     (nested([1, 15, 28]), "layers [2, 16, 29], but the target has 8 layers"),
     (nested([1, 3, 7]), "taps the output of the target's last layer, 7."),

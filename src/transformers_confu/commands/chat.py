@@ -52,7 +52,7 @@ class Chat:
     def reset(self) -> None:
         """Forget all turns."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        self.cache = self._new_cache()
+        self.cache = DynamicCache(config=self.target.config)
         self.ids = self._encode("")  # (1, tokens) of all turns
         self.written = ""  # what the template has made of them
 
@@ -68,7 +68,7 @@ class Chat:
             # the cache does not hold. Only what the template puts after the last answer is new.
             cache, ids = self.cache, torch.cat([self.ids, self._encode(prompt[len(self.written) :])], dim=1)
         else:  # the first turn; and some templates rewrite past answers, to drop their reasoning or spaces
-            cache, ids = self._new_cache(), self._encode_chat(messages)
+            cache, ids = DynamicCache(config=self.target.config), self._encode_chat(messages)
         sequences = self.target.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -86,9 +86,6 @@ class Chat:
         # The template writes the token that ends a turn itself.
         self.ids = sequences[:, :-1] if answer_ids[-1] in ends else sequences
         return answer
-
-    def _new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self.target.config)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from ..common.files import share
 from ..common.loading import load_draft, load_target_config
 from ..common.option_files import option
+from ..common.sentences import some
 from ..inference.configuration_confu import SPECIAL_TOKENS, ConFuConfig
 from ..inference.knobs import ConFuKnobs
 from ..inference.modeling_confu import ConFuDraftModel
@@ -73,7 +74,12 @@ def export_eagle3(
         if not config.has_own_embeddings:
             weights["embed_tokens.weight"] = _target_embeddings(draft, target)
         depth = getattr(draft.generation_config, "confu_depth", None) or ConFuKnobs.FIXED["depth"]
-        verifier = {"name_or_path": _name_of(target), "architectures": _architectures(target, trust_remote_code)}
+        architectures = []
+        if isinstance(target, PreTrainedModel):
+            architectures = [type(target).__name__]
+        elif target is not None:
+            architectures = load_target_config(target, trust_remote_code).architectures or []
+        verifier = {"name_or_path": _name_of(target), "architectures": architectures}
         written = _speculators_config(config, draft.dtype, depth, verifier)
 
     folder = Path(folder)
@@ -85,15 +91,9 @@ def export_eagle3(
 
 
 def _refuse_what_cannot_be_written(config: ConFuConfig, format: str) -> None:
-    unknown_to_sglang = {
-        "use_qk_norm": "normalises queries and keys",
-        "norm_before_residual": "normalises the residual",
-        "attention_bias": "has biases in its attention",
-        "mlp_bias": "has biases in its MLP",
-    }
-    for name, what in unknown_to_sglang.items():
-        if format == "sglang" and getattr(config, name):
-            raise ValueError(f"The draft {what} (`{name}`), which SGLang does not; use the form 'speculators'.")
+    unknown_to_sglang = ("use_qk_norm", "norm_before_residual", "attention_bias", "mlp_bias")
+    if format == "sglang" and (names := [name for name in unknown_to_sglang if getattr(config, name)]):
+        raise ValueError(f"The draft has {some(names)}, which SGLang does not know; use the form 'speculators'.")
     if format == "sglang" and config.has_own_embeddings and config.hidden_size == config.target_hidden_size:
         raise ValueError(
             "The draft has embeddings of its own (`has_own_embeddings`), but as wide as its target's, and SGLang "
@@ -211,12 +211,6 @@ def _name_of(target: str | Path | PreTrainedModel | None) -> str | None:
     if isinstance(target, PreTrainedModel):
         return target.config._name_or_path or None
     return None if target is None else str(target)
-
-
-def _architectures(target: str | Path | PreTrainedModel | None, trust_remote_code: bool) -> list[str]:
-    if isinstance(target, PreTrainedModel):
-        return [type(target).__name__]
-    return [] if target is None else load_target_config(target, trust_remote_code).architectures or []
 
 
 def _card(format: str, target_name: str | None) -> ModelCard:

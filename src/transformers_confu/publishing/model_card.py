@@ -27,6 +27,7 @@ RELATION = "adapter"
 FIGURES = {"tau": "tau", "speed_up": "speed-up, total", "speed_up_mean": "speed-up, mean of questions"}
 # Ids of the Hub that are not spelled as the licence is. Others are shown as they are.
 LICENCES = {"mit": "MIT", "apache-2.0": "Apache-2.0", "bsd-3-clause": "BSD-3-Clause", "cc0-1.0": "CC0-1.0"}
+LICENCES |= dict.fromkeys((None, "unknown"), "not stated yet")
 
 
 @dataclass
@@ -60,14 +61,6 @@ class Evaluation:
                 )
             if wrong := [name for name in FIGURES if not isinstance(row.get(name, 0), int | float)]:
                 raise ValueError(f"`{wrong[0]}` of {row['arm']!r} is {row[wrong[0]]!r}; expected a number.")
-
-    def cells(self) -> list[list[str]]:
-        """The rows as the card's table shows them."""
-
-        def cell(figure: Any) -> str:
-            return f"{figure:.3f}" if isinstance(figure, float) else "" if figure is None else str(figure)
-
-        return [[cell(row.get(name)) for name in ("arm", "contemplation", *FIGURES)] for row in self.rows]
 
     def results(self) -> list[EvalResult]:
         """The draft's own figures, for the card's `model-index`."""
@@ -225,18 +218,10 @@ def model_card(
         facts=facts,
         repo_id=repo_id,
         description=describe(config, knobs or {}),
-        licence=licence(facts),
+        columns=("arm", "contemplation", *FIGURES),
+        licences=LICENCES,
         check=check,
     )
-
-
-def licence(facts: CardFacts) -> str:
-    """What the card says about the licence of the weights, Markdown."""
-    if facts.license == "other":
-        return f"[{facts.license_name}]({facts.license_link})"
-    if facts.license in (None, "unknown"):
-        return "not stated yet"
-    return LICENCES.get(facts.license, facts.license)
 
 
 def describe(config: ConFuConfig, knobs: dict[str, int]) -> dict[str, str]:
