@@ -14,7 +14,6 @@ from transformers_confu.publishing.model_card import (
     CardFacts,
     Evaluation,
     add_evaluation,
-    describe,
     model_card,
 )
 
@@ -113,12 +112,13 @@ def test_a_card_is_whole_whatever_is_known(facts, licence):
 @pytest.mark.parametrize("own_embeddings", [False, True])
 def test_the_description_counts_what_the_draft_has(own_embeddings):
     draft = make_tiny_draft(make_tiny_target(), **({"hidden_size": 16, "head_dim": 4} if own_embeddings else {}))
-    rows = describe(draft.config, {})
+    text = model_card(CardFacts(), draft.config, "org/draft").text
     count = sum(parameter.numel() for parameter in draft.parameters())
-    assert rows["parameters"].startswith(f"{count / 1e6:.1f} million: EAGLE-3 core ")
-    assert ("an embedding table of its own" in rows["core"]) == own_embeddings
-    assert "hidden states 1, 2 and 4" in rows["core"]
-    assert rows["future channel"].startswith("4 soft prompts per target layer; mixtures of experts: 2 of 8 active")
+    assert f"\n| parameters | {count / 1e6:.1f} million: EAGLE-3 core " in text
+    assert (" and an embedding table of its own |\n" in text) == own_embeddings
+    assert "reads the target's hidden states 1, 2 and 4 and " in text
+    assert "\n| draft vocabulary | 97 of the target's 97 tokens |\n| future channel | 4 soft prompts per" in text
+    assert "target layer; mixtures of experts: 2 of 8 active for `[con]`, " in text
 
 
 # card.yaml

@@ -196,6 +196,10 @@ def model_card(
         knobs: The `confu_*` entries of its generation config.
         check: What a check before publishing found, Markdown.
     """
+    with torch.device("meta"):  # shapes without memory
+        parameters = dict(ConFuDraftModel(config).named_parameters())
+    channel = sum(p.numel() for name, p in parameters.items() if name.startswith("future_channel.")) / 1e6
+    core = sum(p.numel() for p in parameters.values()) / 1e6 - channel
     results = [result for evaluation in facts.evaluations for result in evaluation.results()]
     data = ModelCardData(
         license=facts.license,
@@ -217,39 +221,11 @@ def model_card(
         template_path=str(TEMPLATE),
         facts=facts,
         repo_id=repo_id,
-        description=describe(config, knobs or {}),
+        config=config,
+        core=core,
+        channel=channel,
+        knobs=knobs or {},
         columns=("arm", "contemplation", *FIGURES),
         licences=LICENCES,
         check=check,
     )
-
-
-def describe(config: ConFuConfig, knobs: dict[str, int]) -> dict[str, str]:
-    """The card's table of what the draft is, all from its config: name of a row -> text."""
-    with torch.device("meta"):  # shapes without memory
-        parameters = dict(ConFuDraftModel(config).named_parameters())
-    channel = sum(p.numel() for name, p in parameters.items() if name.startswith("future_channel.")) / 1e6
-    core = sum(p.numel() for p in parameters.values()) / 1e6 - channel
-    dtype = "" if config.dtype is None else f"; {str(config.dtype).removeprefix('torch.')}"
-    embeddings = "an embedding table of its own" if config.has_own_embeddings else "its input embeddings"
-    rotated = ", rotated to the root's position" if config.rotate_soft_prompts else ""
-    rows = {
-        "parameters": f"{core + channel:.1f} million: EAGLE-3 core {core:.1f}, future channel {channel:.1f}{dtype}",
-        "core": f"one decoder layer (hidden size {config.hidden_size}, {config.num_attention_heads} query and "
-        f"{config.num_key_value_heads} key/value heads), reads the target's hidden states "
-        f"{_listed(config.target_hidden_state_indices)} and {embeddings}",
-        "draft vocabulary": f"{config.draft_vocab_size:,} of the target's {config.vocab_size:,} tokens",
-        "future channel": f"{config.num_soft_prompts} soft prompts per target layer{rotated}; mixtures of experts: "
-        f"{config.num_contemplate_experts_per_token} of {config.num_contemplate_experts} active for `[con]`, "
-        f"{config.num_future_experts_per_token} of {config.num_future_experts} for `[f]`; f is the contemplate row's "
-        f"hidden states {_listed(config.future_hidden_state_indices)}",
-    }
-    if knobs:
-        rows["knobs it decodes with"] = ", ".join(f"`{name}={value}`" for name, value in knobs.items())
-    return rows
-
-
-def _listed(numbers: list[int]) -> str:
-    """`1, 2 and 4`."""
-    *others, last = map(str, numbers)
-    return f"{', '.join(others)} and {last}" if others else last
