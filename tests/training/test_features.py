@@ -3,16 +3,8 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-)
 
-from helpers import make_tiny_draft, make_tiny_target
+from helpers import make_family, make_tiny_draft, make_tiny_target
 from transformers_confu.data.fingerprints import fingerprint_of_module, fingerprint_of_target
 from transformers_confu.inference.target import TargetRunner
 from transformers_confu.training.anchors import Anchors, AnchorSampling
@@ -159,24 +151,15 @@ def test_the_fingerprint_looks_at_all_columns_of_a_large_weight():
 
 
 SCALED = {
-    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=1.04)),
-    "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),
-    "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**SIZES, final_logit_softcapping=3.0, layer_types=["full_attention"] * 5)
-    ),
-}
-SIZES = {
-    **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "head_dim": 8},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "tie_word_embeddings": True},
-    **{"bos_token_id": 1, "eos_token_id": None, "pad_token_id": None},
+    "Granite": {"logits_scaling": 1.04},
+    "Cohere": {"logit_scale": 0.25},
+    "Gemma2": {"final_logit_softcapping": 3.0, "layer_types": ["full_attention"] * 5},
 }
 
 
 @pytest.mark.parametrize("family", SCALED)
 def test_scores_that_are_scaled_or_capped_behind_the_head_are_kept_as_they_are(family, tmp_path):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        target = SCALED[family]().double().eval().requires_grad_(False)
+    target = make_family(family, tie_word_embeddings=True, **SCALED[family]).requires_grad_(False)
     draft = make_tiny_draft(target, draft_vocab_size=31)
     runner = TargetRunner(target, draft.config, draft.future_channel)
     assert_kept_is_live(KeptFeatures(draft, runner, tmp_path), make_batch())

@@ -5,16 +5,9 @@ import logging
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    FalconConfig,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-)
+from transformers import DynamicCache
 
-from helpers import make_tiny_target, rotate
+from helpers import make_family, make_tiny_target, rotate
 from transformers_confu import ConFuConfig
 from transformers_confu.inference.cached_rows import filled_layers
 from transformers_confu.training.initialisation import warm_start
@@ -162,16 +155,9 @@ def test_quantised_and_offloaded_layers_are_left_out_with_a_warning(make_weight,
     torch.testing.assert_close(draft.layers[0].mlp.up_proj.weight, last.mlp.up_proj.weight)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        GPT2Config(vocab_size=97, n_embd=32, n_layer=5, n_head=4),
-        FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=5, num_attention_heads=4),
-    ],
-    ids=["h, Conv1D", "query_key_value"],
-)
-def test_a_target_without_layers_of_that_name_starts_what_can_be_started(config, caplog):
-    target = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+@pytest.mark.parametrize("family", ["GPT2", "Falcon"])  # `h` and Conv1D; `query_key_value`
+def test_a_target_without_layers_of_that_name_starts_what_can_be_started(family, caplog):
+    target = make_family(family).float()
     with caplog.at_level(logging.WARNING):
         draft = warm_start(target, TOKENS, config_for(target))
     assert "of the target have other shapes, other norms or no weights; left random" in caplog.text
@@ -232,13 +218,9 @@ def test_a_draft_of_another_width_starts_random_where_it_must(caplog):
 
 def test_scales_are_taken_over_as_the_target_applies_them():
     """Gemma keeps the scale of a norm less 1, and scales embeddings as it looks them up."""
-    config = Gemma3TextConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-12, layer_types=["full_attention"] * 5,
-    )  # fmt: skip
-    target = Gemma3ForCausalLM(config).double()
+    target = make_family("Gemma3Text", rms_norm_eps=1e-12, layer_types=["full_attention"] * 5)
     torch.nn.init.normal_(target.model.norm.weight)
-    draft = warm_start(target, torch.arange(97), ConFuConfig.from_target(config)).double()
+    draft = warm_start(target, torch.arange(97), ConFuConfig.from_target(target.config)).double()
     rows = torch.randn(3, 32, dtype=torch.float64)
     assert torch.allclose(draft.norm(rows), target.model.norm(rows), rtol=1e-5, atol=1e-5)
     size = float(target.get_input_embeddings()(torch.arange(97)).detach().std())  # sqrt(32) times its weights'

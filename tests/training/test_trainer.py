@@ -394,14 +394,6 @@ def test_evaluating_does_not_change_training(target, rows, tmp_path):
 # Refusals
 
 
-def test_missing_datasets_are_refused(target, tmp_path):
-    trainer = make_trainer(target, tmp_path, max_steps=1)
-    with pytest.raises(ValueError, match="Give `train_dataset`; make one with `prepare_dataset`."):
-        trainer.train()
-    with pytest.raises(ValueError, match="Give `eval_dataset`; make one with `prepare_dataset`."):
-        trainer.evaluate()
-
-
 def test_a_dataset_that_makes_no_batches_is_refused_before_the_training(target, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(ConFuTrainingArguments, "world_size", 3)
     message = "2 rows of these lengths cannot be shared evenly by 3 processes"
@@ -506,6 +498,10 @@ def train_under(**options):
     return lambda target, rows, folder: make_trainer(target, folder, train_dataset=rows, **options)
 
 
+def run_without_data(method):
+    return lambda target, rows, folder: getattr(make_trainer(target, folder, max_steps=1), method)()
+
+
 def adapted(config) -> PreTrainedModel:
     return get_peft_model(make_tiny_target(dtype=torch.float32), config)
 
@@ -533,6 +529,8 @@ def adapted(config) -> PreTrainedModel:
         (train_with(eval_dataset=lambda t, r: {"one": r}), "`eval_dataset` is a dict; expected a `datasets.Dataset`"),
         (train_with(eval_dataset=lambda t, r: r.to_iterable_dataset()), "`eval_dataset` is a IterableDataset; expec"),
         (train_with(compute_metrics=lambda t, r: print), "`compute_metrics` has no effect here: the loss is ConFu's"),
+        (run_without_data("train"), "Give `train_dataset`; make one with `prepare_dataset`."),
+        (run_without_data("evaluate"), "Give `eval_dataset`; make one with `prepare_dataset`."),
         (train_under(tokens_per_batch=0), "`tokens_per_batch` is 0; it must be at least 1."),
         (train_under(stage="third"), "`stage` is 'third'; it must be one of core, contemplation, joint."),
         (train_under(ttt_decay=1.5), "`ttt_decay` is 1.5; it must be above 0 and at most 1."),

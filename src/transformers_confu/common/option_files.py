@@ -13,12 +13,8 @@ import yaml
 
 def option(help: str, default: Any = None, **settings: Any) -> Any:
     """
-    A field of a dataclass of options, as `HfArgumentParser` reads them.
-
-    Args:
-        help: What the option means.
-        default: Its value if it is not given; a function that makes it; or `...` for one that must be given.
-        settings: More for `add_argument`.
+    A field of a dataclass of options, as `HfArgumentParser` reads them. The default is a value, a function that makes
+    it, or `...` for an option that must be given; `settings` are more for `add_argument`.
     """
     metadata = {"help": help, **settings}
     if default is ...:
@@ -39,11 +35,7 @@ def read_option_file(argv: list[str], types: Mapping[str, Any]) -> list[list[str
     common one, and `draft` that of the first stage, whatever the file says.
 
     Values reach the parser of the command line as text, so that a number means the same in both places (to YAML,
-    `1e-4` is a string): for each run a command line of options alone is returned.
-
-    Args:
-        argv: Command line without the program's name.
-        types: Of all options, by name.
+    `1e-4` is a string): for each run a command line of options alone is returned. `types` are of all options, by name.
     """
     if not argv or not argv[0].endswith((".yaml", ".yml")):
         return [argv]

@@ -36,7 +36,6 @@ class AnchorSampling:
 
     In decoding the `[con]` of a node at depth d is routed by the newest token with a true hidden state, d + 1 before
     it. Here that lag is uniform in 1..`max_lag`, cut at the last prompt token, which itself has lag 0.
-
     """
 
     replication: int  # rows behind an anchor that use its future prediction, l of the paper
@@ -44,9 +43,8 @@ class AnchorSampling:
     seed: int = 0
 
     def draw(self, labels: torch.LongTensor, row_keys: Sequence[int], step: int = 0) -> Anchors:
-        r"""
+        """
         Anchors of a batch with labels `(batch, length)`, at a step of the training; 0 for draws that never change.
-
         Those of a row follow from (seed, step, content of the row) alone. So they are the same however the rows are
         dealt out to batches and processes, and a resumed run draws what an uninterrupted one does.
         """
@@ -54,7 +52,8 @@ class AnchorSampling:
         starts_run = rows.clone()
         starts_run[:, 1:] &= ~rows[:, :-1]
         positions, routed_by = [], []
-        for is_row, is_start, key in zip(rows, starts_run, row_keys, strict=True):
+        of_row = torch.full(rows.shape, -1, dtype=torch.long)
+        for is_row, is_start, key, served in zip(rows, starts_run, row_keys, of_row, strict=True):
             words = np.random.SeedSequence((self.seed, step, key)).generate_state(1)
             generator = torch.Generator().manual_seed(int(words[0]))
             of_text: list[torch.Tensor] = [torch.zeros(0, dtype=torch.long)]
@@ -70,13 +69,8 @@ class AnchorSampling:
                 routers.append((anchors - lag).clamp(min=start))
             positions.append(torch.cat(of_text))
             routed_by.append(torch.cat(routers))
-        # The number of the nearest anchor at or before each row: a running maximum, as numbers rise with positions.
-        of_row = torch.full(rows.shape, -1, dtype=torch.long)
-        for nearest, anchors in zip(of_row, positions, strict=True):
-            nearest[anchors] = torch.arange(len(anchors))
-            nearest.copy_(nearest.cummax(dim=0).values)
-            if len(anchors):
-                nearest[torch.arange(len(nearest)) - anchors[nearest.clamp(min=0)] > self.replication] = -1
+            for number, anchor in enumerate(positions[-1].tolist()):  # they rise: the nearest one comes last
+                served[anchor : anchor + self.replication + 1] = number
 
         def padded(parts: list[torch.Tensor]) -> torch.Tensor:
             return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(labels.device)

@@ -36,10 +36,6 @@ class TokenBatchSampler(Sampler[list[int]]):
     Args:
         lengths: Of every row, in tokens; at least 1 each.
         tokens_per_batch: The budget of a batch of one process, in tokens, padding included.
-        num_processes, process_index: How many processes share the rows, and which of them this is.
-
-    Raises:
-        ValueError: there are too few rows for the processes.
     """
 
     def __init__(
@@ -127,7 +123,7 @@ class TokenBatch:
 
     @cached_property
     def position_ids(self) -> torch.LongTensor:
-        """Position of every token, `(B, T)`."""
+        """`(B, T)`"""
         return torch.arange(self.input_ids.shape[1], device=self.input_ids.device).expand_as(self.input_ids)
 
     @cached_property

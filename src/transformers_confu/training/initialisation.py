@@ -36,7 +36,6 @@ def warm_start(
     could not be taken over is logged.
 
     Args:
-        target: Where its modules are not named as Llama's, less is taken over.
         draft_token_ids (`torch.LongTensor` of shape `(draft_vocab_size,)`): See [`build_draft_vocabulary`].
         config: Defaults to [`ConFuConfig.from_target`].
         soft_prompt_ids (`torch.LongTensor` of shape `(num_soft_prompts,)`, *optional*): A text whose keys and values
@@ -48,7 +47,9 @@ def warm_start(
     draft_token_ids = draft.draft_token_ids
 
     backbone = target.get_decoder()
-    last = _last_layer(backbone, config.target_num_hidden_layers)
+    # Of the list of layers, whatever it is called (`layers`, `h`, `blocks`).
+    lists = (module for module in backbone.modules() if isinstance(module, nn.ModuleList))
+    last = next((layers[-1] for layers in lists if len(layers) == config.target_num_hidden_layers), None)
     layer = draft.layers[0]
     # The draft's feature starts as the highest tap: the other taps come in as training finds use for them.
     nn.init.zeros_(draft.fc.weight)
@@ -69,19 +70,23 @@ def warm_start(
         ("lm_head", draft.lm_head.weight, None if lm_head is None else lm_head[draft_token_ids.to(lm_head.device)]),
         ("hidden_norm", layer.hidden_norm.weight, _weight(last, "input_layernorm")),
     ]
-    for name in ("post_attention_layernorm", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
-        pairs.append((name, layer.get_submodule(name).weight, _weight(last, name)))
+    names = ["post_attention_layernorm", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     # A norm behind queries and keys sets their size, so the target's projections are of no use without its norms: both
     # are taken over, or neither.
     normalised = getattr(getattr(last, "self_attn", None), "q_norm", None) is not None
+    if normalised and config.use_qk_norm:
+        names += ["self_attn.q_norm", "self_attn.k_norm"]
+    pairs += [(name, layer.get_submodule(name).weight, _weight(last, name)) for name in names]
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
         fits = name == "self_attn.v_proj" or normalised == config.use_qk_norm
         ours = layer.get_submodule(name).weight[:, feature_half]
         pairs.append((name, ours, _weight(last, name) if fits else None))
-    if normalised and config.use_qk_norm:
-        for name in ("self_attn.q_norm", "self_attn.k_norm"):
-            pairs.append((name, layer.get_submodule(name).weight, _weight(last, name)))
-    left = [name for name, ours, theirs in pairs if not _copy(ours, theirs)]
+    left = []
+    for name, ours, theirs in pairs:
+        if theirs is None or ours.shape != theirs.shape:
+            left.append(name)
+        else:
+            ours.copy_(theirs)
     if left:
         logger.warning(
             "Warm start: %s of the target have other shapes, other norms or no weights; left random.", ", ".join(left)
@@ -121,14 +126,6 @@ def is_channel_untrained(draft: ConFuDraftModel) -> bool:
     return switched_off and (residual is None or not bool(residual.weight.any()))
 
 
-def _last_layer(backbone: nn.Module, num_layers: int) -> nn.Module | None:
-    """The last decoder layer, whatever the list of them is called (`layers`, `h`, `blocks`); `None` without a list."""
-    for module in backbone.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return module[-1]
-    return None
-
-
 def _weight(module: nn.Module | None, path: str = "") -> torch.Tensor | None:
     """
     Weight of the submodule at `path`, dequantised where it knows how (torchao); `None` where there is no plain one.
@@ -148,13 +145,6 @@ def _weight(module: nn.Module | None, path: str = "") -> torch.Tensor | None:
         # Some families, such as Gemma, keep a norm's scale less 1; what the norm makes of ones tells.
         return weight + (module(torch.ones_like(weight)) - weight).mean().round()
     return weight
-
-
-def _copy(ours: torch.Tensor, theirs: torch.Tensor | None) -> bool:
-    if theirs is None or ours.shape != theirs.shape:
-        return False
-    ours.copy_(theirs)
-    return True
 
 
 def _tap_sizes(target: PreTrainedModel, draft: ConFuDraftModel) -> list[float]:

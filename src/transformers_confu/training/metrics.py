@@ -56,8 +56,7 @@ def metrics_of(counts: Counts) -> dict[str, float]:
       probability 1 - TV_s (total variation between target and draft).
     - `future_coverage`: draft rows that read a future prediction.
     - `contemplate_load_min`, `..._max`, `future_load_...`: the least and the greatest share of one expert in what the
-      router of `[con]`, and that of `[f]`, chose. A router that always chooses the same K experts shows a greatest
-      share of 1 / K.
+      router of `[con]`, and that of `[f]`, chose: 1 / K where it always chooses the same K.
     """
     if counts["rows"] == 0:
         return {}

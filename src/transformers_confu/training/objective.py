@@ -62,18 +62,8 @@ def compute_objective(
     embed = draft.embed_tokens or embed
     with torch.no_grad() if draft.embed_tokens is None else torch.enable_grad():
         inputs_embeds = embed(batch.input_ids).to(draft.device, draft.dtype)
-    steps = unroll(
-        draft,
-        inputs_embeds,
-        features,
-        batch.position_ids,
-        sees=batch.sees(rows),
-        rows=rows,
-        future_states=future_states,
-        has_future=has_future,
-        num_steps=num_steps,
-    )
-
+    of_rows = (batch.sees(rows), rows, future_states, has_future)
+    steps = unroll(draft, inputs_embeds, features, batch.position_ids, *of_rows, num_steps)
     hidden_states = torch.stack(list(steps)).flatten(1, 2)  # (S, B * R, H)
 
     # Row i at step s is taught by position i + 1 + s. It counts while all tokens up to i + 2 + s are of one answer.

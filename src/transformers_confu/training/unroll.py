@@ -31,7 +31,6 @@ def unroll(
     Outputs of the decoder layer, before `norm`, `(B, R, H)`, of one TTT step after the other.
 
     Args:
-        draft ([`ConFuDraftModel`]): The draft.
         inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): Token embeddings.
         features (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): The target's taps, fused.
         position_ids (`torch.LongTensor` of shape `(batch, length)`).
@@ -42,7 +41,7 @@ def unroll(
             `None` is EAGLE-3 mode.
         has_future (`torch.BoolTensor` of shape `(batch, rows)`, *optional*): Rows that have one; the others neither
             see the slot nor add the residual.
-        num_steps (`int`): TTT steps; the depth used in decoding should not exceed it.
+        num_steps: TTT steps; the depth used in decoding should not exceed it.
     """
     layer = draft.layers[0]
     attention: ConFuAttention = layer.self_attn
