@@ -49,7 +49,6 @@ def test_rows_may_differ_in_kind(tmp_path):
     [
         ("bad.jsonl", b'{"a": 1}\n{"b": \n', r"bad\.jsonl, line 2 is not JSON"),
         ("bad.jsonl", b'{"a": 1}\n[1]\n', r"bad\.jsonl, line 2 holds a list"),
-        ("gaps.jsonl", b'{"a": 1}\n\n{"a": [1]}\n', r"gaps\.jsonl has blank lines, .* delete the blank lines"),
         ("bad.jsonl", b"", r"bad\.jsonl holds no row"),
         ("torn.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-10], r"torn\.jsonl\.gz cannot be decompressed"),
         ("rows.xyz", b"?", r"rows\.xyz cannot be read as a file, folder, address or Hub dataset"),

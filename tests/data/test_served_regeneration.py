@@ -194,19 +194,14 @@ def test_requests_say_what_was_asked_for(tokenizer, prompts, ask):
     assert all(row["chat_template_kwargs"] == {"tone": "w9"} for row in rows.values())
 
 
-def test_an_interrupted_run_is_resumed_and_that_of_others_refused(target, tokenizer, prompts, tmp_path, ask):
+def test_an_interrupted_run_is_resumed_and_that_of_another_model_refused(target, tokenizer, prompts, tmp_path, ask):
     complete = answer_with(target, tokenizer)
     _, whole = ask(complete, prompts, model="tiny", extra_body={"top_p": 0.5})
     written = (tmp_path / "a.jsonl").read_bytes()
     lines = written.splitlines(keepends=True)
     (tmp_path / "a.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:-4])
-    for changed, message in (
-        ({"temperatures": (0.3,)}, r"line \d+ is no answer .* this call would write"),
-        ({"extra_body": None}, r"other settings \(extra_body was \{'top_p': 0.5\}, is None\)"),
-        ({"model": None}, r"other settings \(model was 'tiny', is 'other'\)"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ask(StandIn(complete, ("other",)), prompts, **{"model": "tiny", "extra_body": {"top_p": 0.5}} | changed)
+    with pytest.raises(ValueError, match=r"\(extra_body was .*, is None; model was 'tiny', is 'other'\)"):
+        ask(StandIn(complete, ("other",)), prompts)
     report, rows = ask(complete, prompts, extra_body={"top_p": 0.5})
     assert (report.resumed, report.written) == (5, 5) and rows == whole
 
@@ -242,8 +237,6 @@ def test_refused_prompts_are_counted(tokenizer, prompts, ask):
         ((200, {}, "<html>"), {}, "replied with something else than JSON, HTTP 200: <html>"),
         ({**YES, "token_ids": [400]}, {}, "answers with token 400"),
         (YES, {"model": None}, "serves a, b: name one"),
-        (YES, {"rows": [{"id": 1}]}, "Row 0: it has the fields"),
-        (YES, {"file": "a.json"}, r"expected a \.jsonl file"),
     ],
 )
 def test_what_ends_a_run_is_said(prompts, tmp_path, ask, reply, settings, message):

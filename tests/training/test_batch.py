@@ -2,23 +2,20 @@
 
 from itertools import pairwise
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 
-from transformers_confu.training import ConFuDataCollator
-from transformers_confu.training.batch import TokenBatch, TokenBatchSampler
+from transformers_confu.training.batch import TokenBatch, TokenBatchSampler, collate
 
 
-@pytest.mark.parametrize("pad_token_id", [None, 9])
-def test_collator_pads_on_the_right(pad_token_id):
+def test_rows_are_padded_on_the_right():
     ids = [torch.arange(1, length + 1) for length in (3, 5, 1)]
     rows = [{"input_ids": x.tolist(), "labels": (x + 10).tolist(), "other": "text"} for x in ids]
-    batch = ConFuDataCollator(pad_token_id)(rows)
+    batch = collate(rows)
     for name, tensors, fill in (
-        ("input_ids", ids, pad_token_id or 0),
+        ("input_ids", ids, 0),
         ("labels", [torch.cat([torch.tensor([-100]), x[1:] + 10]) for x in ids], -100),
         ("attention_mask", [torch.ones_like(x) for x in ids], 0),
     ):
@@ -27,10 +24,10 @@ def test_collator_pads_on_the_right(pad_token_id):
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     # The key of a row is that of its content, whatever it shares a batch with.
     keys = TokenBatch.of(batch).row_keys
-    assert len(set(keys)) == 3 and TokenBatch.of(ConFuDataCollator(5)(rows[2:])).row_keys == keys[2:]
-    assert TokenBatch.of(ConFuDataCollator()([rows[2] | {"labels": [-100]}])).row_keys == keys[2:]
+    assert len(set(keys)) == 3 and TokenBatch.of(collate(rows[2:])).row_keys == keys[2:]
+    assert TokenBatch.of(collate([rows[2] | {"labels": [-100]}])).row_keys == keys[2:]
     other = rows[1] | {"labels": [-100, -100, *rows[1]["labels"][2:]]}
-    assert TokenBatch.of(ConFuDataCollator()([other])).row_keys != keys[1:2]
+    assert TokenBatch.of(collate([other])).row_keys != keys[1:2]
 
 
 @settings(max_examples=150, deadline=None)
@@ -79,8 +76,3 @@ def test_rows_and_batches_are_shuffled_between_epochs():
     assert len(contents[0] & contents[1]) < 0.1 * len(first) and contents[0] != contents[2]
     padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in first)
     assert sum(lengths) > 0.85 * padded
-
-
-def test_too_few_rows_for_the_processes_are_refused():
-    with pytest.raises(ValueError, match="3 rows of these lengths cannot be shared evenly by 2 processes.* out 1"):
-        TokenBatchSampler([9, 9, 9], 9, num_processes=2)

@@ -8,7 +8,7 @@ from helpers import make_family, make_tiny_draft, make_tiny_target
 from transformers_confu.data.fingerprints import fingerprint_of_module, fingerprint_of_target
 from transformers_confu.inference.target import TargetRunner
 from transformers_confu.training.anchors import Anchors, AnchorSampling
-from transformers_confu.training.batch import ConFuDataCollator, TokenBatch
+from transformers_confu.training.batch import TokenBatch, collate
 from transformers_confu.training.features import KeptFeatures
 from transformers_confu.training.objective import Objective, compute_objective
 from transformers_confu.training.teacher import Teaching, teach
@@ -66,7 +66,7 @@ SAMPLING = AnchorSampling(replication=2, max_lag=3, seed=5)
 def make_batch(*rows: int) -> TokenBatch:
     """Of rows 0 to 6; all of them if none is named."""
     dataset = make_dataset()
-    return TokenBatch.of(ConFuDataCollator()([dataset[row] for row in rows or range(7)]))
+    return TokenBatch.of(collate([dataset[row] for row in rows or range(7)]))
 
 
 def anchors_of(batch: TokenBatch) -> Anchors:

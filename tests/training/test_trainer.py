@@ -544,7 +544,6 @@ def adapted(config) -> PreTrainedModel:
         ),
         (train_under(use_liger_kernel=True), "`use_liger_kernel` has no effect here: its kernels are for models of"),
         (train_under(fp16=True), "`fp16` is not supported: gradients of the head are made in the forward"),
-        (train_under(report_to="comet_ml"), "`report_to` names comet_ml, of which no package is installed (installed"),
         (train_under(fsdp="full_shard"), "`fsdp` is not supported: the draft is small, and the target"),
         (train_under(push_to_hub=True), "`push_to_hub` is not supported: leave it out, and upload the trained draft"),
     ],

@@ -64,21 +64,18 @@ def prepare_dataset(
     """
     Turn rows of text or ids into a dataset with columns `input_ids`, `labels` (lists of int32) and `prompt_hash`.
 
-    A row is one of
+    A row holds one of
 
-    - `{"messages": [{"role", "content"}, ...]}`: rendered by the chat template; every assistant turn is labelled, with
-      its end-of-turn token. Where a template renders an earlier turn otherwise than the newest (Qwen3's drops its
-      reasoning), each answer becomes a row of its own, with the text before it as the target saw it.
-    - an answered conversation as `regenerate` writes it: `messages` and, for each answer, its `answer_ids` and the
-      `prompt_ids` before it (rendered again if not given). Ids are taken as they are: tokenised again, text may give
-      other tokens than the target chose.
-    - `{"prompt": str | messages, "answer_ids": [int, ...]}`: one prompt (a string is one user turn) and its answer.
-    - `{"prompt": str | messages, "completion": str | messages}` (TRL's form): as `messages`.
-    - `{"input_ids": [int, ...], "labels": [int, ...]}`: passed through after a check.
+    - `messages`: rendered by the chat template; every assistant turn is labelled, with its end-of-turn token. Where a
+      template renders an earlier turn otherwise than the newest (Qwen3's drops its reasoning), each answer becomes a
+      row of its own, with the text before it as the target saw it;
+    - `messages` with, for each answer, its `answer_ids` and the `prompt_ids` before it (rendered again if not given),
+      as `regenerate` writes it. Ids are taken as they are: tokenised again, text may give other tokens;
+    - `prompt` (a user turn or messages) and its `answer_ids`, or its `completion` (TRL's form; text or messages);
+    - `input_ids` and `labels`: passed through after a check.
 
-    A row may also hold `tools` (a list of JSON schemas) and `chat_template_kwargs` (such as
-    `{"enable_thinking": false}`), each also as JSON, for the chat template. Rows longer than `max_length` lose their
-    right end. A row without any assistant token left is dropped.
+    It may also hold `tools` (a list of JSON schemas) and `chat_template_kwargs`, each also as JSON, for the chat
+    template. Rows longer than `max_length` lose their right end. One without any assistant token left is dropped.
 
     Rows from a file, folder or the Hub are tokenised once: the outcome lies in the cache of `datasets`, mapped into
     memory, and is found again for the same rows, tokenizer and settings. In several processes, call this under

@@ -115,12 +115,11 @@ class RowEncoder:
         input_ids, labels = self._check_ids(input_ids, "input_ids"), _int_list(labels, "labels")
         if len(input_ids) != len(labels):
             raise ValueError(f"it has {len(input_ids)} input_ids and {len(labels)} labels, expected as many of both.")
-        for position, (token, label) in enumerate(zip(input_ids, labels, strict=True)):
-            if label not in (IGNORE_INDEX, token):
-                raise ValueError(
-                    f"label {label} at position {position} is neither {IGNORE_INDEX} nor the id {token} of that "
-                    f"position: labels are not shifted here."
-                )
+        if wrong := [place for place, label in enumerate(labels) if label not in (IGNORE_INDEX, input_ids[place])]:
+            raise ValueError(
+                f"label {labels[wrong[0]]} at position {wrong[0]} is neither {IGNORE_INDEX} nor the id of that "
+                f"position: labels are not shifted here."
+            )
         return input_ids, labels
 
     def _answered(self, row: Mapping[str, Any], template_options: list[Any]) -> list[Encoded]:

@@ -66,9 +66,6 @@ def regenerate(
         batch_size: Conversations answered at once. Memory holds as many rows of the longest prompt and answer.
         max_prompt_length: Longer prompts (in tokens, template included) are skipped and counted.
         temperatures: One or more; 0 means greedy.
-
-    Raises:
-        ValueError: a setting or a prompt is invalid, or the output holds answers that this call would not write.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1.")

@@ -6,7 +6,7 @@ from aiohttp import ClientError
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from ..common.jsonl import read_jsonl, read_lines
+from ..common.jsonl import read_jsonl
 
 
 _BUILDERS = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
@@ -56,12 +56,8 @@ def load_rows(source: str | Path) -> Dataset:
         ) from error
     except (DatasetGenerationError, OSError, ValueError, RuntimeError, TypeError, ClientError, EOFError) as error:
         if path.is_file() and ".jsonl" in path.name:
-            num_rows = sum(1 for _ in read_jsonl(path))  # names the line that is wrong
-            if num_rows < sum(1 for _ in read_lines(path)):
-                raise ValueError(
-                    f"{source} has blank lines, with which `datasets` cannot read entries that are of different kinds "
-                    f"in different rows ({_reason(error)}); delete the blank lines."
-                ) from error
+            for _ in read_jsonl(path):  # names the line that is wrong
+                pass
         raise ValueError(
             f"{source} cannot be read as a file, folder, address or Hub dataset (id, id:split or "
             f"id:configuration:split): {_reason(error)}"

@@ -76,8 +76,6 @@ def regenerate_served(
         extra_body: Further fields of each request, such as `{"top_p": 0.9}`.
 
     Raises:
-        ValueError: a setting or a row is invalid, the server refuses the requests, or the output holds answers that
-            this call would not write.
         ConnectionError: the server stayed out of reach; what it answered is in the file.
     """
     client = _Client(server, concurrency, timeout, api_key)

@@ -8,7 +8,6 @@ from ..common.extras import require
 _MODULE_OF_NAME = {
     "ConFuTrainer": "trainer",
     "ConFuTrainingArguments": "arguments",
-    "ConFuDataCollator": "batch",
     "warm_start": "initialisation",
 }
 

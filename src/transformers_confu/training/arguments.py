@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass
 
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
@@ -173,12 +172,6 @@ class ConFuTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` is not supported: {why}")
 
     def _check_machine(self) -> None:
-        known = get_available_reporting_integrations()
-        if missing := sorted({*self.report_to} - {*known, "none"}):
-            raise ValueError(
-                f"`report_to` names {', '.join(missing)}, of which no package is installed (installed are: "
-                f"{', '.join(known) or 'none'}): install it, or use `report_to: none`."
-            )
         if (started := int(os.environ.get("WORLD_SIZE", 1))) > self.world_size:
             raise ValueError(
                 f"{started} processes were started (`WORLD_SIZE`), but each would train alone, into the same folder: "

@@ -86,26 +86,21 @@ class TokenBatchSampler(Sampler[list[int]]):
             yield order[first:last][self.process_index :: self.num_processes].tolist()
 
 
-@dataclass
-class ConFuDataCollator:
+def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """
-    Makes one batch of the rows of a prepared dataset, padded on the right: `input_ids`, `attention_mask` and `labels`,
-    LongTensors `(B, T)`. Labels are -100 on padding and on every first token, which nothing foretells.
+    One batch of the rows of a prepared dataset, padded on the right with zeros, which no row that counts sees:
+    `input_ids`, `attention_mask` and `labels`, LongTensors `(B, T)`. Labels are -100 on padding and on every first
+    token, which nothing foretells.
     """
-
-    pad_token_id: int | None = None  # 0 for `None`; no row that counts sees it
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        shape = (len(rows), max(len(row["input_ids"]) for row in rows))
-        input_ids = torch.full(shape, self.pad_token_id or 0, dtype=torch.long)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
-        for number, row in enumerate(rows):
-            length = len(row["input_ids"])
-            input_ids[number, :length] = torch.as_tensor(row["input_ids"])
-            attention_mask[number, :length] = 1
-            labels[number, 1:length] = torch.as_tensor(row["labels"][1:])
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    shape = (len(rows), max(len(row["input_ids"]) for row in rows))
+    input_ids, attention_mask = torch.zeros(2, *shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
+    for number, row in enumerate(rows):
+        length = len(row["input_ids"])
+        input_ids[number, :length] = torch.as_tensor(row["input_ids"])
+        attention_mask[number, :length] = 1
+        labels[number, 1:length] = torch.as_tensor(row["labels"][1:])
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 @dataclass

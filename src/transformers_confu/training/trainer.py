@@ -27,7 +27,7 @@ from ..inference.target import TargetRunner
 from ..publishing.publish import write_custom_generate
 from .anchors import AnchorSampling
 from .arguments import NOT_PUSHED, NOT_SHARDED, ConFuTrainingArguments, parameter_group
-from .batch import ConFuDataCollator, TokenBatch, TokenBatchSampler, draft_rows
+from .batch import TokenBatch, TokenBatchSampler, collate, draft_rows
 from .checks import check_call, check_dataset, check_stage, check_tokenizer, draft_to_train
 from .contemplation import compute_foresight
 from .features import KeptFeatures
@@ -147,7 +147,7 @@ class ConFuTrainer(Trainer):
             check_tokenizer(processing_class, self.target_model)
         train_dataset = self._checked(train_dataset, "train_dataset", args)
         eval_dataset = self._checked(eval_dataset, "eval_dataset", args)
-        kwargs.setdefault("data_collator", ConFuDataCollator(model.config.pad_token_id))
+        kwargs.setdefault("data_collator", collate)
         if {"contemplate", "future"} & set(args.taught) and is_channel_untrained(model):
             del model.generation_config.confu_contemplation  # from here on there is something to decode with
         # Parameters that this run shall not teach are left out of the optimiser, whose weight decay would shrink them.
