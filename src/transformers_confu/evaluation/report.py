@@ -197,8 +197,8 @@ def html_page(parts: Sequence[Part]) -> str:
     """One page that needs nothing else: styles and pictures are in it."""
     body = "\n".join(map(_html, parts))
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>ConFu evaluation</title>'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/><title>ConFu evaluation</title>'
         f"<style>{STYLE.read_text(encoding='utf-8')}</style></head><body><h1>ConFu evaluation</h1>\n{body}\n"
         "</body></html>\n"
     )
@@ -208,11 +208,12 @@ def _html(part: Part) -> str:
     if isinstance(part, Plot):
         source = f"data:image/png;base64,{base64.b64encode(part.png).decode()}"
         caption = _prose(f"{part.title}. {part.caption}")
-        return f'<figure><img alt="{part.title}" src="{source}"><figcaption>{caption}</figcaption></figure>'
+        return f'<figure><img alt="{part.title}" src="{source}"/><figcaption>{caption}</figcaption></figure>'
     if isinstance(part, Table):
         table = part.cells().to_html(index=False, border=0)  # escapes what it holds
+        is_open = "" if part.folded else ' open=""'
         return (
-            f"<details{'' if part.folded else ' open'}><summary>{html.escape(part.title)}</summary>"
+            f"<details{is_open}><summary>{html.escape(part.title)}</summary>"
             f'<div class="wide">{table}</div><p class="note">{_prose(part.note)}</p></details>'
         )
     heading = part.removeprefix("## ")
