@@ -1,8 +1,5 @@
 """The demo's command with tiny models, and its verdict on texts that differ."""
 
-import subprocess
-import sys
-
 import pytest
 
 from helpers import make_tiny_draft, make_tiny_target
@@ -82,12 +79,3 @@ def test_what_is_wrong_ends_the_demo_in_one_sentence(tmp_path, capsys, monkeypat
     ):
         assert cli.main(["demo", argument]) == 1
         assert sentence in capsys.readouterr().err
-
-
-def test_the_demo_needs_none_of_the_extras():
-    program = (
-        "import sys, transformers_confu.commands.demo\n"
-        "print({'datasets', 'pyarrow', 'pandas', 'matplotlib', 'evaluate', 'aiohttp'} & sys.modules.keys())"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert result.stdout == "set()\n"

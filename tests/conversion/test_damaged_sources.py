@@ -33,12 +33,7 @@ def refusal(folder, target, **overrides) -> str:
 
 
 @pytest.mark.parametrize(
-    "files, damaged",
-    [
-        ("safetensors", "model.safetensors"),
-        ("shards", "model-00002-of-00002.safetensors"),
-        ("bin", "pytorch_model.bin"),
-    ],
+    "files, damaged", [("shards", "model-00002-of-00002.safetensors"), ("bin", "pytorch_model.bin")]
 )
 def test_a_truncated_file(tmp_path, target, files, damaged):
     path = flat().write(tmp_path, files) / damaged
@@ -134,15 +129,9 @@ WRONG_WEIGHTS = [
     ({"mask_hidden": zeros(1, 96), "fc.bias": zeros(32)}, 'Unexpected key(s) in state_dict: "mask_hidden", "fc.bias"'),
     ({"layers.0.hidden_norm.weight": zeros(32)}, "holds layers.0.hidden_norm.weight twice, under two names."),
     ({"midlayer.self_attn.q_proj.weight": zeros(32, 32)}, "size mismatch for layers.0.self_attn.q_proj.weight"),
-    (
-        {"fc.weight": zeros(32, 64)},
-        "`fc.weight` reads 64 numbers, but the 3 taps [2, 4, 6] of a target of width 32",
-    ),
+    ({"fc.weight": zeros(32, 64)}, "`fc.weight` reads 64 numbers, but the 3 taps [2, 4, 6] of a target of width 32"),
     ({"lm_head.weight": zeros(40, 32, dtype=torch.int8)}, "The source's lm_head.weight are integers"),
-    (
-        {"midlayer.self_attn.q_proj.bias": zeros(32)},
-        "`attention_bias: false`, but its weights include what",
-    ),
+    ({"midlayer.self_attn.q_proj.bias": zeros(32)}, "`attention_bias: false`, but its weights include what"),
     ({"d2t": None}, "predicts 40 of 97 tokens, but has no `d2t`"),
     ({"d2t": IDS}, "`d2t` holds token ids, expected offsets"),
     ({"d2t": IDS.flip(0) - torch.arange(40)}, "`d2t` and `t2d` name different tokens"),

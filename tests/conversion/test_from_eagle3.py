@@ -23,50 +23,21 @@ def own_table(width: int) -> torch.Tensor:
     return torch.randn(97, width, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
 
 
-FLAT = partial(Source, "flat")
+FLAT, SPECULATORS = partial(Source, "flat"), partial(Source, "speculators")
+BY_DEFAULT = {"says_taps": False, "norm_before_residual": True, "says_norm_before_residual": False}
+SWITCHES = {"norm_output": True, "norm_before_fc": True, "qk_norm": True, "new_rope_words": True, "linear_factor": 2.0}
+DEEPSPEC = Source("deepspec", (1, 2, 4, 6, 8), draft_vocab_size=None, qk_norm=True, head_dim=12, embeddings=QWEN_TABLE)
+LINEAR = FLAT((2, 4, 6), norm_before_fc=True, bias=True, linear_factor=4.0)
 SOURCES = {
     "SafeAILab": ("llama", "bin", FLAT((2, 4, 5), says_taps=False)),
     "SGLang, heads of another size": ("llama", "shards", FLAT((1, 4, 7), head_dim=14, num_heads=3, num_kv_heads=1)),
     "narrow": ("llama", "safetensors", FLAT((2, 4, 6), hidden_size=24, head_dim=10, embeddings=own_table(24))),
     "five taps": ("llama", "safetensors", FLAT((0, 2, 3, 5, 7))),
     "EAGLE-3.1": ("llama", "safetensors", FLAT((2, 4, 6), fc_norm=True, norm_output=True)),
-    "norm before fc, biases, linear RoPE": (
-        "qwen3",
-        "safetensors",
-        FLAT((2, 4, 6), norm_before_fc=True, bias=True, linear_factor=4.0),
-    ),
-    "speculators": (
-        "qwen3",
-        "safetensors",
-        Source(
-            "speculators",
-            (2, 4, 5),
-            says_taps=False,
-            norm_before_residual=True,
-            says_norm_before_residual=False,
-            embeddings=QWEN_TABLE,
-        ),
-    ),
-    "speculators, wide, every other switch": (
-        "qwen3",
-        "shards",
-        Source(
-            "speculators",
-            (1, 2, 6),
-            hidden_size=40,
-            norm_output=True,
-            norm_before_fc=True,
-            qk_norm=True,
-            new_rope_words=True,
-            linear_factor=2.0,
-            embeddings=own_table(40),
-        ),
-    ),
-    "DeepSpec": (
-        "qwen3",
-        "safetensors",
-        Source("deepspec", (1, 2, 4, 6, 8), draft_vocab_size=None, qk_norm=True, head_dim=12, embeddings=QWEN_TABLE),
-    ),
+    "norm before fc, biases, linear RoPE": ("qwen3", "safetensors", LINEAR),
+    "speculators": ("qwen3", "safetensors", SPECULATORS((2, 4, 5), **BY_DEFAULT, embeddings=QWEN_TABLE)),
+    "its switches": ("qwen3", "shards", SPECULATORS((1, 2, 6), **SWITCHES, hidden_size=40, embeddings=own_table(40))),
+    "DeepSpec": ("qwen3", "safetensors", DEEPSPEC),
 }
 
 
@@ -99,13 +70,8 @@ def test_a_converted_draft_computes_what_its_source_computes(case):
 
     taps = torch.cat([hidden_states[index] for index in draft.config.target_hidden_state_indices], dim=-1)[None]
     cache = DynamicCache()
-    output = draft(
-        embeds[None, :rows],
-        draft.fuse_taps(taps),
-        first_position + torch.arange(rows)[None],
-        cache=cache,
-        num_queries=1,
-    )
+    positions = first_position + torch.arange(rows)[None]
+    output = draft(embeds[None, :rows], draft.fuse_taps(taps), positions, cache=cache, num_queries=1)
     logits = [output.logits[0, 0]]
     for step in range(drafted):
         row = rows + step

@@ -9,13 +9,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from helpers import make_tiny_draft, make_tiny_target
 from transformers_confu import ConFuConfig
-from transformers_confu.publishing.model_card import (
-    CARD_FILE,
-    CardFacts,
-    Evaluation,
-    add_evaluation,
-    model_card,
-)
+from transformers_confu.publishing.model_card import CARD_FILE, CardFacts, Evaluation, add_evaluation, model_card
 
 
 FACTS = CardFacts(

@@ -167,11 +167,7 @@ def test_drafts_for_windows_and_recurrent_layers_are_measured_and_written(kind, 
     [
         (lambda draft, target: draft.config.update({"vocab_size": 259}), "org/draft", "with `vocab_size=259`"),
         (lambda draft, target: draft.fc.weight.data.fill_(torch.nan), "org/draft", "hold numbers that are not finite"),
-        (
-            lambda draft, target: setattr(target, "name_or_path", "some/one"),
-            "org/draft",
-            "checked against some/one",
-        ),
+        (lambda draft, target: setattr(target, "name_or_path", "some/one"), "org/draft", "checked against some/one"),
         (lambda draft, target: None, "draft", "The repository is 'draft'; expected 'organisation/name'"),
     ],
 )
