@@ -62,6 +62,8 @@ class Oracle:
     text: list[int]
     max_length: int
     seed: int = 0
+    trees: list[DraftTree] = field(default_factory=list)
+    """What it proposed, round by round."""
     paths: list[list[int]] = field(default_factory=list)
     """Which nodes each round accepted."""
 
@@ -81,7 +83,8 @@ class Oracle:
                 tree_size, depth = rng.randint(1, 24), min(rounds.MAX_DEPTH, max_depth)
             continuation = self.text[written : written + depth]
             vocab_size = generator.draft.config.vocab_size
-            return oracle_tree(self.text[written - 1], continuation, tree_size, depth, vocab_size, rng)
+            self.trees.append(oracle_tree(self.text[written - 1], continuation, tree_size, depth, vocab_size, rng))
+            return self.trees[-1]
 
         def compact(runner, cache, prefix_length, path):
             self.paths.append(path)

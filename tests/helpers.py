@@ -19,6 +19,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from transformers_confu import ConFuConfig, ConFuDraftModel
 
@@ -83,16 +84,39 @@ def make_tiny_target(
     return model.to(dtype).eval()
 
 
-def make_family(family: str, auto_class=AutoModelForCausalLM, **changes) -> PreTrainedModel:
-    """A random fp64 target of any family of Transformers, in eval mode, with what of `SIZES` its config knows."""
+def make_family(
+    family: str,
+    auto_class=AutoModelForCausalLM,
+    attn_implementation: str | None = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    **changes,
+) -> PreTrainedModel:
+    """A random target of any family of Transformers, in eval mode, with what of `SIZES` its config knows."""
     config_class = getattr(transformers, f"{family}Config")
     known = config_class().to_dict().keys() | set(config_class.attribute_map)
     settings = {name: value for name, value in SIZES.items() if name in known}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        target = auto_class.from_config(config_class(**settings | changes))
+        torch.manual_seed(seed)
+        target = auto_class.from_config(config_class(**settings | changes), attn_implementation=attn_implementation)
+    for name, parameter in target.named_parameters():
+        if name.endswith("correct_output_scale"):  # 0 in Gemma 3n, which would hide what its layers make of ids
+            torch.nn.init.ones_(parameter)
     target.generation_config.eos_token_id = None
-    return target.double().eval()
+    return target.to(dtype).eval()
+
+
+class Recorder(BaseStreamer):
+    """Notes what it is given, call by call."""
+
+    def __init__(self):
+        self.events = []
+
+    def put(self, value):
+        self.events.append((value.dtype, value.tolist()))
+
+    def end(self):
+        self.events.append("end")
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from helpers import make_family, make_tiny_draft, make_tiny_target
-from transformers_confu import ConFuConfig, ConFuDraftModel, ConFuGenerate, confu_generation_config
+from transformers_confu import ConFuConfig, ConFuGenerate, confu_generation_config
 
 
 PROMPT = torch.tensor([[3, 14, 15, 92, 65]])
@@ -56,6 +56,11 @@ def generate_b(target, draft, input_ids=PROMPT, **kwargs):
     )
 
 
+class CacheOfMine(DynamicCache):
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        return super().update(2 * key_states, value_states, layer_idx, *args, **kwargs)
+
+
 class QuantisedLayer(DynamicLayer):
     """Stands for the layers of a quantised cache, which hold most rows elsewhere."""
 
@@ -81,90 +86,51 @@ def knob(**values) -> dict:
     return {"generation_config": GenerationConfig(max_new_tokens=4, **values)}
 
 
-NARROW = {"hidden_size": 16, "head_dim": 4}
+NARROW = {"draft": {"hidden_size": 16, "head_dim": 4}}
+STATIC = {"cache": StaticCache(make_tiny_target().config, max_cache_len=7)}
+QUANTISED = {"cache": cache_of(*(QuantisedLayer() for _ in range(5)))}
+SLIDING = {"cache": cache_of(*(DynamicSlidingWindowLayer(4) for _ in range(5)))}
+TWO_MASKS = {"attention_mask": torch.tensor([[0, 1, 1, 1, 1]] * 2)}
 # Arguments of a call (`draft`: entries of the draft's config), and what it is told.
 IN_A = [
     ({"input_ids": BATCH}, "assisted generate is only supported for batch_size = 1, got 2"),
-    ({"do_sample": True, "num_return_sequences": 2}, "num_return_sequences has to be 1 when doing assisted generate"),
     ({"use_cache": False}, "requires `use_cache=True`"),
     ({"synced_gpus": True}, "`synced_gpus=True` keeps processes in step"),
     ({"assistant_ensemble_weight": 0.5}, "`assistant_ensemble_weight` mixes the draft's distribution into the text"),
     (
-        {"input_ids": None, "inputs_embeds": torch.zeros(1, 5, 32).double(), "draft": NARROW},
+        NARROW | {"input_ids": None, "inputs_embeds": torch.zeros(1, 5, 32).double()},
         "This draft embeds tokens itself (hidden_size 16, target 32) and cannot read `inputs_embeds`; pass",
     ),
-    (
-        {"position_ids": torch.arange(5).expand(3, 1, 5)},
-        "ConFu needs `position_ids` of shape (batch, length), got (3, 1, 5)",
-    ),
-    (
-        {"position_ids": torch.arange(5)},
-        "ConFu needs `position_ids` of shape (batch, length), got (5,); pass shape (1, 5), and use",
-    ),
-    (
-        {"position_ids": torch.arange(3)[None]},
-        "`position_ids` has shape (1, 3), but the inputs add 5 tokens; it needs shape (1, 5).",
-    ),
+    ({"position_ids": torch.arange(5).expand(3, 1, 5)}, "of shape (batch, length), got (3, 1, 5); pass"),
+    ({"position_ids": torch.arange(5)}, "of shape (batch, length), got (5,); pass shape (1, 5), and use plain"),
+    ({"position_ids": torch.arange(3)[None]}, "has shape (1, 3), but the inputs add 5 tokens; it needs shape (1, 5)."),
     (mask(0, 1, 1), "`attention_mask` covers 3 tokens, but the inputs are 5; it needs a column for every token."),
     (mask(1, 1, 1), "`attention_mask` covers 3 tokens, but the inputs are 5"),
-    (
-        mask(0, 1, 1, 1, 1, 1) | {"cache": filled_cache(3)},
-        "`attention_mask` covers 6 tokens, but the inputs are 5 and the cache holds 3",
-    ),
-    (
-        {"attention_mask": torch.tensor([[0, 1, 1, 1, 1]] * 2)},
-        "`attention_mask` has 2 rows, but the input is one text; it needs one row.",
-    ),
+    (mask(0, 1, 1, 1, 1, 1) | {"cache": filled_cache(3)}, "but the inputs are 5 and the cache holds 3"),
+    (TWO_MASKS, "`attention_mask` has 2 rows, but the input is one text; it needs one row."),
     ({"input_ids": PROMPT[:, :0]}, "The inputs hold no token; pass at least one."),
     ({"prefill_chunk_size": 0}, "`prefill_chunk_size` is 0; it must be at least 1, or None for no chunks."),
     ({"logits_to_keep": torch.tensor([9])}, "`logits_to_keep` is tensor([9]); decoding reads the last row's logits"),
     ({"use_mtp": True}, "`use_mtp=True` asks for another source of guesses than the draft that is given"),
     ({"assistant_tokenizer": object(), "tokenizer": object()}, "`assistant_tokenizer` is not required"),
     # Caches
-    (
-        {"cache_implementation": "offloaded_static"},
-        "or a StaticCache of full attention alone, got an offloaded StaticCache; leave `cache_implementation`",
-    ),
-    (
-        {"cache": StaticCache(make_tiny_target().config, max_cache_len=7)},
-        "The static cache holds 7 tokens at most, but the text may need 8; make it larger (`max_cache_len`), or",
-    ),
-    (
-        {"cache": DynamicCache(offloading=True)},
-        "ConFu decoding needs a plain, non-offloaded DynamicCache that is like the target's layers, or a StaticCache",
-    ),
-    (
-        {"cache": cache_of(*(QuantisedLayer() for _ in range(5)))},
-        "got a DynamicCache with layers of type QuantisedLayer; leave `cache_implementation`",
-    ),
-    (
-        {"cache": cache_of(*(DynamicSlidingWindowLayer(4) for _ in range(5)))},
-        "got a DynamicCache whose layers have windows 4, where those of the target have None; leave",
-    ),
+    ({"cache_implementation": "offloaded_static"}, "of full attention alone, got an offloaded StaticCache; leave"),
+    (STATIC, "The static cache holds 7 tokens at most, but the text may need 8; make it larger (`max_cache_len`), or"),
+    ({"cache": DynamicCache(offloading=True)}, "needs a plain, non-offloaded DynamicCache that is like"),
+    (QUANTISED, "got a DynamicCache with layers of type QuantisedLayer; leave `cache_implementation`"),
+    (SLIDING, "got a DynamicCache whose layers have windows 4, where those of the target have None; leave"),
+    ({"cache": CacheOfMine()}, "got a CacheOfMine with an `update` of its own; leave"),
     (
         {"draft": {"target_num_key_value_heads": 1}, "cache": filled_cache(2)},
         "The target caches 2 key/value heads of size 8, but the draft's soft prompts are for 1 of size 8",
     ),
-    (
-        {"cache": filled_cache(5)},
-        "The cache holds 5 tokens and the inputs add none; the newest token must not be cached.",
-    ),
+    ({"cache": filled_cache(5)}, "The cache holds 5 tokens and the inputs add none; the newest token must not"),
     # A draft for another target
     ({"draft": {"vocab_size": 98}}, "The main and assistant models have different tokenizers."),
-    (
-        {"draft": {"target_hidden_size": 64}},
-        "The draft was made for a target with `hidden_size=64`, but LlamaForCausalLM has 32",
-    ),
-    (
-        {"draft": {"target_num_hidden_layers": 7}},
-        "The draft was made for a target with `num_hidden_layers=7`, but LlamaForCausalLM has 5",
-    ),
+    ({"draft": {"target_hidden_size": 64}}, "made for a target with `hidden_size=64`, but LlamaForCausalLM has 32"),
+    ({"draft": {"target_num_hidden_layers": 7}}, "with `num_hidden_layers=7`, but LlamaForCausalLM has 5"),
     # Knobs
-    (
-        knob(confu_tree=16),
-        "`confu_tree` is no knob of ConFu; did you mean `confu_tree_size`? There are confu_tree_size, confu_depth,",
-    ),
-    (knob(confu_tree_size=10**6), "`confu_tree_size` is 1000000; it must be at most 1024"),
+    (knob(confu_tree=16), "`confu_tree` is no knob of ConFu; did you mean `confu_tree_size`? There are"),
     (knob(confu_branching=10**6), "`confu_branching` is 1000000; it must be at most 1024"),
     ({"confu_tree_size": 16}, "The following `model_kwargs` are not used by the model: ['confu_tree_size']"),
     (knob(confu_tree_size=0), "`confu_tree_size` is 0; it must be an integer of at least 1."),
@@ -172,19 +138,13 @@ IN_A = [
     (knob(confu_depth=[6]), "`confu_depth` is [6]; it must be an integer of at least 1."),
     (knob(confu_branching=True), "`confu_branching` is True; it must be an integer of at least 1."),
     (knob(confu_contemplation=-1), "`confu_contemplation` is -1; it must be an integer of at least 0."),
+    (knob(confu_future_gain="much"), "`confu_future_gain` is 'much'; it must be a number of tokens."),
 ]
 IN_B = [
-    ({"input_ids": BATCH}, "assisted generate is only supported for batch_size = 1, got 2"),
     ({"num_beams": 2}, "`num_beams` is 2; a ConFu draft assists greedy"),
     ({"do_sample": True, "num_return_sequences": 2}, "num_return_sequences has to be 1 when doing assisted generate"),
-    ({"use_cache": False}, "requires `use_cache=True`"),
-    (mask(0, 1, 1, 1, 1, 1, 1), "`attention_mask` covers 7 tokens, but the inputs are 5"),
     ({"prompt_lookup_num_tokens": 3}, "`prompt_lookup_num_tokens=3` asks for another source of guesses"),
-    ({"cache_implementation": "offloaded_static"}, "got an offloaded StaticCache; leave"),
-    (
-        {"draft": {"vocab_size": 98}},
-        "The draft was made for a target with `vocab_size=98`, but LlamaForCausalLM has 97; load the target named",
-    ),
+    ({"draft": {"vocab_size": 98}}, "for a target with `vocab_size=98`, but LlamaForCausalLM has 97; load the"),
 ]
 
 
@@ -229,16 +189,12 @@ def test_a_wrong_call_leaves_the_draft_as_it_was(llama):
     assert draft.last_statistics is statistics
 
 
-@pytest.mark.parametrize("whose", ["target", "draft"])
-def test_a_wrong_default_knob_is_refused(llama, count_forwards, whose):
+@pytest.mark.parametrize("whose", [0, 1], ids=["target", "draft"])
+def test_a_wrong_default_knob_is_refused(llama, count_forwards, monkeypatch, whose):
     draft, forwards = make_tiny_draft(llama), count_forwards(llama)
-    owner = llama if whose == "target" else draft
-    owner.generation_config.confu_dept = 3
-    try:
-        with pytest.raises(ValueError, match="`confu_dept` is no knob of ConFu; did you mean `confu_depth`?"):
-            generate(llama, draft)
-    finally:
-        del owner.generation_config.confu_dept
+    monkeypatch.setattr((llama, draft)[whose].generation_config, "confu_dept", 3, raising=False)
+    with pytest.raises(ValueError, match="`confu_dept` is no knob of ConFu; did you mean `confu_depth`?"):
+        generate(llama, draft)
     assert not forwards
 
 
@@ -331,65 +287,43 @@ def with_another_forward():
 
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "num_local_experts": 0}
+MAMBA |= {"layer_types": ["linear_attention"] * 5}
+HYBRID = {"layer_types": ["linear_attention"] * 4 + ["full_attention"]}
+LOOPED = {"n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2, "num_hidden_layers": 6}
+LOOPED |= {"layer_types": ["full_attention"] * 6, "n_recurrent_loops": 2}
+SCALED = {"layer_types": ["full_attention"] * 5, "no_rope_layers": [1, 0, 1, 1, 0], "moe_layers": []}
+SCALED |= {"attn_temperature_tuning": True, "floor_scale": 4, "intermediate_size_mlp": 64, "pad_token_id": 0}
 TARGETS = [
-    (
-        with_another_forward,
-        "The `forward` that was put in the place of LlamaForCausalLM's own takes no `inputs_embeds`, `position_ids`",
-    ),
-    (
-        encoder_decoder,
-        "T5ForConditionalGeneration is an encoder-decoder model; ConFu drafts for decoder-only models.",
-    ),
+    (with_another_forward, "put in the place of LlamaForCausalLM's own takes no `inputs_embeds`, `position_ids`"),
+    (encoder_decoder, "T5ForConditionalGeneration is an encoder-decoder model; ConFu drafts for decoder-only models."),
     (stateful, "StatefulLlama keeps its state elsewhere than in a cache, and cannot return to an earlier one"),
-    (
-        partial(changed, _attn_implementation="flash_attention_2"),
-        "LlamaForCausalLM uses `attn_implementation='flash_attention_2'`, which cannot take the mask of a tree",
-    ),
-    (partial(changed, _attn_implementation="flex_attention"), "load it with 'sdpa' or 'eager'."),
+    (partial(changed, _attn_implementation="flash_attention_2"), "2'`, which cannot take the mask of a tree; load it"),
     (
         partial(changed, layer_types=["chunked_attention"] * 5, attention_chunk_size=8),
         "LlamaForCausalLM has layers of type chunked_attention, whose cache cannot hold a tree",
     ),
+    (partial(make_family, "GraniteMoeHybrid", **MAMBA), "has recurrent layers alone; ConFu needs a target with"),
     (
-        partial(make_family, "GraniteMoeHybrid", layer_types=["linear_attention"] * 5, **MAMBA),
-        "GraniteMoeHybridForCausalLM has recurrent layers alone; ConFu needs a target with attention in some layers",
-    ),
-    (
-        partial(make_family, "MiniMax", layer_types=["linear_attention"] * 4 + ["full_attention"]),
+        partial(make_family, "MiniMax", **HYBRID),
         "MiniMaxForCausalLM has recurrent layers of a kind that ConFu does not know",
     ),
-    (
-        partial(make_family, "GPTNeo", attention_types=[[["global", "local", "global", "local", "global"], 1]]),
-        "GPTNeoForCausalLM masks attention by the order of rows, whatever mask it is given",
-    ),
+    (partial(make_family, "GPTNeo", attention_types=[[["global"] * 5, 1]]), "masks attention by the order of rows,"),
+    (partial(make_family, "Dory", **LOOPED), "runs through layers several times (`n_recurrent_loops=2`), and"),
+    (partial(make_family, "Llama4Text", **SCALED), "scales queries by the number of rows before them"),
     (partial(make_family, "Falcon", alibi=True), "FalconForCausalLM counts rows for its positions (`alibi=True`)"),
     (partial(make_family, "Bloom"), "BloomForCausalLM.forward takes no `position_ids`, which a draft tree needs."),
     (
         partial(make_family, "Llama", rope_parameters=DYNAMIC),
-        "LlamaForCausalLM uses RoPE type 'dynamic', whose frequencies change with the length of the forward",
+        "uses RoPE type 'dynamic', whose frequencies change with",
     ),
-    (
-        partial(make_family, "Phi3", rope_parameters=LONGROPE, original_max_position_embeddings=128, pad_token_id=0),
-        "Phi3ForCausalLM uses RoPE type 'longrope'",
-    ),
-    (
-        partial(changed, hidden_size_per_layer_input=8),
-        "LlamaForCausalLM looks token ids up in every layer (`hidden_size_per_layer_input`)",
-    ),
-    (
-        partial(changed, rope_parameters={"full_attention": DYNAMIC}),
-        "LlamaForCausalLM uses RoPE type 'dynamic'",
-    ),
+    (partial(changed, rope_parameters={"full_attention": DYNAMIC}), "LlamaForCausalLM uses RoPE type 'dynamic'"),
+    (partial(changed, hidden_size_per_layer_input=8), "looks token ids up in every layer (`hidden_size_per"),
     (
         partial(make_family, "OPT", ffn_dim=64, word_embed_proj_dim=16),
-        "OPTForCausalLM has embeddings of size 16 and hidden states of size 32",
+        "embeddings of size 16 and hidden states of size 32",
     ),
-    (
-        with_activated_lora,
-        "LlamaForCausalLM has an activated LoRA (`alora_invocation_tokens`), which peft applies to the last rows",
-    ),
+    (with_activated_lora, "has an activated LoRA (`alora_invocation_tokens`), which peft applies to the last rows"),
     (sharded_by_tensor_parallelism, "LlamaForCausalLM is loaded with tensor parallelism over 2 processes"),
 ]
 
@@ -398,17 +332,8 @@ TARGETS = [
 def test_a_target_that_cannot_verify_trees_is_refused(build, sentence, count_forwards):
     target = build()
     # A draft that would fit by its sizes.
-    sizes = target.config.get_text_config(decoder=True)
-    draft = ConFuDraftModel(
-        ConFuConfig(
-            vocab_size=sizes.vocab_size,
-            hidden_size=32,
-            num_attention_heads=4,
-            intermediate_size=64,
-            target_num_hidden_layers=sizes.num_hidden_layers,
-            num_soft_prompts=2,
-        )
-    )
+    layers = target.config.get_text_config(decoder=True).num_hidden_layers
+    draft = make_tiny_draft(make_tiny_target(num_hidden_layers=layers), vocab_size=target.config.vocab_size)
     forwards = count_forwards(target)
     # Route B, as Transformers refuses some of them itself in route A.
     with pytest.raises(ValueError) as error:
@@ -441,11 +366,6 @@ def test_prompt_tuning_is_refused(count_forwards):
 
 
 # Wrong uses of the classes
-
-
-def test_a_draft_does_not_generate(llama):
-    with pytest.raises(TypeError, match="A ConFu draft generates nothing by itself"):
-        make_tiny_draft(llama).generate(PROMPT)
 
 
 def test_stop_strings_need_a_tokenizer(llama):

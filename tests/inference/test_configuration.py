@@ -90,40 +90,29 @@ def test_taps_by_depth_of_the_target(num_layers, taps, future_states):
     assert config.target_hidden_state_indices == taps and config.future_hidden_state_indices == future_states
 
 
-@pytest.mark.parametrize("bos, eos, pad", [(None, None, None), (1, [2, 5], 2)])
-def test_special_tokens_are_taken_over_verbatim(bos, eos, pad, tmp_path):
-    target = LlamaConfig(**LLAMA, bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
-    config = ConFuConfig.from_target(target)
-    assert sizes(config, "bos_token_id", "eos_token_id", "pad_token_id") == [bos, eos, pad]
-    config.save_pretrained(tmp_path)
-    loaded = ConFuConfig.from_pretrained(tmp_path)
-    assert sizes(loaded, "bos_token_id", "eos_token_id", "pad_token_id") == [bos, eos, pad]
+LINEAR = {"rope_type": "linear", "rope_theta": 3e4, "factor": 2.0}
+PLAIN = {"rope_type": "default", "rope_theta": 3e4}
+OF_GEMMA3 = Gemma3TextConfig(layer_types=["full_attention"] * 26)
 
 
 @pytest.mark.parametrize(
-    "rope, expected",
+    "target, expected",
     [
-        ({"rope_type": "default", "rope_theta": 3e4}, {"rope_type": "default", "rope_theta": 3e4}),
-        (
-            {"rope_type": "linear", "rope_theta": 3e4, "factor": 2.0},
-            {"rope_type": "linear", "rope_theta": 3e4, "factor": 2.0},
-        ),
+        (LlamaConfig(**LLAMA, rope_parameters=PLAIN), PLAIN),
+        (LlamaConfig(**LLAMA, rope_parameters=LINEAR), LINEAR),
         # The draft cannot follow these, and need not: its positions are its own affair.
-        ({"rope_type": "dynamic", "rope_theta": 3e4, "factor": 2.0}, {"rope_type": "default", "rope_theta": 3e4}),
+        (LlamaConfig(**LLAMA, rope_parameters=LINEAR | {"rope_type": "dynamic"}), PLAIN),
+        (EVERY_HEAD, {"rope_type": "default", "rope_theta": 10000}),  # which rotates a quarter of each head
+        (OF_GEMMA3, {"rope_type": "default", "rope_theta": 1_000_000}),  # of the layers with full attention
     ],
 )
-def test_rope_of_the_target(rope, expected):
-    assert ConFuConfig.from_target(LlamaConfig(**LLAMA, rope_parameters=rope)).rope_parameters == expected
-
-
-def test_partial_rotation_of_the_target_is_not_the_drafts():
-    assert EVERY_HEAD.rope_parameters["partial_rotary_factor"] == 0.25
-    assert "partial_rotary_factor" not in ConFuConfig.from_target(EVERY_HEAD).rope_parameters
+def test_rope_of_the_target(target, expected):
+    assert ConFuConfig.from_target(target).rope_parameters == expected
 
 
 def test_a_configuration_survives_the_disk(tmp_path):
     config = ConFuConfig.from_target(
-        LlamaConfig(**LLAMA, eos_token_id=[2, 5]),
+        LlamaConfig(**LLAMA, bos_token_id=None, eos_token_id=[2, 5], pad_token_id=2),
         draft_vocab_size=40,
         target_hidden_state_indices=[1, 5, 11],
         future_hidden_state_indices=[12],
@@ -134,6 +123,7 @@ def test_a_configuration_survives_the_disk(tmp_path):
         num_future_experts_per_token=3,
         use_future_residual=False,
     )
+    assert sizes(config, "bos_token_id", "eos_token_id", "pad_token_id") == [None, [2, 5], 2]  # verbatim
     config.save_pretrained(tmp_path)
     # `auto_map` only exists on disk, as in every checkpoint with code of its own.
     loaded = ConFuConfig.from_pretrained(tmp_path).to_dict()
@@ -154,63 +144,42 @@ def test_the_targets_configuration_is_not_written_to():
     assert json.dumps(target.to_dict(), sort_keys=True) == before
 
 
-INVALID = {
-    "more experts chosen than there are": (
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+OF_AT_LEAST_ONE = [
+    *("vocab_size", "draft_vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "target_hidden_size", "target_num_hidden_layers"),
+    *("target_num_key_value_heads", "target_head_dim", "num_contemplate_experts", "num_contemplate_experts_per_token"),
+    *("num_future_experts", "num_future_experts_per_token"),
+]
+INVALID = [
+    (
         {"num_contemplate_experts": 2, "num_contemplate_experts_per_token": 3},
         "`num_contemplate_experts_per_token` (3) exceeds `num_contemplate_experts` (2).",
     ),
-    "tap behind the last": ({"target_hidden_state_indices": [2, 13]}, "a target of 12 layers has hidden states 0"),
-    "negative tap": ({"target_hidden_state_indices": [-1, 2]}, "a target of 12 layers has hidden states 0"),
-    "unsorted taps": (
-        {"target_hidden_state_indices": [6, 2]},
-        "must be a non-empty list of rising, distinct indices.",
-    ),
-    "doubled tap": ({"target_hidden_state_indices": [2, 2]}, "must be a non-empty list of rising, distinct indices."),
-    "no tap": ({"target_hidden_state_indices": []}, "`target_hidden_state_indices` is []; it must be a non-empty"),
-    "no future state": ({"future_hidden_state_indices": []}, "`future_hidden_state_indices` is []; it must be"),
-    "future state behind the last": ({"future_hidden_state_indices": [13]}, "but a target of 12 layers"),
-    "large draft vocabulary": ({"draft_vocab_size": 98}, "`draft_vocab_size` (98) exceeds `vocab_size` (97)"),
-    "odd groups": (
+    ({"target_hidden_state_indices": [2, 13]}, "a target of 12 layers has hidden states 0"),
+    ({"target_hidden_state_indices": [-1, 2]}, "a target of 12 layers has hidden states 0"),
+    ({"target_hidden_state_indices": [6, 2]}, "must be a non-empty list of rising, distinct indices."),
+    ({"target_hidden_state_indices": [2, 2]}, "must be a non-empty list of rising, distinct indices."),
+    ({"future_hidden_state_indices": []}, "`future_hidden_state_indices` is []; it must be a non-empty list"),
+    ({"draft_vocab_size": 98}, "`draft_vocab_size` (98) exceeds `vocab_size` (97)"),
+    (
         {"num_attention_heads": 4, "num_key_value_heads": 3},
         "`num_attention_heads` (4) is not a multiple of `num_key_value_heads` (3).",
     ),
-    "odd head_dim": ({"head_dim": 7}, "`head_dim` is 7; rotary embeddings need an even number."),
-    "two layers": ({"num_hidden_layers": 2}, "an EAGLE-3 draft has exactly 1 decoder layer."),
-    "no layer": ({"num_hidden_layers": 0}, "an EAGLE-3 draft has exactly 1 decoder layer."),
-    "dynamic rope": (
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-        "`rope_parameters` asks for RoPE type 'dynamic'; a draft can use",
-    ),
-    "narrow without a table": (
+    ({"head_dim": 7}, "`head_dim` is 7; rotary embeddings need an even number."),
+    ({"num_hidden_layers": 2}, "an EAGLE-3 draft has exactly 1 decoder layer."),
+    ({"rope_parameters": DYNAMIC}, "`rope_parameters` asks for RoPE type 'dynamic'; a draft can use"),
+    (
         {"hidden_size": 16, "has_own_embeddings": False},
         "the draft is 16 wide and the target 32: only a draft as wide as its target can read the target's embeddings.",
     ),
-    "taps normalised twice": ({"fc_norm": True, "norm_before_fc": True}, "either each by itself or together."),
-    "negative soft prompts": ({"num_soft_prompts": -1}, "`num_soft_prompts` is -1; it must be 0 (none) or more."),
-} | {
-    f"{name} of 0": ({name: 0}, f"`{name}` is 0; it must be at least 1.")
-    for name in (
-        "vocab_size",
-        "draft_vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "target_hidden_size",
-        "target_num_hidden_layers",
-        "target_num_key_value_heads",
-        "target_head_dim",
-        "num_contemplate_experts",
-        "num_contemplate_experts_per_token",
-        "num_future_experts",
-        "num_future_experts_per_token",
-    )
-}
+    ({"fc_norm": True, "norm_before_fc": True}, "either each by itself or together."),
+    ({"num_soft_prompts": -1}, "`num_soft_prompts` is -1; it must be 0 (none) or more."),
+    *(({name: 0}, f"`{name}` is 0; it must be at least 1.") for name in OF_AT_LEAST_ONE),
+]
 
 
-@pytest.mark.parametrize("changes, sentence", INVALID.values(), ids=INVALID.keys())
+@pytest.mark.parametrize("changes, sentence", INVALID)
 def test_sizes_that_cannot_belong_together_are_refused(changes, sentence):
     with pytest.raises(StrictDataclassError) as error:
         ConFuConfig.from_target(LlamaConfig(**LLAMA), **changes)
@@ -250,13 +219,6 @@ def test_every_causal_model_gives_a_configuration_or_one_sentence():
             rope = config.rope_parameters
             assert not any(isinstance(value, dict) for value in rope.values()), (model_type, rope)
     assert given > 150
-
-
-def test_rope_of_the_layers_with_full_attention_is_taken_over():
-    target = Gemma3TextConfig(layer_types=["full_attention"] * 26)
-    config = ConFuConfig.from_target(target)
-    assert config.rope_parameters == target.rope_parameters["full_attention"]
-    assert config.rope_parameters["rope_theta"] == 1_000_000
 
 
 def test_a_configuration_with_dropout_of_old_is_read():

@@ -10,6 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from transformers_confu.inference.draft_tree import DraftTree, TreeGrower, ancestor_closure
+from transformers_confu.inference.knobs import ConFuKnobs
+from transformers_confu.inference.rounds import FixedRounds
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,6 @@ def make_tree(shape) -> DraftTree:
     return grower.tree(torch.tensor([7]), torch.arange(draft.vocab_size), tree_size)
 
 
-def hand_made(parents: list[int], probabilities: list[float] | None = None) -> DraftTree:
-    probabilities = [1.0] * len(parents) if probabilities is None else probabilities
-    return DraftTree.from_parents(
-        torch.arange(len(parents))[None], torch.tensor([parents]), torch.tensor([probabilities]).log()
-    )
-
-
 @given(shapes(STYLES))
 @settings(deadline=None, max_examples=150)
 def test_every_kept_node_hangs_on_its_own_parent(shape):
@@ -191,6 +186,26 @@ def test_a_walk_by_children_finds_what_a_search_finds(shape, seed):
 
 
 @given(shapes(STYLES))
+@settings(deadline=None, max_examples=80)
+def test_nodes_that_cannot_enter_the_tree_are_not_expanded(shape):
+    """Fixed rounds leave out what they may, and the tree is that of all nodes expanded."""
+    draft, branching, depth, tree_size = shape
+    rounds = FixedRounds(ConFuKnobs(tree_size=tree_size, depth=depth, branching=branching))
+    grower = TreeGrower(draft(())[None], branching)
+    paths: list[tuple[int, ...]] = [()]
+    for _ in range(1, rounds.depth(0)):
+        if (width := rounds.width(grower)) == 0:
+            break
+        grower.narrow(width)
+        tokens, parents = grower.frontier_tokens[0].tolist(), grower.frontier_parents[0].tolist()
+        paths = [paths[parent] + (token,) for parent, token in zip(parents, tokens, strict=True)]
+        grower.expand(torch.stack([draft(path) for path in paths])[None])
+    tree, whole = grower.tree(torch.tensor([7]), torch.arange(draft.vocab_size), tree_size), make_tree(shape)
+    for name in ("tokens", "parents", "log_probs"):
+        assert torch.equal(getattr(tree, name), getattr(whole, name)), name
+
+
+@given(shapes(STYLES))
 @settings(deadline=None, max_examples=60)
 def test_frontier_rows_see_the_rows_of_their_own_path(shape):
     draft, branching, depth, _ = shape
@@ -250,13 +265,11 @@ def test_draft_tokens_become_target_tokens():
     assert mapped.tokens[0].tolist() == [5] + token_ids[plain.tokens[0, 1:]].tolist()
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_a_tree_without_guesses_is_its_root(batch_size):
-    tree = DraftTree.root_only(torch.arange(batch_size) + 4)
-    assert tree.tokens.tolist() == [[4 + row] for row in range(batch_size)]
-    assert tree.size == 1 and not tree.depths.any() and tree.ancestors.all()
-    assert tree.children() == [{}] * batch_size
-    assert tree.contemplate_row_of(tree.contemplated_nodes(1)).tolist() == [[0]] * batch_size
+def test_a_tree_without_guesses_is_its_root():
+    tree = DraftTree.root_only(torch.tensor([4]))
+    assert tree.tokens.tolist() == [[4]] and not tree.depths.any() and tree.ancestors.all()
+    assert tree.children() == [{}]
+    assert tree.contemplate_row_of(tree.contemplated_nodes(1)).tolist() == [[0]]
 
 
 def chance_to_be_last(tree: DraftTree) -> list[float]:
@@ -278,15 +291,6 @@ def test_the_nodes_most_likely_to_be_last_are_contemplated(shape, num_rows):
     chosen = sorted((last[node] for node in nodes[1:]), reverse=True)
     best = sorted(last[1:], reverse=True)[: len(chosen)]
     assert chosen == pytest.approx(best, abs=1e-6)
-
-
-def test_contemplated_nodes_of_a_tree_made_by_hand():
-    #            0
-    #       .5  1 2  .3
-    #   .4  3        4  .05     last: 1 .1, 2 .25, 3 .4, 4 .05
-    tree = hand_made([0, 0, 0, 1, 2], [1, 0.5, 0.3, 0.4, 0.05])
-    rows = [tree.contemplated_nodes(count)[0].tolist() for count in (1, 2, 3, 4, 5, 6)]
-    assert rows == [[0], [0, 3], [0, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
 
 
 @given(shapes(STYLES), st.integers(1, 40))

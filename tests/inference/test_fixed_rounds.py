@@ -6,10 +6,10 @@ from unittest import mock
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, StaticCache
+from transformers import CompileConfig, StaticCache
 
 from exactness import assert_close, assert_identical, compare, decode_plainly, truly_fp64
-from helpers import make_tiny_draft, make_tiny_target
+from helpers import make_family, make_tiny_draft, make_tiny_target
 from transformers_confu import confu_generation_config
 from transformers_confu.inference import decoding
 from transformers_confu.inference.rounds import EqualRounds
@@ -58,14 +58,11 @@ def test_the_text_is_that_of_plain_static_generation(kind, contemplation, length
         assert_identical(comparison)
         assert comparison.statistics.tau > 1.5
         assert isinstance(comparison.assisted.cache, StaticCache)
-        compare_caches(comparison.plain.cache, comparison.assisted.cache)
-
-
-def compare_caches(plain: StaticCache, ours: StaticCache) -> None:
-    assert (length := int(plain.get_seq_length())) == int(ours.get_seq_length())
-    for one, other in zip(plain.layers, ours.layers, strict=True):
-        assert_close(one.keys[..., :length, :], other.keys[..., :length, :], 1e-12)
-        assert_close(one.values[..., :length, :], other.values[..., :length, :], 1e-12)
+        rows = int(comparison.plain.cache.get_seq_length())
+        assert rows == int(comparison.assisted.cache.get_seq_length())
+        for one, other in zip(comparison.plain.cache.layers, comparison.assisted.cache.layers, strict=True):
+            assert_close(one.keys[..., :rows, :], other.keys[..., :rows, :], 1e-12)
+            assert_close(one.values[..., :rows, :], other.values[..., :rows, :], 1e-12)
 
 
 @pytest.mark.parametrize("contemplation", [0, 3, 8])
@@ -206,20 +203,22 @@ def test_padding_stays_hidden():
         assert_close([states[:, -6:] for states in one], [states[:, -6:] for states in other], 1e-12)
 
 
-def test_a_text_goes_on_over_a_static_cache():
+def test_a_text_goes_on_over_a_static_cache_also_after_a_call_that_failed():
     target, draft = pair("qwen3")
-    cache = StaticCache(config=target.config, max_cache_len=60)
+    call = {"cache": StaticCache(config=target.config, max_cache_len=60), "do_sample": False}
     with torch.inference_mode():
-        first = target.generate(prompt_of(9), assistant_model=draft, cache=cache, do_sample=False, max_new_tokens=11)
+        first = target.generate(prompt_of(9), assistant_model=draft, max_new_tokens=11, **call)
     text = torch.cat([first, prompt_of(4)], dim=1)
-    second = target.generate(text, assistant_model=draft, cache=cache, do_sample=False, max_new_tokens=12)
+    with mock.patch.object(TargetRunner, "verify", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        target.generate(text, assistant_model=draft, max_new_tokens=12, **call)
+    assert int(call["cache"].get_seq_length()) == first.shape[1] - 1
+    second = target.generate(text, assistant_model=draft, max_new_tokens=12, **call)
     assert draft.last_statistics.draft_state == "carried"
-    plain, _ = decode_plainly(target, text, {"do_sample": False, "max_new_tokens": 12})
-    assert torch.equal(second, plain.sequences)
+    plain = target.generate(text, do_sample=False, max_new_tokens=12)
+    assert torch.equal(second, plain)
     # And plain generation goes on over what our rounds left.
-    third = target.generate(second, cache=cache, do_sample=False, max_new_tokens=8)
-    plain, _ = decode_plainly(target, second, {"do_sample": False, "max_new_tokens": 8})
-    assert torch.equal(third, plain.sequences)
+    third = target.generate(second, max_new_tokens=8, **call)
+    assert torch.equal(third, target.generate(second, do_sample=False, max_new_tokens=8))
 
 
 def test_attentions_have_a_column_for_every_place():
@@ -242,26 +241,9 @@ def test_a_cache_too_small_for_the_text_is_refused_at_once(given):
         target.generate(**call, assistant_model=draft, cache=cache, max_new_tokens=13)
 
 
-def test_a_call_that_fails_leaves_a_static_cache_as_it_was():
-    target, draft = pair("llama")
-    cache = StaticCache(config=target.config, max_cache_len=60)
-    first = target.generate(prompt_of(9), assistant_model=draft, cache=cache, do_sample=False, max_new_tokens=11)
-    text = torch.cat([first, prompt_of(4)], dim=1)
-    with mock.patch.object(TargetRunner, "verify", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        target.generate(text, assistant_model=draft, cache=cache, do_sample=False, max_new_tokens=12)
-    assert int(cache.get_seq_length()) == first.shape[1] - 1
-    second = target.generate(text, assistant_model=draft, cache=cache, do_sample=False, max_new_tokens=12)
-    assert draft.last_statistics.draft_state == "carried"
-    plain, _ = decode_plainly(target, text, {"do_sample": False, "max_new_tokens": 12})
-    assert torch.equal(second, plain.sequences)
-
-
 @pytest.mark.parametrize("contemplation", [0, 8])
 def test_trees_may_reach_beyond_the_positions_of_a_table(contemplation):
-    torch.manual_seed(0)
-    config = GPT2Config(n_positions=24, vocab_size=97, n_embd=32, n_layer=3, n_head=4, initializer_range=0.3)
-    target = GPT2LMHeadModel(config).double().eval()
-    target.generation_config.eos_token_id = target.generation_config.pad_token_id = None
+    target = make_family("GPT2", max_position_embeddings=24, num_hidden_layers=3)
     draft = make_tiny_draft(target, target_hidden_state_indices=[1, 2, 3])
     options = {"do_sample": False, "max_new_tokens": 19, "cache_implementation": "static"}
     comparison = compare(target, draft, prompt_of(5), options, KNOBS | {"contemplation": contemplation}, record=True)

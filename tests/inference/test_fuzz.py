@@ -14,9 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from transformers import (
-    AutoModelForCausalLM,
     Cache,
     DynamicCache,
     GenerationConfig,
@@ -26,81 +24,50 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from exactness import truly_fp64
-from helpers import cached_tensors, make_tiny_draft, word_tokenizer
+from helpers import Recorder, cached_tensors, make_family, make_tiny_draft, word_tokenizer
 from transformers_confu import ConFuGenerate
 from transformers_confu.inference.target import TargetRunner
 
 
 ROOM = 120  # tokens that a static cache may hold
 VOCABULARY = 13  # so small that a random draft is often right
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.4,
-    "sliding_window": None,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-PER_LAYER = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 1}
-OLD_SIZES = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256, "vocab_size": VOCABULARY}
+SIZES = {"vocab_size": VOCABULARY, "intermediate_size": 48, "num_hidden_layers": 3, "initializer_range": 0.4}
+SIZES |= {"pad_token_id": 0}
 WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
+DELTA_NET = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+DELTA_NET |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_d_ssm": 64, "mamba_chunk_size": 4}
+PER_LAYER = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 1}
+PER_LAYER |= {"sliding_window": 6}
+GEMMA3N = PER_LAYER | {"layer_types": WINDOWS, "laurel_rank": 4, "altup_num_inputs": 2}
 FAMILIES = {
-    "Llama": SIZES,
-    "Qwen2": SIZES,
-    "Qwen3": SIZES,
-    "Mistral": SIZES,
-    "Gemma": SIZES,
-    "Olmo2": SIZES,
-    "Qwen3, windows": SIZES | {"layer_types": WINDOWS, "sliding_window": 5, "use_sliding_window": True},
-    "Gemma3Text": SIZES | {"layer_types": WINDOWS, "sliding_window": 9, "query_pre_attn_scalar": 8},
-    "Mistral, windows": SIZES | {"sliding_window": 4},
-    "Qwen3_5Text": SIZES
-    | {
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    },
-    "Lfm2": SIZES | {"layer_types": ["conv", "full_attention", "conv"]},
-    "FalconH1": SIZES
-    | {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_d_ssm": 64, "mamba_chunk_size": 4},
-    "Gemma3nText": SIZES
-    | PER_LAYER
-    | {"layer_types": WINDOWS, "sliding_window": 6, "laurel_rank": 4, "altup_num_inputs": 2}
-    | {"activation_sparsity_pattern": [0.5, 0.0, 0.0]},
-    "Gemma4Text": SIZES
-    | PER_LAYER
-    | {"layer_types": [*WINDOWS[:2], "full_attention"], "sliding_window": 6, "per_layer_config": {}},
-    "GPTNeoX": SIZES | {"num_key_value_heads": None},
-    "GPT2": OLD_SIZES | {"initializer_range": 0.4, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0},
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Mistral": {"sliding_window": None},
+    "Gemma": {},
+    "Olmo2": {},
+    "Qwen3, windows": {"layer_types": WINDOWS, "sliding_window": 5, "use_sliding_window": True},
+    "Gemma3Text": {"layer_types": WINDOWS, "sliding_window": 9, "query_pre_attn_scalar": 8},
+    "Mistral, windows": {"sliding_window": 4},
+    "Qwen3_5Text": DELTA_NET | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "Lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "FalconH1": MAMBA,
+    "Gemma3nText": GEMMA3N | {"activation_sparsity_pattern": [0.5, 0.0, 0.0]},
+    "Gemma4Text": PER_LAYER | {"layer_types": [*WINDOWS[:2], "full_attention"], "per_layer_config": {}},
+    "GPTNeoX": {},
+    "GPT2": {},
 }
 
 
 @functools.cache
 def pair(family: str, kind: int):
     """A target and a draft of one of three kinds: plain, with rotated soft prompts, for a part of the vocabulary."""
-    config_class = getattr(transformers, f"{family.split(',')[0]}Config")
-    known = config_class().to_dict().keys() | set(config_class.attribute_map)
-    config = config_class(**{name: value for name, value in FAMILIES[family].items() if name in known})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(kind)
-        target = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if kind == 2 else "sdpa")
-    for name, parameter in target.named_parameters():
-        if name.endswith("correct_output_scale"):  # 0 in Gemma 3n, which would hide what layers make of ids
-            torch.nn.init.ones_(parameter)
-    target = target.double().eval()
-    target.generation_config.eos_token_id = None
+    attention = "eager" if kind == 2 else "sdpa"
+    changes = SIZES | FAMILIES[family]
+    target = make_family(family.split(",")[0], attn_implementation=attention, seed=kind, **changes)
     options: dict[str, Any] = [{}, {"rotate_soft_prompts": family != "GPT2"}, {"draft_vocab_size": 10}][kind]
     return target, make_tiny_draft(target, target_hidden_state_indices=[1, 2], **options)
 
@@ -137,17 +104,6 @@ class Interrupts(StoppingCriteria):
         if self.calls < 0:
             raise Interrupted
         return torch.zeros(1, dtype=torch.bool)
-
-
-class Collects(BaseStreamer):
-    def __init__(self):
-        self.tokens, self.ended = [], False
-
-    def put(self, value):
-        self.tokens += value.flatten().tolist()
-
-    def end(self):
-        self.ended = True
 
 
 # One case
@@ -256,7 +212,7 @@ class Case:
         if self.processors:
             call["logits_processor"] = LogitsProcessorList([FavoursByPrefix()])
         criteria = [StopsAtSum()] if self.criteria else []
-        streamer = Collects() if self.streams else None
+        streamer = Recorder() if self.streams else None
 
         strings = {"stop_strings": self.stop_strings, "tokenizer": word_tokenizer()} if self.stop_strings else {}
 
@@ -285,7 +241,7 @@ class Case:
             result |= {"scores": output.scores, "hidden_states": output.hidden_states, "cache": output.cache}
         result["random state"] = torch.get_rng_state()
         if streamer is not None:
-            result["streamed"] = (streamer.tokens, streamer.ended)
+            result["streamed"] = streamer.events
         return result
 
 

@@ -3,7 +3,6 @@
 import copy
 import functools
 import math
-import sys
 
 import pytest
 import torch
@@ -11,14 +10,11 @@ from transformers import (
     LogitsProcessor,
     MaxLengthCriteria,
     StoppingCriteria,
-    SynthIDTextWatermarkingConfig,
-    WatermarkingConfig,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from exactness import FP64_ROUNDING, Oracle, assert_close, assert_identical, compare, truly_fp64
-from helpers import cached_tensors, letter_tokenizer, make_tiny_draft, make_tiny_target
-from transformers_confu import ConFuCandidateGenerator, confu_generation_config
+from helpers import Recorder, cached_tensors, make_tiny_draft, make_tiny_target
+from transformers_confu import confu_generation_config
 
 
 NEW_TOKENS = 24
@@ -30,24 +26,16 @@ greedy_and_sampled = pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=[
 draft_and_oracle = pytest.mark.parametrize("oracle", [False, True], ids=["draft", "oracle"])
 
 
-@pytest.fixture(autouse=True, params=["llama", "windows", "hybrid"])
-def usual_kind(request):
+@pytest.fixture(params=["llama", "windows", "hybrid"])
+def kind(request):
     """Which target `tiny` gives."""
-    with truly_fp64(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[__name__], "USUAL_KIND", request.param)
+    with truly_fp64():
         yield request.param
 
 
-USUAL_KIND = "llama"
-
-
-def tiny(attention: str = "sdpa"):
-    """A target and a draft for it."""
-    return _tiny(USUAL_KIND, attention)
-
-
 @functools.cache
-def _tiny(kind: str, attention: str):
+def tiny(kind: str, attention: str = "sdpa"):
+    """A target and a draft for it."""
     target = make_tiny_target(kind, attn_implementation=attention)
     return target, make_tiny_draft(target, draft_vocab_size=60)
 
@@ -59,18 +47,10 @@ def random_ids(length: int, seed: int = 0) -> torch.LongTensor:
 PROMPT = random_ids(7)
 
 
-def greedy_text() -> list[int]:
-    """What plain decoding writes after `PROMPT` with nothing to stop it."""
-    return _greedy_text(USUAL_KIND)
-
-
-def layer_types(target) -> list[str]:
-    return getattr(target.config, "layer_types", None) or ["full_attention"] * 5
-
-
 @functools.cache
-def _greedy_text(kind: str) -> list[int]:
-    return _tiny(kind, "sdpa")[0].generate(PROMPT, **GREEDY)[0, PROMPT.shape[1] :].tolist()
+def greedy_text(kind: str) -> list[int]:
+    """What plain decoding writes after `PROMPT` with nothing to stop it."""
+    return tiny(kind)[0].generate(PROMPT, **GREEDY)[0, PROMPT.shape[1] :].tolist()
 
 
 def assisted(target, draft, *args, oracle_text=None, knobs=KNOBS, call=None, **options):
@@ -79,8 +59,7 @@ def assisted(target, draft, *args, oracle_text=None, knobs=KNOBS, call=None, **o
     arguments = {"assistant_model": draft, "generation_config": config} | (call or {})
     if oracle_text is None:
         return target.generate(*args, **arguments)
-    max_length = options.get("max_length") or PROMPT.shape[1] + options["max_new_tokens"]
-    with Oracle(PROMPT[0].tolist() + oracle_text, max_length).proposing():
+    with Oracle(PROMPT[0].tolist() + oracle_text, PROMPT.shape[1] + options["max_new_tokens"]).proposing():
         return target.generate(*args, **arguments)
 
 
@@ -90,10 +69,10 @@ def assisted(target, draft, *args, oracle_text=None, knobs=KNOBS, call=None, **o
 @draft_and_oracle
 @greedy_and_sampled
 @pytest.mark.parametrize("contemplation", [0, 16])
-def test_all_fields_together(contemplation, options, oracle):
+def test_all_fields_together(kind, contemplation, options, oracle):
     fields = {"output_logits": True, "output_attentions": True}
     knobs = KNOBS | {"contemplation": contemplation}
-    comparison = compare(*tiny("eager"), PROMPT, options | fields, knobs, oracle=oracle)
+    comparison = compare(*tiny(kind, "eager"), PROMPT, options | fields, knobs, oracle=oracle)
     assert_identical(comparison)
     plain, other = comparison.plain, comparison.assisted
     assert type(plain) is type(other) and plain.keys() == other.keys()
@@ -103,8 +82,8 @@ def test_all_fields_together(contemplation, options, oracle):
     assert_close(cached_tensors(plain.cache), cached_tensors(other.cache), FP64_ROUNDING)
 
 
-def test_some_of_the_hidden_states():
-    target, draft = tiny()
+def test_some_of_the_hidden_states(kind):
+    target, draft = tiny(kind)
     options = GREEDY | {"return_dict_in_generate": True, "output_hidden_states": [0, 3]}
     plain = target.generate(PROMPT, **options)
     other = assisted(target, draft, PROMPT, **options)
@@ -117,50 +96,33 @@ def test_some_of_the_hidden_states():
 # --- where it stops
 
 
-@pytest.mark.parametrize("position", range(1, 12))
-def test_eos_inside_an_accepted_path(position):
+@pytest.mark.parametrize("position", range(1, 12, 2))
+def test_eos_inside_an_accepted_path(kind, position):
     # The tree goes on behind the EOS: nothing of that may be emitted, cached or counted.
-    target, draft = tiny()
-    text = greedy_text()
-    options = GREEDY | {"eos_token_id": text[position], "return_dict_in_generate": True, "output_scores": True}
-    plain = target.generate(PROMPT, **options)
+    target, draft = tiny(kind)
+    text = greedy_text(kind)
+    options = GREEDY | {"eos_token_id": text[position], "return_dict_in_generate": True}
     other = assisted(target, draft, PROMPT, oracle_text=text, **options)
-    assert torch.equal(plain.sequences, other.sequences)
-    assert_close(plain.scores, other.scores, 1e-6)
+    assert torch.equal(target.generate(PROMPT, **options).sequences, other.sequences)
     assert other.cache.get_seq_length() == other.sequences.shape[1] - 1
     emitted = other.sequences.shape[1] - PROMPT.shape[1]
     assert sum(draft.last_statistics.emitted) == emitted - 1
 
 
-def test_the_first_token_can_be_the_last():
-    target, draft = tiny()
-    options = GREEDY | {"eos_token_id": greedy_text()[0]}
+def test_the_first_token_can_be_the_last(kind):
+    target, draft = tiny(kind)
+    options = GREEDY | {"eos_token_id": greedy_text(kind)[0]}
     assert torch.equal(target.generate(PROMPT, **options), assisted(target, draft, PROMPT, **options))
     assert draft.last_statistics.rounds == 0
     assert math.isnan(draft.last_statistics.tau)
 
 
 @pytest.mark.parametrize("max_time, new_tokens", [(0.0, 1), (1e9, NEW_TOKENS)])
-def test_maximal_time(max_time, new_tokens):
-    target, draft = tiny()
+def test_maximal_time(kind, max_time, new_tokens):
+    target, draft = tiny(kind)
     other = assisted(target, draft, PROMPT, max_time=max_time, **GREEDY)
     assert torch.equal(target.generate(PROMPT, max_time=max_time, **GREEDY), other)
     assert other.shape[1] == PROMPT.shape[1] + new_tokens
-
-
-@draft_and_oracle
-def test_stop_strings(oracle):
-    target, draft = tiny()
-    tokenizer, text = letter_tokenizer(), greedy_text()
-    words = tokenizer.batch_decode([[token] for token in text])
-    # Within one token or across two, at any offset.
-    for stop in (words[6], words[4][-1] + words[5][:1], words[9] + words[10]):
-        options = GREEDY | {"stop_strings": stop}
-        call = {"tokenizer": tokenizer}
-        plain = target.generate(PROMPT, **options, **call)
-        assert plain.shape[1] < PROMPT.shape[1] + NEW_TOKENS, "the text never holds this string"
-        other = assisted(target, draft, PROMPT, oracle_text=text if oracle else None, call=call, **options)
-        assert torch.equal(plain, other)
 
 
 class StopOnScores(StoppingCriteria):
@@ -177,15 +139,15 @@ class StopOnScores(StoppingCriteria):
 
 
 @draft_and_oracle
-def test_a_criterion_that_reads_scores(oracle):
-    target, draft = tiny()
+def test_a_criterion_that_reads_scores(kind, oracle):
+    target, draft = tiny(kind)
     options = GREEDY | {"return_dict_in_generate": True, "output_scores": True}
     everything = target.generate(PROMPT, **options)
     enough = sum(step.max().item() for step in everything.scores[:13])
     plain_criterion, other_criterion = StopOnScores(enough), StopOnScores(enough)
     plain = target.generate(PROMPT, stopping_criteria=[plain_criterion], **options)
     call = {"stopping_criteria": [other_criterion]}
-    text = greedy_text() if oracle else None
+    text = greedy_text(kind) if oracle else None
     other = assisted(target, draft, PROMPT, oracle_text=text, call=call, **options)
     assert torch.equal(plain.sequences, other.sequences)
     assert plain_criterion.calls == other_criterion.calls
@@ -193,8 +155,8 @@ def test_a_criterion_that_reads_scores(oracle):
 
 
 @pytest.mark.parametrize("length", [PROMPT.shape[1] + 9, PROMPT.shape[1] + 40])
-def test_a_limit_of_the_callers_own_stands_in_for_that_of_the_config(length):
-    target, draft = tiny()
+def test_a_limit_of_the_callers_own_stands_in_for_that_of_the_config(kind, length):
+    target, draft = tiny(kind)
     call = {"stopping_criteria": [MaxLengthCriteria(length)]}
     plain = target.generate(PROMPT, **GREEDY, **call)
     assert plain.shape[1] == length
@@ -222,14 +184,14 @@ class Notebook(LogitsProcessor):
 
 @greedy_and_sampled
 @draft_and_oracle
-def test_a_processor_is_called_once_per_token_with_the_true_prefix(options, oracle):
+def test_a_processor_is_called_once_per_token_with_the_true_prefix(kind, options, oracle):
     notebooks = []
 
     def call():
         notebooks.append(Notebook())
         return {"logits_processor": [notebooks[-1]]}
 
-    comparison = compare(*tiny(), PROMPT, options, KNOBS, oracle=oracle, call=call)
+    comparison = compare(*tiny(kind), PROMPT, options, KNOBS, oracle=oracle, call=call)
     assert_identical(comparison)
     assert notebooks[0].prefixes == notebooks[1].prefixes
     assert len(notebooks[1].prefixes) == NEW_TOKENS
@@ -237,36 +199,9 @@ def test_a_processor_is_called_once_per_token_with_the_true_prefix(options, orac
         assert comparison.statistics.tau > 1.5
 
 
-@draft_and_oracle
-@pytest.mark.parametrize(
-    "watermark",
-    [
-        WatermarkingConfig(bias=3.0, seeding_scheme="selfhash", context_width=2),
-        SynthIDTextWatermarkingConfig(ngram_len=3, keys=[11, 5, 80, 2], context_history_size=32),
-    ],
-    ids=["selfhash", "synthid"],
-)
-def test_watermarks(watermark, oracle):
-    options = SAMPLED | {"watermarking_config": watermark}
-    assert_identical(compare(*tiny(), PROMPT, options, KNOBS, oracle=oracle))
-
-
-class Recorder(BaseStreamer):
-    """Notes what it is given, and by which call."""
-
-    def __init__(self):
-        self.events = []
-
-    def put(self, value):
-        self.events.append((value.dtype, tuple(value.shape), value.tolist()))
-
-    def end(self):
-        self.events.append("end")
-
-
 @greedy_and_sampled
 @draft_and_oracle
-def test_streaming(options, oracle):
+def test_streaming(kind, options, oracle):
     recorders = []
 
     def call():
@@ -274,22 +209,21 @@ def test_streaming(options, oracle):
         return {"streamer": recorders[-1]}
 
     comparison = compare(
-        *tiny(), PROMPT, options | {"eos_token_id": greedy_text()[17]}, KNOBS, oracle=oracle, call=call
+        *tiny(kind), PROMPT, options | {"eos_token_id": greedy_text(kind)[17]}, KNOBS, oracle=oracle, call=call
     )
     assert_identical(comparison)
     assert recorders[0].events == recorders[1].events
-    assert recorders[1].events[-1] == "end"
 
 
 # --- prompts of every form
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 50])
-def test_chunked_prefill(chunk_size):
+def test_chunked_prefill(kind, chunk_size):
     prompt = random_ids(20, seed=3)
-    comparison = compare(*tiny(), prompt, SAMPLED | {"prefill_chunk_size": chunk_size}, KNOBS)
+    comparison = compare(*tiny(kind), prompt, SAMPLED | {"prefill_chunk_size": chunk_size}, KNOBS)
     assert_identical(comparison)
-    whole = compare(*tiny(), prompt, SAMPLED, KNOBS)
+    whole = compare(*tiny(kind), prompt, SAMPLED, KNOBS)
     assert comparison.statistics.emitted == whole.statistics.emitted  # the draft gets the taps of every chunk
 
 
@@ -305,28 +239,17 @@ MASKS = {
 @draft_and_oracle
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("mask", MASKS)
-def test_masked_prompts(mask, attention, oracle):
+def test_masked_prompts(kind, mask, attention, oracle):
     def call():
         return {"attention_mask": torch.tensor([MASKS[mask]])}
 
-    assert_identical(compare(*tiny(attention), PROMPT, SAMPLED, KNOBS, oracle=oracle, call=call))
-
-
-def test_left_padding_changes_nothing_in_the_rounds():
-    target, draft = tiny()
-    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), PROMPT], dim=-1)
-    mask = torch.tensor([[0] * 5 + [1] * PROMPT.shape[1]])
-    short = assisted(target, draft, PROMPT, **GREEDY)
-    rounds = draft.last_statistics.emitted
-    long = assisted(target, draft, padded, call={"attention_mask": mask}, **GREEDY)
-    assert torch.equal(short, long[:, 5:])
-    assert draft.last_statistics.emitted == rounds
+    assert_identical(compare(*tiny(kind, attention), PROMPT, SAMPLED, KNOBS, oracle=oracle, call=call))
 
 
 @pytest.mark.parametrize("with_ids", [True, False])
 @pytest.mark.parametrize("mask", [None, "left padding", "holes"])
-def test_embedded_prompts(with_ids, mask):
-    target, draft = tiny()
+def test_embedded_prompts(kind, with_ids, mask):
+    target, draft = tiny(kind)
     with torch.no_grad():
         embeddings = target.get_input_embeddings()(PROMPT) + 0.1  # of no token
 
@@ -338,11 +261,11 @@ def test_embedded_prompts(with_ids, mask):
     assert comparison.assisted_ids.shape[1] == NEW_TOKENS + (PROMPT.shape[1] if with_ids else 0)
 
 
-def test_positions_of_the_callers_own():
+def test_positions_of_the_callers_own(kind):
     def call():
         return {"position_ids": torch.arange(3, 3 + 2 * PROMPT.shape[1], 2)[None]}
 
-    assert_identical(compare(*tiny(), PROMPT, SAMPLED, KNOBS, call=call))
+    assert_identical(compare(*tiny(kind), PROMPT, SAMPLED, KNOBS, call=call))
 
 
 # --- statistics
@@ -350,23 +273,13 @@ def test_positions_of_the_callers_own():
 
 @pytest.mark.parametrize("eos", [False, True])
 @pytest.mark.parametrize("contemplation", [0, 4, 99])
-def test_statistics_can_be_recounted(contemplation, eos, monkeypatch):
-    target, draft = tiny()
-    text = greedy_text()
-    trees, proposed = [], ConFuCandidateGenerator.propose
+def test_statistics_can_be_recounted(kind, contemplation, eos):
+    target, draft = tiny(kind)
+    text = greedy_text(kind)
     options = GREEDY | ({"eos_token_id": text[15]} if eos else {})
     with Oracle(PROMPT[0].tolist() + text, PROMPT.shape[1] + NEW_TOKENS, seed=2).proposing() as oracle:
-        propose = ConFuCandidateGenerator.propose
-
-        def note(*args, **kwargs):
-            trees.append(propose(*args, **kwargs))
-            return trees[-1]
-
-        monkeypatch.setattr(ConFuCandidateGenerator, "propose", note)
         ids = assisted(target, draft, PROMPT, knobs=KNOBS | {"contemplation": contemplation}, **options)
-        monkeypatch.undo()
-    assert ConFuCandidateGenerator.propose is proposed
-    statistics = draft.last_statistics
+    statistics, trees = draft.last_statistics, oracle.trees
 
     new = ids[0, PROMPT.shape[1] :].tolist()
     written, emitted, accepted = 1, [], []  # prefill emits the first
@@ -380,18 +293,16 @@ def test_statistics_can_be_recounted(contemplation, eos, monkeypatch):
         accepted.append(count)
     assert written == len(new)
     assert statistics.emitted == emitted and statistics.accepted == accepted
-    assert all(e - a in (0, 1) for e, a in zip(emitted, accepted, strict=True))
     assert statistics.accepted_by_depth == [sum(a > d for a in accepted) for d in range(max(accepted))]
     assert statistics.rounds == len(trees)
     assert statistics.tau == (len(new) - 1) / len(trees) > 1.5
     assert statistics.tree_nodes == sum(tree.size for tree in trees)
     assert statistics.contemplate_rows <= sum(min(contemplation, tree.size) for tree in trees)
     assert (statistics.contemplate_rows > 0) == (contemplation > 0)
-    for part in ("prefill", "draft", "target", "walk", "compaction"):
-        assert getattr(statistics, f"{part}_seconds") >= 0
     layer_bytes = 2 * 2 * target.config.head_dim * 8  # of a row: keys and values, heads, head size, fp64
     # Of a delta net: four products of a convolution over 64 channels; four heads of 8 x 8, in fp32.
-    kinds, length = layer_types(target), PROMPT.shape[1] + len(new) - 1
+    kinds = getattr(target.config, "layer_types", None) or ["full_attention"] * 5
+    length = PROMPT.shape[1] + len(new) - 1
     state_bytes = kinds.count("linear_attention") * (4 * 64 * 8 + 4 * 8 * 8 * 4)
     held = {"sliding_attention": min(length, 5), "full_attention": length, "linear_attention": 0}
     assert statistics.target_cache_bytes == sum(held[kind] for kind in kinds) * layer_bytes + state_bytes
@@ -399,29 +310,18 @@ def test_statistics_can_be_recounted(contemplation, eos, monkeypatch):
     most = max(t.size + min(contemplation, t.size) for t in trees)
     row_bytes = sum(kind != "linear_attention" for kind in kinds) * layer_bytes
     assert statistics.transient_cache_bytes == (most + slots) * row_bytes + most * state_bytes
-    config = draft.config
-    seen = PROMPT.shape[1] + len(new) - 1 - emitted[-1]  # true rows that the last tree grew from
-    assert statistics.draft_cache_bytes == seen * 2 * config.num_key_value_heads * config.head_dim * 8
+    seen = length - emitted[-1]  # true rows that the last tree grew from
+    assert statistics.draft_cache_bytes == seen * 2 * draft.config.num_key_value_heads * draft.config.head_dim * 8
     assert statistics.draft_state == "new"
     assert f"tau {statistics.tau:.2f}" in str(statistics)
-
-
-def test_each_call_has_statistics_of_its_own():
-    target, draft = tiny()
-    assisted(target, draft, PROMPT, **GREEDY)
-    first = draft.last_statistics
-    emitted = list(first.emitted)
-    assisted(target, draft, random_ids(3, seed=8), **GREEDY)
-    assert draft.last_statistics is not first
-    assert first.emitted == emitted
 
 
 # --- side by side, and cut short
 
 
-def test_inference_mode():
-    target, draft = tiny()
-    if "linear_attention" in layer_types(target):
+def test_inference_mode(kind):
+    target, draft = tiny(kind)
+    if kind == "hybrid":
         pytest.skip("plain generate cannot go on outside of inference mode with states that were made in it")
     with torch.inference_mode():
         first = assisted(target, draft, PROMPT, return_dict_in_generate=True, **GREEDY)
@@ -434,10 +334,10 @@ def test_inference_mode():
     assert not torch.is_inference_mode_enabled()
 
 
-@pytest.mark.parametrize("layer", [0, 2, 4])
+@pytest.mark.parametrize("layer", [0, 4])
 @pytest.mark.parametrize("forward", [1, 2, 3, 5])  # prefill, contemplation behind the prompt, rounds
-def test_an_interrupt_leaves_the_cache_as_it_was(forward, layer):
-    target, draft = tiny()
+def test_an_interrupt_leaves_the_cache_as_it_was(kind, forward, layer):
+    target, draft = tiny(kind)
     first = target.generate(PROMPT, return_dict_in_generate=True, **GREEDY)
     cache, text = first.cache, torch.cat([first.sequences, random_ids(3)], dim=-1)
     length = cache.get_seq_length()

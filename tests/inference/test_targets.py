@@ -12,16 +12,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModel,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     DynamicCache,
     PreTrainedModel,
 )
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-import helpers
 from exactness import assert_close, assert_identical, compare
-from helpers import make_tiny_draft, make_tiny_target, rotate
+from helpers import SIZES, make_family, make_tiny_draft, make_tiny_target, rotate
 from transformers_confu import ConFuDraftModel, confu_generation_config
 from transformers_confu.inference.cached_rows import filled_layers
 from transformers_confu.inference.checks import check_cache, check_target
@@ -35,142 +33,91 @@ from transformers_confu.inference.target import TargetRunner
 PROMPT = torch.tensor([[3, 4, 5, 2, 7, 6, 8]])
 KNOBS = {"tree_size": 12, "depth": 5, "branching": 3, "contemplation": 5}
 
-# Those of `make_tiny_target`, with so few tokens that even a random draft is often right.
-SIZES = helpers.SIZES | {"vocab_size": 13, "max_position_embeddings": 128, "pad_token_id": 0}
-# GPT-2's names.
-OLD_SIZES = {
-    "vocab_size": 13,
-    "n_embd": 32,
-    "n_layer": 5,
-    "n_head": 4,
-    "n_positions": 128,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-ALL_HEADS_CACHED = {**SIZES, "num_key_value_heads": None}
+# So few tokens that even a random draft is often right.
+SMALL = {"vocab_size": 13, "max_position_embeddings": 128, "pad_token_id": 0}
 FULL_ATTENTION = {"layer_types": ["full_attention"] * 5}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]}
 SHORT, LONGER = {"sliding_window": 4}, {"sliding_window": 13}  # crossed by the prompt; by the text
+LAST_FULL = {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"]}
 
 # Without what is looked up for each token in every layer.
-GEMMA4 = {
-    **SIZES,
-    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
-    "hidden_size_per_layer_input": 0,
-    "num_kv_shared_layers": 0,
-}
+GEMMA4 = LAST_FULL | {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "per_layer_config": {}}
+LARGER_HEADS = {layer: {"head_dim": 16, "num_key_value_heads": 1} for layer in (1, 3, 4)}
 # With it, and with layers at the end that read the keys of others.
 PER_LAYER = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 13, "num_kv_shared_layers": 2}
-GEMMA3N = {**SIZES, **MIXED, **PER_LAYER, "laurel_rank": 4, "altup_num_inputs": 3}
+GEMMA3N = MIXED | PER_LAYER | {"laurel_rank": 4, "altup_num_inputs": 3}
 GEMMA3N |= {"activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0, 0.0]}
-LATENT = {
-    **SIZES,
-    "num_key_value_heads": 4,
-    "q_lora_rank": None,
-    "kv_lora_rank": 12,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 6,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "moe_intermediate_size": 16,
-    "first_k_dense_replace": 2,
-}
-del LATENT["head_dim"]
+LARGER_HEADS_TOO = {"use_double_wide_mlp": True, "per_layer_config": {layer: {"head_dim": 16} for layer in (1, 3, 4)}}
+# Latent attention, with experts in all layers but the first two.
+LATENT = {"num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 12, "v_head_dim": 6, "head_dim": 4}
+LATENT |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2}
+LATENT |= {"n_group": 1, "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 2}
 
 # Recurrent layers beside attention: gated delta nets, Mamba 2, short convolutions.
 HYBRID = {"layer_types": ["linear_attention", "full_attention", *["linear_attention"] * 2, "full_attention"]}
-DELTA_NET_SIZES = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-DELTA_NET_SIZES |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
-DELTA_NET = SIZES | HYBRID | DELTA_NET_SIZES
-MAMBA = {
-    **SIZES,
-    "mamba_n_heads": 4,
-    "mamba_d_head": 16,
-    "mamba_d_state": 8,
-    "mamba_n_groups": 2,
-    "mamba_chunk_size": 4,
-}
+DELTA_NET = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+DELTA_NET |= HYBRID | {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 4}
+NEMOTRON_H = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 4}
+NEMOTRON_H |= {"layers_block_type": ["linear_attention", "mlp", "full_attention"] + HYBRID["layer_types"][3:]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 ARCHITECTURES = {
     # Named in the documentation.
-    "Llama": SIZES,
-    "Qwen2": SIZES,
-    "Qwen3": SIZES,
-    "Mistral": {**SIZES, "sliding_window": None},
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Mistral": {"sliding_window": None},
     # Other norms and their places, biases, activations, scaled embeddings, residuals and logits.
-    "Olmo2": SIZES,
-    "Gemma": SIZES,
-    "Gemma2": {**SIZES, **FULL_ATTENTION},
-    "Gemma3Text": {**SIZES, **FULL_ATTENTION},
-    "Phi3": {**SIZES, "original_max_position_embeddings": 128},
-    "Granite": SIZES,
-    "Cohere": SIZES,
-    "Starcoder2": {**SIZES, "sliding_window": None},
-    "SmolLM3": SIZES,
-    "Nemotron": SIZES,
+    "Olmo2": {},
+    "Gemma": {},
+    "Gemma2": FULL_ATTENTION,
+    "Gemma3Text": FULL_ATTENTION,
+    "Phi3": {"original_max_position_embeddings": 128},
+    "Granite": {},
+    "Cohere": {},
+    "Starcoder2": {"sliding_window": None},
+    "SmolLM3": {},
+    "Nemotron": {},
     # Rotation of a part of each head; of pairs; none.
-    "GPTNeoX": ALL_HEADS_CACHED,
-    "Glm4": SIZES,
-    "GPTJ": {**OLD_SIZES, "rotary_dim": 8},
-    "GPT2": OLD_SIZES,
-    "OPT": {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32, "num_key_value_heads": None},
-    "GPTBigCode": OLD_SIZES,
-    "Falcon": {
-        "vocab_size": 13,
-        "hidden_size": 32,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 4,
-        "num_kv_heads": 2,
-        "new_decoder_architecture": True,
-        "initializer_range": 0.3,
-        "eos_token_id": None,
-    },
+    "GPTNeoX": {},
+    "Glm4": {},
+    "GPTJ": {"rotary_dim": 8},
+    "GPT2": {},
+    "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "GPTBigCode": {"num_key_value_heads": 1},
+    "Falcon": {"num_kv_heads": 2, "new_decoder_architecture": True},
+    "Falcon, one head of keys": {"multi_query": True, "new_decoder_architecture": False},
     # Differential attention; attention sinks.
-    "DiffLlama": SIZES,
-    "GptOss": {**SIZES, **FULL_ATTENTION, "num_local_experts": 4},
+    "DiffLlama": {},
+    "GptOss": FULL_ATTENTION | {"num_local_experts": 4},
     # Mixtures of experts.
-    "Mixtral": {**SIZES, "num_local_experts": 4, "sliding_window": None, "output_router_logits": True},
-    "Qwen3Moe": {**SIZES, **EXPERTS},
+    "Mixtral": {"num_local_experts": 4, "sliding_window": None, "output_router_logits": True},
+    "Qwen3Moe": EXPERTS,
     # Sliding windows in some layers, or in all.
-    "Gemma2, windows": {**SIZES, **MIXED, **SHORT},
-    "Gemma3Text, windows": {**SIZES, **MIXED, **LONGER},
-    "Gemma4Text, windows": {**GEMMA4, **SHORT, "per_layer_config": {}},
-    "Gemma4Text, windows and larger heads": {
-        **GEMMA4,
-        **LONGER,
-        "per_layer_config": {layer: {"head_dim": 16, "num_key_value_heads": 1} for layer in (1, 3, 4)},
-    },
+    "Gemma2, windows": MIXED | SHORT,
+    "Gemma3Text, windows": MIXED | LONGER,
+    "Gemma4Text, windows": GEMMA4 | SHORT,
+    "Gemma4Text, windows and larger heads": GEMMA4 | LONGER | {"per_layer_config": LARGER_HEADS},
     # Token ids are looked up in every layer, and the last two layers have no keys of their own.
-    "Gemma3nText, full": {**GEMMA3N, **FULL_ATTENTION, **PER_LAYER},
-    "Gemma3nText, windows": {**GEMMA3N, **SHORT},
-    "Gemma4Text, ids in every layer": {**GEMMA4, **PER_LAYER, **SHORT, "per_layer_config": {}},
-    "Gemma4Text, ids in every layer and larger heads": {
-        **GEMMA4,
-        **PER_LAYER,
-        **LONGER,
-        "use_double_wide_mlp": True,
-        "per_layer_config": {layer: {"head_dim": 16} for layer in (1, 3, 4)},
-    },
-    "Qwen2, windows": {**SIZES, **MIXED, **LONGER, "use_sliding_window": True},
-    "Qwen3, windows": {**SIZES, **MIXED, **SHORT, "use_sliding_window": True},
-    "Mistral, windows": {**SIZES, **SHORT},
-    "Ministral, windows": {**SIZES, **MIXED, **LONGER},
-    "Ministral3, windows": {**SIZES, **LONGER},
-    "Olmo3, windows": {**SIZES, **MIXED, **SHORT},
-    "GptOss, windows": {**SIZES, **MIXED, **SHORT, "num_local_experts": 4},
-    "Cohere2, windows": {**SIZES, **MIXED, **SHORT},
-    "Exaone4, windows": {**SIZES, **MIXED, **LONGER, "sliding_window_pattern": None},
-    "Phi3, windows": {**SIZES, **SHORT, "original_max_position_embeddings": 128},
-    "Starcoder2, windows": {**SIZES, **LONGER},
-    "Mixtral, windows": {**SIZES, **SHORT, "num_local_experts": 4},
-    # Latent attention, with experts; the first without.
-    "DeepseekV2, dense": {**LATENT, "first_k_dense_replace": 5},
-    "DeepseekV3, dense": {**LATENT, "first_k_dense_replace": 5},
+    "Gemma3nText, full": GEMMA3N | FULL_ATTENTION,
+    "Gemma3nText, windows": GEMMA3N | SHORT,
+    "Gemma4Text, ids in every layer": GEMMA4 | PER_LAYER | SHORT,
+    "Gemma4Text, ids in every layer and larger heads": GEMMA4 | PER_LAYER | LONGER | LARGER_HEADS_TOO,
+    "Qwen2, windows": MIXED | LONGER | {"use_sliding_window": True},
+    "Qwen3, windows": MIXED | SHORT | {"use_sliding_window": True},
+    "Mistral, windows": SHORT,
+    "Ministral, windows": MIXED | LONGER,
+    "Ministral3, windows": LONGER,
+    "Olmo3, windows": MIXED | SHORT,
+    "GptOss, windows": MIXED | SHORT | {"num_local_experts": 4},
+    "Cohere2, windows": MIXED | SHORT,
+    "Exaone4, windows": MIXED | LONGER | {"sliding_window_pattern": None},
+    "Phi3, windows": SHORT | {"original_max_position_embeddings": 128},
+    "Starcoder2, windows": LONGER,
+    "Mixtral, windows": SHORT | {"num_local_experts": 4},
+    "DeepseekV2, dense": LATENT | {"first_k_dense_replace": 5},
+    "DeepseekV3, dense": LATENT | {"first_k_dense_replace": 5},
     "DeepseekV2": LATENT,
     "DeepseekV3": LATENT,
     "Glm4MoeLite": LATENT | {"mlp_layer_types": ["dense", "dense", "sparse", "sparse", "sparse"]},
@@ -181,16 +128,8 @@ ARCHITECTURES = {
     "OlmoHybrid": DELTA_NET | {"linear_num_key_heads": 4},
     "GraniteMoeHybrid": MAMBA | HYBRID | {"num_local_experts": 0, "shared_intermediate_size": 64},
     "Bamba": MAMBA | {"attn_layer_indices": [1, 4]},
-    "NemotronH": {
-        **SIZES,
-        "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "full_attention"],
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 16,
-        "ssm_state_size": 8,
-        "n_groups": 2,
-        "chunk_size": 4,
-    },
-    "Lfm2": {**SIZES, "layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
+    "NemotronH": NEMOTRON_H,
+    "Lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
     "FalconH1": MAMBA | {"mamba_d_ssm": 64, "embedding_multiplier": 1.5},
 }
 EAGER_ONLY = {"GPTJ", "GptOss", "Gemma2", "Gemma2, windows", "GptOss, windows"}
@@ -215,23 +154,12 @@ architectures = pytest.mark.parametrize(
 
 
 def make_target(name: str, implementation: str = "sdpa", **changes) -> PreTrainedModel:
-    config_class = getattr(transformers, f"{name.split(',')[0]}Config")
-    known = config_class().to_dict().keys() | set(config_class.attribute_map)
-    settings = ARCHITECTURES[name] | changes
-    config = config_class(**{key: value for key, value in settings.items() if key in known})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        target = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
-    mix_streams(target)
-    target.generation_config.eos_token_id = None
-    return target.to(torch.float32 if name in WITHOUT_FP64 else torch.float64).eval()
-
-
-def mix_streams(target: PreTrainedModel) -> None:
-    """Gemma 3n starts with a scale of 0 on all that its layers make of the ids, which would hide a fault there."""
-    for name, parameter in target.named_parameters():
-        if name.endswith("correct_output_scale"):
-            nn.init.ones_(parameter)
+    return make_family(
+        name.split(",")[0],
+        attn_implementation=implementation,
+        dtype=torch.float32 if name in WITHOUT_FP64 else torch.float64,
+        **SMALL | ARCHITECTURES[name] | changes,
+    )
 
 
 def make_draft(name: str, target: PreTrainedModel) -> ConFuDraftModel:
@@ -488,68 +416,38 @@ def test_rotated_soft_prompts_stand_at_the_root():
     assert_same_text(target, draft)
 
 
-@torch.no_grad()
-def test_soft_prompts_and_routing_reach_f():
-    target = make_target("Llama")
-    draft = make_tiny_draft(target)
-    runner = TargetRunner(target, draft.config, draft.future_channel)
-    visible = torch.ones(1, 7, dtype=torch.bool)
-
-    def verify():
-        cache, routed_by = prefill(target, runner, PROMPT)
-        return runner.verify(TREE, CONTEMPLATED, routed_by, cache, torch.tensor([7]), visible)
-
-    before = verify()
-    for parameter in (draft.future_channel.soft_prompts, draft.future_channel.contemplate_token.experts):
-        parameter.add_(0.5)
-        after = verify()
-        assert (after.futures - before.futures).abs().amax(-1).min() > 1e-3  # of every row
-        assert torch.equal(after.outputs.logits, before.outputs.logits)  # and of no real one
-        assert torch.equal(after.taps, before.taps)
-        before = after
+def with_images(name: str, text: dict, vision: dict, **more) -> PreTrainedModel:
+    """A model of text and images; its text has the sizes of `SIZES`, where `text` says nothing else."""
+    text_class = type(getattr(transformers, f"{name}Config")().text_config)
+    known = text_class().to_dict().keys()
+    text = {key: value for key, value in (SIZES | SMALL | text).items() if key in known}
+    return make_family(name, AutoModelForImageTextToText, text_config=text_class(**text), vision_config=vision, **more)
 
 
-@torch.no_grad()
-def test_a_target_of_text_and_images_decodes_text():
-    text = transformers.LlamaConfig(**{key: value for key, value in SIZES.items() if key != "init_std"})
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
-    )
-    torch.manual_seed(0)
-    target = AutoModelForImageTextToText.from_config(
-        transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_id=12)
-    )
-    target = target.double().eval()
-    draft = make_tiny_draft(target, rotate_soft_prompts=True)
-    assert_same_text(target, draft)
-    assert_same_chat(target, draft, prefill_chunk_size=3)
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-@pytest.mark.parametrize("name", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5"])
-@pytest.mark.parametrize("windows", [False, True])
-def test_positions_of_three_kinds_in_a_text(name, windows):
+WINDOWS = MIXED | SHORT | {"use_sliding_window": True, "max_window_layers": 0}
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("Qwen2VL", {}),
+        ("Qwen2VL", WINDOWS),
+        ("Qwen2_5_VL", {}),
+        ("Qwen2_5_VL", WINDOWS),
+        ("Qwen3VL", {}),
+        ("Qwen3_5", DELTA_NET),
+    ],
+)
+def test_positions_of_three_kinds_in_a_text(name, text):
     """What has no image in it has one position for each token, also where a cache and its chat go on."""
-    text = {key: value for key, value in SIZES.items() if key not in ("init_std", "tie_word_embeddings")}
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-    if name == "Qwen3_5":
-        text |= DELTA_NET_SIZES | HYBRID
-    if windows:
-        if name in ("Qwen3VL", "Qwen3_5"):
-            pytest.skip("it has none")
-        text |= MIXED | SHORT | {"use_sliding_window": True, "max_window_layers": 0}
+    text = text | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
     vision = {"depth": 1, "num_heads": 2, "patch_size": 4, "hidden_size": 16}
     vision |= {"out_hidden_size": 32, "deepstack_visual_indexes": [], "fullatt_block_indexes": [0], "embed_dim": 16}
-    config_class = getattr(transformers, f"{name}Config")
-    known = type(config_class().vision_config)().to_dict()
-    vision = {key: value for key, value in vision.items() if key in known}
     special = {"image_token_id": 11, "video_token_id": 12, "vision_start_token_id": 10, "vision_end_token_id": 10}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        target = AutoModelForImageTextToText.from_config(
-            config_class(text_config=text, vision_config=vision, **special)
-        )
-    target.generation_config.eos_token_id = None
-    target = target.double().eval()
+    target = with_images(name, text, vision, **special)
     for rotates in (False, True):
         draft = make_tiny_draft(target, rotate_soft_prompts=rotates)
         assert_same_text(target, draft)
@@ -566,7 +464,6 @@ def test_positions_of_three_kinds_in_a_text(name, windows):
         target.generate(PROMPT, mm_token_type_ids=kinds, assistant_model=draft, **options)
 
 
-VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 WRAPPED = {
     "Gemma3": "Gemma3Text, windows",
     "Gemma3n": "Gemma3nText, windows",
@@ -577,27 +474,18 @@ WRAPPED = {
 @pytest.mark.parametrize("name", WRAPPED)
 def test_texts_in_which_the_marks_of_images_occur(name, monkeypatch):
     """A model of text and images may write the id that marks an image, and reads it otherwise than other ids."""
-    settings = ARCHITECTURES[WRAPPED[name]] | {"vocab_size_per_layer_input": 11}
-    text_class = getattr(transformers, f"{name}TextConfig")
-    known = text_class().to_dict().keys()
-    parts = {
-        "text_config": text_class(**{key: value for key, value in settings.items() if key in known}),
-        "vision_config": VISION | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 1, "vocab_offset": 11},
-        "audio_config": {"hidden_size": 16, "conf_num_hidden_layers": 1, "vocab_size": 1, "vocab_offset": 12},
-    }
-    if name == "Gemma3":
-        del parts["audio_config"]
-    config = getattr(transformers, f"{name}Config")(**parts, image_token_id=11, video_token_id=10, audio_token_id=12)
     # Nothing reads an image or a sound here, and Gemma 3n would need one more library to do so.
     own = AutoModel.from_config
     monkeypatch.setattr(
-        AutoModel, "from_config", lambda part: own(part) if "text" in part.model_type else nn.Identity()
+        AutoModel,
+        "from_config",
+        lambda part, **options: own(part, **options) if "text" in part.model_type else nn.Identity(),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        target = AutoModelForImageTextToText.from_config(config).double().eval()
-    mix_streams(target)
-    target.generation_config.eos_token_id = None
+    vision = VISION | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 1, "vocab_offset": 11}
+    marks = {"image_token_id": 11, "video_token_id": 10, "audio_token_id": 12}
+    if name != "Gemma3":
+        marks["audio_config"] = {"hidden_size": 16, "conf_num_hidden_layers": 1, "vocab_size": 1, "vocab_offset": 12}
+    target = with_images(name, ARCHITECTURES[WRAPPED[name]] | {"vocab_size_per_layer_input": 11}, vision, **marks)
     draft = make_tiny_draft(target)
     options = {"do_sample": True, "temperature": 3.0, "max_new_tokens": 24}
     marks = 0
@@ -634,57 +522,6 @@ def test_draft_and_target_may_differ_in_precision(target_dtype, draft_dtype):
     assert draft.last_statistics.tau > 1
 
 
-def test_a_target_split_by_a_device_map():
-    target = make_target("Llama")
-    draft = make_tiny_draft(target, rotate_soft_prompts=True)
-    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    device_map |= {f"model.layers.{index}": "cpu" for index in range(5)}
-    dispatch_model(target, device_map, force_hooks=True)
-    assert_same_text(target, draft)
-
-
-@pytest.mark.parametrize("contemplation", [0, 5])
-def test_a_target_over_several_devices_is_named_no_rows(contemplation, monkeypatch):
-    """Its last states lie elsewhere than its inputs, and a tensor of row numbers would have to lie with them."""
-    target = make_target("Llama")
-    draft = make_tiny_draft(target)
-    monkeypatch.setattr(target, "hf_device_map", {"model": "cpu", "lm_head": "cuda:1"}, raising=False)
-    asked = []
-    target.register_forward_pre_hook(lambda module, args, kwargs: asked.append(kwargs), with_kwargs=True)
-    comparison = compare(
-        target,
-        draft,
-        PROMPT,
-        {"do_sample": False, "max_new_tokens": 24},
-        KNOBS | {"contemplation": contemplation},
-        record=False,
-        oracle=True,
-    )
-    assert comparison.first_difference() is None
-    assert asked and not any(isinstance(kwargs.get("logits_to_keep"), torch.Tensor) for kwargs in asked)
-
-
-@pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_an_offloaded_target(where, tmp_path):
-    target = make_target("Llama")
-    draft = make_tiny_draft(target, rotate_soft_prompts=True)
-    if where == "cpu":
-        cpu_offload(target, torch.device("cpu"))
-    else:
-        disk_offload(target, str(tmp_path), torch.device("cpu"))
-    assert next(target.parameters()).device.type == "meta"  # weights are only there while their module runs
-    assert_same_text(target, draft)
-
-
-def test_a_partly_offloaded_target(tmp_path):
-    target = make_target("Llama")
-    draft = make_tiny_draft(target)
-    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
-    device_map |= {f"model.layers.{index}": "cpu" if index < 2 else "disk" for index in range(5)}
-    dispatch_model(target, device_map, main_device="cpu", offload_dir=str(tmp_path))
-    assert_same_text(target, draft)
-
-
 class Int8Linear(nn.Module):
     """What quantised Linears have in common: no `weight`, and a product that is not `nn.Linear`'s."""
 
@@ -698,35 +535,44 @@ class Int8Linear(nn.Module):
         return hidden_states @ (self.levels * self.scale).T
 
 
-def test_a_quantised_target():
-    target = make_target("Llama")
-    draft = make_tiny_draft(target)
-    plain = target.generate(PROMPT, max_new_tokens=24, do_sample=False)
+def quantise(target, folder):
     for module in list(target.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, Int8Linear(child))
-    assert not any(isinstance(module, nn.Linear) for module in target.modules())
-    assert not torch.equal(target.generate(PROMPT, max_new_tokens=24, do_sample=False), plain)
-    assert_same_text(target, draft)
 
 
-# Adapters
-
-
+ONE_DEVICE = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+ONE_DEVICE |= {f"model.layers.{index}": "cpu" for index in range(5)}
+PARTLY_ON_DISK = ONE_DEVICE | {"lm_head": "disk"} | {f"model.layers.{index}": "disk" for index in (2, 3, 4)}
 LORA = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4, "init_lora_weights": False}
 
 
-def test_a_target_wrapped_by_peft():
-    target = make_target("Llama")
-    draft = make_tiny_draft(target, rotate_soft_prompts=True)
-    before = target.generate(PROMPT, max_new_tokens=24, do_sample=False)
-    torch.manual_seed(0)
-    wrapped = get_peft_model(target, LoraConfig(task_type="CAUSAL_LM", **LORA)).double().eval()
-    assert not torch.equal(wrapped.generate(PROMPT, max_new_tokens=24, do_sample=False), before)  # the adapter is felt
-    assert_same_text(wrapped, draft)
-    with wrapped.disable_adapter():
-        assert_same_text(wrapped, draft)
+def split(target, folder):
+    dispatch_model(target, ONE_DEVICE, force_hooks=True)
+
+
+def offload(target, folder):
+    cpu_offload(target, torch.device("cpu"))
+
+
+def offload_to_disk(target, folder):
+    disk_offload(target, str(folder), torch.device("cpu"))
+
+
+def offload_a_part(target, folder):
+    dispatch_model(target, PARTLY_ON_DISK, main_device="cpu", offload_dir=str(folder))
+
+
+def add_adapter(target, folder):
+    target.add_adapter(LoraConfig(**LORA))
+    target.double().eval()
+
+
+def load_adapter(target, folder):
+    get_peft_model(make_target("Llama"), LoraConfig(task_type="CAUSAL_LM", **LORA)).save_pretrained(folder)
+    target.load_adapter(str(folder))
+    target.double().eval()
 
 
 NEEDS_NEWER_PEFT = pytest.mark.skipif(
@@ -735,20 +581,44 @@ NEEDS_NEWER_PEFT = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("way", [pytest.param("add_adapter", marks=NEEDS_NEWER_PEFT), "load_adapter"])
-def test_a_target_with_an_adapter(way, tmp_path):
+@pytest.mark.parametrize("change", [split, offload, offload_to_disk, offload_a_part])
+def test_a_target_spread_by_accelerate(change, tmp_path):
+    target = make_target("Llama")
+    draft = make_tiny_draft(target, rotate_soft_prompts=True)
+    change(target, tmp_path)
+    assert_same_text(target, draft)
+
+
+@pytest.mark.parametrize("change", [quantise, pytest.param(add_adapter, marks=NEEDS_NEWER_PEFT), load_adapter])
+def test_a_target_with_other_modules(change, tmp_path):
     target = make_target("Llama")
     draft = make_tiny_draft(target)
     before = target.generate(PROMPT, max_new_tokens=24, do_sample=False)
     torch.manual_seed(0)
-    if way == "add_adapter":
-        target.add_adapter(LoraConfig(**LORA))
-    else:
-        get_peft_model(make_target("Llama"), LoraConfig(task_type="CAUSAL_LM", **LORA)).save_pretrained(tmp_path)
-        target.load_adapter(str(tmp_path))
-    target.double().eval()
-    assert not torch.equal(target.generate(PROMPT, max_new_tokens=24, do_sample=False), before)
+    change(target, tmp_path)
+    assert not torch.equal(target.generate(PROMPT, max_new_tokens=24, do_sample=False), before)  # they are felt
     assert_same_text(target, draft)
+
+
+def test_a_target_wrapped_by_peft():
+    target = make_target("Llama")
+    draft = make_tiny_draft(target)
+    torch.manual_seed(0)
+    wrapped = get_peft_model(target, LoraConfig(task_type="CAUSAL_LM", **LORA)).double().eval()
+    assert_same_text(wrapped, draft)
+    with wrapped.disable_adapter():
+        assert_same_text(wrapped, draft)
+
+
+def test_a_target_over_several_devices_is_named_no_rows(monkeypatch):
+    """Its last states lie elsewhere than its inputs, and a tensor of row numbers would have to lie with them."""
+    target = make_target("Llama")
+    draft = make_tiny_draft(target)
+    monkeypatch.setattr(target, "hf_device_map", {"model": "cpu", "lm_head": "cuda:1"}, raising=False)
+    asked = []
+    target.register_forward_pre_hook(lambda module, args, kwargs: asked.append(kwargs), with_kwargs=True)
+    assert_same_text(target, draft)
+    assert asked and not any(isinstance(kwargs.get("logits_to_keep"), torch.Tensor) for kwargs in asked)
 
 
 # Compilation
