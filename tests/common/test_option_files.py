@@ -87,14 +87,8 @@ def test_a_checkpoint_is_of_one_stage(tmp_path):
         ("", "run.yaml holds no options; write one `name: value` a line."),
         ("max_step: 3", "run.yaml: no option is called `max_step`; did you mean `max_steps`?"),
         ("output_dir: a\nstages: [{stage: core, lerning_rate: 1}]", "did you mean `learning_rate`?"),
-        (
-            "output_dir: a\nstages: [core]",
-            "`stages` of {path} must be a list of mappings, each with at least a `stage`.",
-        ),
-        (
-            "stages: [{stage: core}]",
-            "{path} has stages and no `output_dir`; name the folder that theirs shall lie in.",
-        ),
+        ("output_dir: a\nstages: [core]", "`stages` of {path} must be a list of mappings, each with at least a `st"),
+        ("stages: [{stage: core}]", "{path} has stages and no `output_dir`; name the folder that theirs shall lie"),
         ("output_dir: a\nstages: [{stage: joint}, {stage: joint}]", "Two stages of {path} write to a/joint; give one"),
     ],
 )

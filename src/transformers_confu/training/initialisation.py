@@ -109,9 +109,18 @@ def start_future_channel(
                 "prompts, one for each."
             )
         # Position 0 of rotated soft prompts is that of a round's root; the text ends just in front of it.
-        first = -len(soft_prompt_ids) if config.rotate_soft_prompts else 0
-        for number, states in _keys_and_values(target, soft_prompt_ids, first).items():
-            channel.soft_prompts[number].copy_(states)  # those of layers that hold no keys of their own are never read
+        position_ids = torch.arange(len(soft_prompt_ids), device=target.device)[None]
+        if config.rotate_soft_prompts:
+            position_ids = position_ids - len(soft_prompt_ids)
+        cache = DynamicCache(config=target.config)
+        # All rows, also where layers have windows.
+        cache.layers = [DynamicLayer() if getattr(layer, "is_sliding", False) else layer for layer in cache.layers]
+        token_ids = soft_prompt_ids[None].to(target.device)
+        target(input_ids=token_ids, position_ids=position_ids, cache=cache, use_cache=True)
+        filled = filled_layers(cache)
+        for states, layer in zip(channel.soft_prompts, cache.layers, strict=False):
+            if layer in filled:  # soft prompts of layers that hold no keys of their own are never read
+                states.copy_(torch.stack([layer.keys[0], layer.values[0]]))
     # `[con]` starts at the size of a real token's row, which differs between targets by orders of magnitude: Gemma
     # scales what it looks up. Every so many tokens tell.
     some_ids = torch.arange(0, config.vocab_size, -(-config.vocab_size // 1024), device=input_device(target))
@@ -155,18 +164,3 @@ def _tap_sizes(target: PreTrainedModel, draft: ConFuDraftModel) -> list[float]:
     taps = runner.taps(outputs.hidden_states)[0].unflatten(-1, (-1, draft.config.target_hidden_size))
     # The median, as a text's first token is often hundreds of times larger than the others.
     return taps.square().mean(dim=-1).sqrt().median(dim=0).values.tolist()
-
-
-def _keys_and_values(target: PreTrainedModel, token_ids: torch.LongTensor, first: int) -> dict[int, torch.Tensor]:
-    """Cached keys and values of a text from position `first` on: `(2, num_key_value_heads, length, hd)` by layer."""
-    cache = DynamicCache(config=target.config)
-    # All rows, also where layers have windows.
-    cache.layers = [DynamicLayer() if getattr(layer, "is_sliding", False) else layer for layer in cache.layers]
-    position_ids = torch.arange(first, first + len(token_ids), device=target.device)[None]
-    target(input_ids=token_ids[None].to(target.device), position_ids=position_ids, cache=cache, use_cache=True)
-    filled = filled_layers(cache)
-    return {
-        number: torch.stack([layer.keys[0], layer.values[0]])
-        for number, layer in enumerate(cache.layers)
-        if layer in filled
-    }
