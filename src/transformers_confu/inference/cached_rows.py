@@ -14,7 +14,6 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from .configuration_confu import size_of
-from .fixed_cache import FixedLayer
 from .recurrent_layers import STATE_FIELDS, recurrent_layers, state_bytes
 
 
@@ -59,10 +58,8 @@ def filled_layers(cache: DynamicCache) -> list[DynamicLayer]:
 
 
 def rows_held(layer: DynamicLayer) -> int:
-    """Rows of the text that a layer holds."""
-    if isinstance(layer, FixedLayer):
-        return layer.get_seq_length()
-    return layer.keys.shape[-2] if layer.is_initialized else 0
+    """Rows of the text that a layer holds, which may be fewer than there are, or than its buffer has."""
+    return min(layer.keys.shape[-2], layer.get_seq_length()) if layer.is_initialized else 0
 
 
 def rows_read(layer: DynamicLayer) -> int:
@@ -77,13 +74,10 @@ def first_row_held(layer: DynamicLayer) -> int:
 
 
 def crop(cache: DynamicCache, length: int) -> None:
-    """Cut every layer to the first `length` rows of the text, also where layers differ in length."""
+    """Cut every layer, of no fixed shape, to the first `length` rows of the text, also where they differ in length."""
     for layer in filled_layers(cache):
-        if isinstance(layer, FixedLayer):
-            layer.used = length - layer.capacity
-        else:
-            kept = max(length - first_row_held(layer), 0)
-            layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
+        kept = max(length - first_row_held(layer), 0)
+        layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
 
 
 def lengthen(cache: DynamicCache, length: int) -> None:

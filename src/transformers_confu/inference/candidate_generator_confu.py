@@ -17,7 +17,7 @@ from .fixed_cache import FixedRoom, keep_rows
 from .growing_cache import let_grow
 from .knobs import ConFuKnobs
 from .rounds import EqualRounds, FixedRounds, Rounds
-from .target import additive_mask, input_device, main_stream, position_table_size
+from .target import additive_mask, concatenated, input_device, position_table_size
 
 
 @dataclass
@@ -286,24 +286,16 @@ class ConFuCandidateGenerator(CandidateGenerator):
         """A chain of tokens behind `input_ids` `(1, length)`; no logits, so they are only matched."""
         if is_first_iteration:
             return input_ids, None  # the first forward is the prefill, which yields the first taps
-        taps = torch.cat(
-            [
-                main_stream(model_outputs.hidden_states[index]).to(self.draft.device, self.draft.dtype)
-                for index in self.draft.config.target_hidden_state_indices
-            ],
-            dim=-1,
-        )
+        indices = self.draft.config.target_hidden_state_indices
+        taps = concatenated(model_outputs.hidden_states, indices, like=self.draft.norm.weight)
         is_prefill = not self._pending and self._cache.get_seq_length() == 0
         num_rows = taps.shape[1] if is_prefill else n_last_matches + 1
         next_tokens, position_ids = input_ids[:, -num_rows:], model_kwargs["position_ids"][:, -num_rows - 1 : -1]
         taps = taps[:, :num_rows]
         if (attention_mask := model_kwargs.get("attention_mask")) is not None:
             real = attention_mask[0, -num_rows - 1 : -1].bool()
-            next_tokens, position_ids, taps = (
-                next_tokens[:, real],
-                position_ids[:, real],
-                taps[:, real.to(taps.device)],
-            )
+            next_tokens, position_ids = next_tokens[:, real], position_ids[:, real]
+            taps = taps[:, real.to(taps.device)]
         self.observe(self.embed(next_tokens), taps, position_ids)
         max_depth = self.chain.knobs.depth
         if self._num_positions is not None:  # the root stands at the position behind the newest true row

@@ -238,7 +238,6 @@ def check_cache(cache: Any, config: ConFuConfig, target: PreTrainedModel, contem
     if isinstance(cache, (DynamicCache, StaticCache)) and not cache.offloading:
         is_static = isinstance(cache, StaticCache)
         foreign_layers = {type(layer) for layer in cache.layers} - ({StaticLayer} if is_static else SERVED_CACHES)
-        stateful = recurrent_layers(DynamicCache(config=target.config)).keys()
         windows = cache_windows(target.config)
         with_rows = [layer for layer in cache.layers if isinstance(layer, DynamicLayer | StaticLayer)]
         cached = [getattr(layer, "sliding_window", None) for layer in with_rows]
@@ -250,7 +249,7 @@ def check_cache(cache: Any, config: ConFuConfig, target: PreTrainedModel, contem
             )
         elif is_static and any(windows):
             found = f"a StaticCache for layers with windows {_in_short(windows)}"
-        elif recurrent_layers(cache).keys() != stateful:
+        elif recurrent_layers(cache).keys() != recurrent_mixers(target).keys():
             found = f"a {type(cache).__name__} without the target's recurrent layers"
         elif any(cached) and cached != windows:
             found = (
@@ -302,14 +301,8 @@ def _check_cached_layers(cache: Cache, config: ConFuConfig, num_layers: int, con
 
 
 SUPPORTED_MODEL_KWARGS = {
-    "attention_mask",
-    "position_ids",
-    "cache",
-    "use_cache",
-    "inputs_embeds",
-    "logits_to_keep",
-    "output_attentions",
-    "output_hidden_states",
+    *("attention_mask", "position_ids", "cache", "use_cache", "inputs_embeds", "logits_to_keep"),
+    *("output_attentions", "output_hidden_states"),
 }
 
 

@@ -138,22 +138,11 @@ class ConFuConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Part of `@strict` validation: refuse sizes that cannot belong together, each in one sentence."""
         for name in (
-            "vocab_size",
-            "draft_vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-            "target_hidden_size",
-            "target_num_hidden_layers",
-            "target_num_key_value_heads",
-            "target_head_dim",
-            "num_contemplate_experts",
-            "num_contemplate_experts_per_token",
-            "num_future_experts",
-            "num_future_experts_per_token",
+            *("vocab_size", "draft_vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"),
+            *("num_attention_heads", "num_key_value_heads", "head_dim"),
+            *("target_hidden_size", "target_num_hidden_layers", "target_num_key_value_heads", "target_head_dim"),
+            *("num_contemplate_experts", "num_contemplate_experts_per_token"),
+            *("num_future_experts", "num_future_experts_per_token"),
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
@@ -248,20 +237,9 @@ class ConFuConfig(PreTrainedConfig):
                 f"{type(target_config).__name__} is of an encoder-decoder model; ConFu drafts for decoder-only models."
             )
         target = target_config.get_text_config(decoder=True)
-        hidden_size, num_layers, num_heads = (
-            size_of(target, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")
-        )
-        missing = [
-            name
-            for name, size in (
-                ("vocab_size", getattr(target, "vocab_size", None)),
-                ("hidden_size", hidden_size),
-                ("num_hidden_layers", num_layers),
-                ("num_attention_heads", num_heads),
-            )
-            if not isinstance(size, int)
-        ]
-        if missing:
+        needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        vocab_size, hidden_size, num_layers, num_heads = found = [size_of(target, name) for name in needed]
+        if missing := [name for name, size in zip(needed, found, strict=True) if not isinstance(size, int)]:
             raise ValueError(
                 f"{type(target).__name__} has no {', '.join(f'`{name}`' for name in missing)}; a ConFu draft needs a "
                 "decoder-only target with Llama-like configuration names."
@@ -281,7 +259,7 @@ class ConFuConfig(PreTrainedConfig):
             rope = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}
         longest = getattr(target, "max_position_embeddings", None)
         sizes = {
-            "vocab_size": target.vocab_size,
+            "vocab_size": vocab_size,
             "hidden_size": hidden_size,
             "intermediate_size": size_of(target, "intermediate_size") or 4 * hidden_size,
             "num_attention_heads": num_heads,

@@ -412,7 +412,10 @@ class _Decoding:
             return verification
         self.statistics.contemplation_overflowed = True
         self.contemplates = False
-        crop(cache, length)
+        if self.fixed is None:
+            crop(cache, length)
+        else:
+            self.fixed.drop()
         return self.verify(tree, None, *arguments, output_attentions=wants_attentions)
 
     @staticmethod

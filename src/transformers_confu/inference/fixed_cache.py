@@ -114,6 +114,11 @@ class FixedRoom:
         self._keep_rows(self.cache, torch.full((1,), self.length, device=device), padded)
         self.length += len(rows)
 
+    def drop(self) -> None:
+        """Let no row of the round be text, and copy none: what has overflowed would spoil even rows that see none."""
+        for layer in self.cache.layers:
+            layer.used = 0
+
 
 def keep_rows(cache: DynamicCache, first: torch.LongTensor, rows: torch.LongTensor) -> None:
     """

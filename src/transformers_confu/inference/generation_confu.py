@@ -102,21 +102,9 @@ class ConFuGenerate:
 
 
 ASSISTED_DECODING_PARAMETERS = [
-    "self",
-    "input_ids",
-    "logits_processor",
-    "stopping_criteria",
-    "generation_config",
-    "synced_gpus",
-    "streamer",
-    "inputs_tensor",
-    "assistant_model",
-    "assistant_tokenizer",
-    "tokenizer",
-    "model_kwargs",
+    *("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"),
+    *("inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer", "model_kwargs"),
 ]
-
-
 VALIDATION_PARAMETERS = ["self", "generation_mode", "generation_config", "generation_mode_kwargs"]
 
 

@@ -42,7 +42,7 @@ class GrowingLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         """Rows of the text so far, those outside the window included."""
-        return self._dropped + rows_held(self)
+        return self._dropped + self.keys.shape[-2]
 
     def _make_room(self, rows: int) -> None:
         """New buffers for `rows` rows and more, with the present ones in them."""

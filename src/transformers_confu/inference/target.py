@@ -90,11 +90,11 @@ class TargetRunner:
 
     def taps(self, hidden_states: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
         """Concatenated taps of recorded hidden states, `(B, rows, taps_size)`, on the draft's device and dtype."""
-        return self._select(hidden_states, self.config.target_hidden_state_indices)
+        return concatenated(hidden_states, self.config.target_hidden_state_indices, like=self.channel.soft_prompts)
 
-    def _select(self, hidden_states: tuple[torch.Tensor | None, ...], indices: list[int]) -> torch.Tensor:
-        like = self.channel.soft_prompts
-        return torch.cat([main_stream(hidden_states[index]).to(like.device, like.dtype) for index in indices], dim=-1)
+    def _futures(self, hidden_states: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+        """Their future predictions, of rows that contemplate, `(B, rows, future_size)`; the same."""
+        return concatenated(hidden_states, self.config.future_hidden_state_indices, like=self.channel.soft_prompts)
 
     def contemplate(
         self,
@@ -125,7 +125,7 @@ class TargetRunner:
         if self.names_logits:
             keep = torch.zeros(1, dtype=torch.long, device=input_device(self.target))
         outputs = self._contemplate(cache, routed_by, position_ids, root_positions, visible, logits_to_keep=keep)
-        return self._select(outputs.hidden_states, self.config.future_hidden_state_indices)
+        return self._futures(outputs.hidden_states)
 
     def foresee(
         self,
@@ -238,9 +238,7 @@ class TargetRunner:
         return Verification(
             outputs=outputs,
             taps=self.taps(outputs.hidden_states)[:, :num_nodes],
-            futures=None
-            if nodes is None
-            else self._select(outputs.hidden_states, self.config.future_hidden_state_indices)[:, num_nodes:],
+            futures=None if nodes is None else self._futures(outputs.hidden_states)[:, num_nodes:],
             prefix_length=prefix_length,
             states=states,
         )
@@ -316,6 +314,13 @@ class TargetRunner:
 def input_device(target: PreTrainedModel) -> torch.device:
     """Where to put inputs. An offloaded target has its weights on `meta`, and moves inputs from wherever they are."""
     return torch.device("cpu") if target.device.type == "meta" else target.device
+
+
+def concatenated(
+    hidden_states: tuple[torch.Tensor | None, ...], indices: list[int], like: torch.Tensor
+) -> torch.Tensor:
+    """Some of the recorded hidden states side by side, `(B, rows, count * Ht)`, on the device and dtype of `like`."""
+    return torch.cat([main_stream(hidden_states[index]).to(like.device, like.dtype) for index in indices], dim=-1)
 
 
 def main_stream(hidden_states: torch.Tensor) -> torch.Tensor:
