@@ -8,7 +8,7 @@ from transformers import GenerationConfig, HfArgumentParser
 
 from transformers_confu.common.option_files import read_option_file
 from transformers_confu.evaluation.arguments import EvaluationArguments
-from transformers_confu.evaluation.arms import Arm, comparisons, drafts_of, labels
+from transformers_confu.evaluation.arms import Arm, arms_of, drafts_of, labels, settings_of
 
 
 KNOBS = {"confu_tree_size": 16, "confu_depth": 4, "confu_contemplation": 4}
@@ -18,12 +18,11 @@ EAGLE3 = KNOBS | {"confu_contemplation": 0}  # of a draft whose future channel i
 def plan(**options):
     arguments = EvaluationArguments(output="o.jsonl", **options)
     own = {name: GenerationConfig(**EAGLE3 if "eagle3" in name else KNOBS) for name in drafts_of(arguments)}
-    return comparisons(arguments, own)
+    return arms_of(arguments, own)
 
 
 def names(**options):
-    (arms,) = plan(**options).values()
-    return list(labels(arms).values())
+    return list(labels(plan(**options)).values())
 
 
 def test_budgets_are_those_of_the_draft_and_no_arm_runs_twice():
@@ -48,10 +47,11 @@ def test_several_drafts_are_told_apart_by_name():
 
 
 def test_all_combinations():
-    found = plan(drafts=["d"], temperatures=[0.0, 1.0], tree_sizes=["16", "8"], dtypes=["bfloat16", "float32"])
-    assert {(s.dtype, s.temperature): {arm.tree_size for arm in arms if arm.draft} for s, arms in found.items()} == {
-        (dtype, temperature): {16, 8} for dtype in ("bfloat16", "float32") for temperature in (0.0, 1.0)
-    }
+    arguments = EvaluationArguments(output="", dtypes=["bfloat16", "float32"], temperatures=[0.0, 1.0])
+    assert [(setting.dtype, setting.temperature) for setting in settings_of(arguments)] == [
+        (dtype, temperature) for dtype in ("bfloat16", "float32") for temperature in (0.0, 1.0)
+    ]
+    assert {arm.tree_size for arm in plan(drafts=["d"], tree_sizes=["16", "8"])} == {None, 16, 8}
     pairs = [(3, 2), (3, 4), (5, 2), (5, 4)]
     found = names(drafts=["d"], contemplations=["0"], depths=[3, 5], branchings=[2, 4])
     assert found[2:] == [f"EAGLE-3 mode, N = 16, depth {depth}, branching {b}" for depth, b in pairs]
@@ -60,8 +60,7 @@ def test_all_combinations():
 def test_automatic_rounds_stay_automatic_beside_fixed_trees():
     def automatic(own=GenerationConfig(), **options):  # noqa: B008 - not changed
         arguments = EvaluationArguments(output="o.jsonl", drafts=["d"], baselines=["plain"], **options)
-        (arms,) = comparisons(arguments, {"d": own}).values()
-        return {name: arm.knobs for arm, name in labels(arms).items() if arm.draft}
+        return {name: arm.knobs for arm, name in labels(arms_of(arguments, {"d": own})).items() if arm.draft}
 
     found = automatic(tree_sizes=["own", "8"])
     fixed = ["EAGLE-3 mode, N = 8", "ConFu, C = N, N = 8"]
@@ -102,5 +101,5 @@ def test_the_published_measurements_can_be_planned():
     for path in (root / "examples" / "evaluate_smollm2").glob("*.yaml"):
         (options,) = read_option_file([str(path)], types)
         (arguments,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(options)
-        for arms in comparisons(arguments, dict.fromkeys(drafts_of(arguments), shipped)).values():
-            assert arms[0] == Arm("plain") and any(arm.draft for arm in arms), path
+        arms = arms_of(arguments, dict.fromkeys(drafts_of(arguments), shipped))
+        assert arms[0] == Arm("plain") and any(arm.draft for arm in arms), path

@@ -90,18 +90,23 @@ def drafts_of(arguments: EvaluationArguments) -> dict[str, str]:
     return drafts
 
 
-def comparisons(arguments: EvaluationArguments, own_knobs: dict[str, GenerationConfig]) -> dict[Setting, list[Arm]]:
-    r"""
-    Which arms run under which settings, in order: all combinations. Equal arms (a budget that is cut at the tree's
-    size, or the draft's own that is also asked for) run once. `own_knobs`: name of a draft -> its generation config.
+def settings_of(arguments: EvaluationArguments) -> list[Setting]:
+    """All combinations, in order."""
+    values = itertools.product(arguments.dtypes, arguments.temperatures, arguments.max_new_tokens)
+    return [Setting(*combination) for combination in dict.fromkeys(values)]
+
+
+def arms_of(arguments: EvaluationArguments, own_knobs: dict[str, GenerationConfig]) -> list[Arm]:
+    """
+    The arms that run under each setting, in order. Equal ones (a budget that is cut at the tree's size, or the draft's
+    own that is also asked for) run once. `own_knobs`: name of a draft -> its generation config.
     """
     arms = [Arm(kind) for kind in [*arguments.baselines, *(["assistant"] if arguments.assistant else [])]]
     sizes = [None if size == "own" else int(size) for size in arguments.tree_sizes]
     for tree in itertools.product(sizes, arguments.depths or [None], arguments.branchings or [None]):
         for draft in drafts_of(arguments):
             arms += _draft_arms(draft, tree, arguments, own_knobs[draft])
-    settings = itertools.product(arguments.dtypes, arguments.temperatures, arguments.max_new_tokens)
-    return {Setting(*setting): list(dict.fromkeys(arms)) for setting in settings}
+    return list(dict.fromkeys(arms))
 
 
 def _draft_arms(

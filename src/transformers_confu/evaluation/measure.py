@@ -24,7 +24,7 @@ from ..inference.knobs import ConFuKnobs
 from ..inference.round_costs import CONTEXT
 from .answering import Models
 from .arguments import EvaluationArguments
-from .arms import Arm, Setting, comparisons, drafts_of
+from .arms import Arm, Setting, arms_of, drafts_of, settings_of
 from .costs import forward_curve, mixture_costs
 from .machine import describe_machine
 from .questions import Question, load_questions, stratified
@@ -48,13 +48,13 @@ def measure(arguments: EvaluationArguments, command: str = "") -> RecordFile:
     questions = stratified(load_questions(arguments.questions), arguments.num_per_group)
     drafts = drafts_of(arguments)
     own_configs = {name: own_generation_config(source) for name, source in drafts.items()}
-    plan = comparisons(arguments, own_configs)
+    arms = arms_of(arguments, own_configs)
     machine = describe_machine(torch.device(arguments.device or default_device()))
     file = RecordFile(arguments.output)
     settings = _settings(arguments, questions, drafts, own_configs)
     file.go_on(settings | {"machine": machine, "command": command})
     for dtype in arguments.dtypes:
-        of_dtype = {setting: arms for setting, arms in plan.items() if setting.dtype == dtype}
+        of_dtype = [setting for setting in settings_of(arguments) if setting.dtype == dtype]
         units: list[tuple[Setting, int, Question]] = [
             (setting, run, question)
             for run in range(arguments.runs)
@@ -62,12 +62,12 @@ def measure(arguments: EvaluationArguments, command: str = "") -> RecordFile:
             for question in questions
             if (setting, run, question.id) not in file.units
         ]
-        costs = missing_costs(arguments, of_dtype, file)
+        costs = missing_costs(arguments, dtype, arms, file)
         if not costs and not units:
             continue
         file.check_same_machine(machine)
         models = Models.load(arguments, dtype)
-        calls = {setting: models.calls(setting, arms) for setting, arms in of_dtype.items()}
+        calls = {setting: models.calls(setting, arms) for setting in of_dtype}
         for setting in dict.fromkeys(setting for setting, *_ in units):
             models.warm_up(calls[setting])
         for setting, run, question in tqdm(units, unit="question"):
@@ -118,20 +118,14 @@ def _fingerprint(source: str) -> str:
     return digest.hexdigest()
 
 
-def missing_costs(
-    arguments: EvaluationArguments, plan: dict[Setting, list[Arm]], file: RecordFile
-) -> list[Arm | None]:
+def missing_costs(arguments: EvaluationArguments, dtype: str, arms: list[Arm], file: RecordFile) -> list[Arm | None]:
     """
-    Arms of one dtype that contemplate and whose costs are not in `file` yet; `None` among them stands for the curve of
-    the target's forward, which is measured with any draft.
+    Arms that contemplate and whose costs are not in `file` yet; `None` among them stands for the curve of the target's
+    forward, which is measured with any draft.
     """
-    if not arguments.costs:
-        return []
-    dtype = next(iter(plan)).dtype
-    known = [Arm(**cost["arm"]) if cost["arm"] else None for cost in file.costs if cost["dtype"] == dtype]
-    wanted: list[Arm | None] = [None] if drafts_of(arguments) else []
-    wanted += [arm for arms in plan.values() for arm in arms if arm.contemplation]
-    return [arm for arm in dict.fromkeys(wanted) if arm not in known]
+    known = [cost["arm"] for cost in file.costs if cost["dtype"] == dtype]
+    wanted = [None, *(arm for arm in arms if arm.contemplation)] if arguments.costs and arguments.drafts else []
+    return [arm for arm in wanted if (arm and asdict(arm)) not in known]
 
 
 def measure_costs(
