@@ -186,9 +186,14 @@ def test_what_rounds_emit_and_accept_is_what_a_recount_from_the_ids_gives(option
 
 
 def test_the_other_layout_answers_by_a_second_target(options, monkeypatch):
-    other = make_tiny_target(seed=3)
+    other = make_tiny_target(seed=3).float()
     monkeypatch.setattr(answering, "copy_in_other_layout", lambda target: other)
-    measure(options, drafts=[], baselines=["plain", "other_layout"])
+    options["baselines"] = ["plain", "other_layout"]
+    with pytest.raises(
+        ValueError, match="is for float32 on a CPU, .* the target is in torch.float64 on cpu. Leave it"
+    ):
+        measure(options, drafts=[])
+    measure(options, drafts=[], dtypes=["float32"])
     rows = [row for row in answers_of(options) if row["label"] == "plain generate, other layout"]
     for row, question in zip(rows, QUESTIONS, strict=True):
         prompt = tiny_tokenizer()(f"a{question['turns'][0]}b", add_special_tokens=False)["input_ids"]

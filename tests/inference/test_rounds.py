@@ -133,8 +133,9 @@ def test_costs_of_something_else_are_measured_anew(kept, monkeypatch):
     others.append((make_tiny_target(dtype=torch.float32), draft))
     for other in others:
         assert measured(*other, 0.2) == (costs(0.1, 0.2), True)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
-    assert measured(target, draft, 0.2) == (costs(0.1, 0.2), True)
+    for owner, name, value in ((torch, "get_num_threads", 99), (torch.backends.cpu, "get_cpu_capability", "OLDER")):
+        monkeypatch.setattr(owner, name, lambda value=value: value)
+        assert measured(target, draft, 0.2) == (costs(0.1, 0.2), True)
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"key": 1', "foreign", "impossible"])

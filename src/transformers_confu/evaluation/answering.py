@@ -70,8 +70,11 @@ class Models:
             assistants[""] = assistant
         other = None
         if "other_layout" in arguments.baselines:
-            if device.type != "cpu":
-                raise ValueError(f"The baseline other_layout is for a CPU, the target is on {device}; leave it out.")
+            if (device.type, target.dtype) != ("cpu", torch.float32):
+                raise ValueError(
+                    "The baseline other_layout is for float32 on a CPU, where weights may be packed; the target is in "
+                    f"{target.dtype} on {device}. Leave it out."
+                )
             other = copy_in_other_layout(target)
         return cls(arguments, target, tokenizer, assistants, other)
 

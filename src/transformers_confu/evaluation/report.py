@@ -19,7 +19,7 @@ from .card import card_evaluation
 from .figures import Comparison, comparisons_of
 from .plots import Plot, draw, forward_curve, round_costs, speedup_by_group, survival, sweep
 from .records import RecordFile
-from .tables import FULL_PRECISION, Table, against
+from .tables import Table, against
 
 
 HOW, STYLE = Path(__file__).with_name("how_it_was_measured.md"), Path(__file__).with_name("report.css")
@@ -83,33 +83,30 @@ def write_report(files: Sequence[RecordFile], output: Path) -> Path:
 def report_parts(files: Sequence[RecordFile]) -> list[Part]:
     """All that stands on the page, in order."""
     everything = comparisons_of(files)
-    # Who also measures in half precision does so for its speed, and in full precision for the texts.
-    half = {c.file.path for c in everything if c.setting.dtype not in FULL_PRECISION}
-    timed = [c for c in everything if c.file.path in half or not half]
     curves = [cost for file in files for cost in file.costs if "points" in cost]
 
     def picture(drawing: Any, name: str | None = None) -> Plot | None:
         """Of the first comparison that has what it shows."""
-        return next(filter(None, (draw(drawing, c, name=name) for c in timed)), None)
+        return next(filter(None, (draw(drawing, c, name=name) for c in everything)), None)
 
     parts: list[Part | None] = [
-        *map(conclusion, timed),
+        *map(conclusion, everything),
         "## Speed and accepted length",
-        tables.speed_table(timed),
+        tables.speed_table(everything),
         picture(speedup_by_group),
         *(picture(partial(sweep, knob=knob), knob) for knob in (*TREE_KNOBS, "contemplation")),
-        tables.group_table(timed),
+        tables.group_table(everything),
         "## What the draft predicts",
-        tables.difference_table(timed),
+        tables.difference_table(everything),
         picture(survival),
-        tables.acceptance_table(timed),
+        tables.acceptance_table(everything),
         "## What a round costs",
-        tables.time_table(timed),
+        tables.time_table(everything),
         picture(round_costs),
-        tables.contemplation_table(timed),
+        tables.contemplation_table(everything),
         tables.curve_table(curves),
         draw(forward_curve, curves),
-        tables.memory_table(timed),
+        tables.memory_table(everything),
         "## Texts against plain generation's",
         tables.exactness_table(everything),
         "## How it was measured",
