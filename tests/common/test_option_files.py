@@ -19,6 +19,7 @@ def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
 TYPES = {
     **dict.fromkeys(("target", "draft", "output_dir", "stage", "resume_from_checkpoint", "save_strategy"), str),
     **{"max_steps": int, "learning_rate": float, "data": list[str], "knobs": dict | str, "use_cpu": bool},
+    "report_to": str | list[str],
 }
 
 
@@ -33,7 +34,7 @@ def test_a_file_becomes_options_and_yaml_means_what_the_command_line_does(tmp_pa
     expected = ["--learning_rate=1e-4", "--data", "a", "b", '--knobs={"x": 1}', "--max_steps=3"]
     expected += ["--save_strategy=no", "--use_cpu=False"]
     assert read(tmp_path, text, "--max_steps", "5") == [[*expected, "--max_steps", "5"]]
-    assert read(tmp_path, "data: []") == [[]]
+    assert read(tmp_path, "data: []\nreport_to: [tensorboard, wandb]") == [["--report_to=tensorboard,wandb"]]
 
 
 def test_stages_share_what_they_do_not_override(tmp_path):

@@ -519,6 +519,8 @@ def with_prefixes() -> PreTrainedModel:
         (run_without_data("train"), "Give `train_dataset`; make one with `prepare_dataset`."),
         (run_without_data("evaluate"), "Give `eval_dataset`; make one with `prepare_dataset`."),
         (train_under(tokens_per_batch=0), "`tokens_per_batch` is 0; it must be at least 1."),
+        (train_under(report_to="comet_ml"), "`report_to` names comet_ml, of which no package is installed (installed"),
+        (train_under(report_to="comet_ml,dvclive"), "`report_to` names comet_ml, dvclive, of which no package is "),
         (train_under(stage="third"), "`stage` is 'third'; it must be one of core, contemplation, joint."),
         (train_under(ttt_decay=1.5), "`ttt_decay` is 1.5; it must be above 0 and at most 1."),
         (train_under(frozen=["head"]), "`frozen` names 'head'; the groups are core, contemplate, future."),
@@ -543,8 +545,12 @@ def test_float16_of_the_launcher_is_refused_too(target, tmp_path, monkeypatch):
         make_trainer(target, tmp_path)
 
 
-def test_kept_features_serve_any_dataset_and_any_integers(target, rows, tmp_path):
+def test_kept_features_serve_any_dataset_and_any_integers(target, rows, tmp_path, monkeypatch):
     short = rows.cast(Features({name: Sequence(Value("int32")) for name in ("input_ids", "labels")}))
     settings = {"stage": "core", "train_dataset": rows, "feature_cache": str(tmp_path / "features")}
     kept, live = make_trainer(target, tmp_path, **settings), make_trainer(target, tmp_path, stage="core")
     assert kept.evaluate(short)["eval_tau_greedy"] == live.evaluate(short)["eval_tau_greedy"]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    make_trainer(target, tmp_path, **settings)  # what is written takes no more room
+    with pytest.raises(ValueError, match=r"features not yet written take up to 0\.0 GB, and .* has 0\.0 GB left"):
+        make_trainer(target, tmp_path, **(settings | {"feature_cache": str(tmp_path / "others")}))

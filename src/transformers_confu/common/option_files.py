@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 
@@ -98,7 +98,10 @@ def _as_options(settings: dict[str, Any], types: Mapping[str, Any]) -> list[str]
             value = "no"  # as it was written, which YAML takes for a truth value
         if value is None or value == []:  # an empty list has no spelling as an option; both mean the default
             continue
-        if isinstance(value, list):
+        kinds = [types[name]] if get_origin(types[name]) is list else [types[name], *get_args(types[name])]
+        if isinstance(value, list) and str in kinds:  # one text or several: the parser takes one
+            options.append(f"--{name}={','.join(map(str, value))}")
+        elif isinstance(value, list):
             options += [f"--{name}", *map(str, value)]
         else:
             options.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")

@@ -2,8 +2,10 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
@@ -118,6 +120,9 @@ class ConFuTrainingArguments(TrainingArguments):
             self.load_best_model_at_end or self.save_strategy in (SaveStrategy.BEST, SaveStrategy.BEST.value)
         ):
             self.metric_for_best_model = "tau_greedy"
+        trackers: Any = vars(self)["report_to"]
+        if isinstance(trackers, str) and "," in trackers:  # several, as a command line can give them
+            setattr(self, "report_to", trackers.split(","))  # noqa: B010 - its type is lost on mypy
         super().__post_init__()
         self._check_recipe()
         self._check_options_of_trainer()
@@ -172,6 +177,12 @@ class ConFuTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` is not supported: {why}")
 
     def _check_machine(self) -> None:
+        known = get_available_reporting_integrations()
+        if missing := sorted({*self.report_to} - {*known, "none"}):
+            raise ValueError(
+                f"`report_to` names {', '.join(missing)}, of which no package is installed (installed are: "
+                f"{', '.join(known) or 'none'}): install it, or use `report_to: none`."
+            )
         if (started := int(os.environ.get("WORLD_SIZE", 1))) > self.world_size:
             raise ValueError(
                 f"{started} processes were started (`WORLD_SIZE`), but each would train alone, into the same folder: "

@@ -10,11 +10,14 @@ no forward of the target at all. The anchors of a row are in that case the same 
 
 import json
 import os
+import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -25,7 +28,7 @@ from ..data.fingerprints import fingerprint_of_module, fingerprint_of_target
 from ..inference.modeling_confu import ConFuDraftModel
 from ..inference.target import TargetRunner, main_stream
 from .anchors import Anchors, AnchorSampling
-from .batch import TokenBatch
+from .batch import TokenBatch, row_key
 from .teacher import Teaching, contemplate, read_batch, summarize, teach_within
 
 
@@ -67,10 +70,11 @@ class KeptFeatures:
         self.draft, self.runner = draft, runner
         self.folder = Path(folder, "plain" if sampling is None else "with_futures")
         config, target = draft.config, runner.target
+        self.dtype = target.get_input_embeddings().weight.dtype
         made_with: dict[str, Any] = {
             "target": fingerprint_of_target(target),
             "taps": config.target_hidden_state_indices,
-            "dtype": str(target.get_input_embeddings().weight.dtype),
+            "dtype": str(self.dtype),
         }
         if sampling is not None:
             made_with |= {"channel": fingerprint_of_module(draft.future_channel, _READ_PARAMETERS)}
@@ -84,9 +88,27 @@ class KeptFeatures:
         write_atomically(record, json.dumps(made_with, indent=2))
         self.head = DraftHead(target, draft.draft_token_ids).to(draft.device)
 
+    def _file(self, key: int) -> Path:
+        return self.folder / f"{key:016x}.safetensors"
+
+    def check_room(self, datasets: Iterable[Dataset]) -> None:
+        """ValueError where the disk has no room for the features of all rows that have none yet."""
+        tokens = 0
+        for dataset in datasets:
+            for rows in dataset.select_columns(["input_ids", "labels"]).with_format("numpy").iter(batch_size=1000):
+                pairs = zip(rows["input_ids"], rows["labels"], strict=True)
+                tokens += sum(len(ids) for ids, labels in pairs if not self._file(row_key(ids, labels)).exists())
+        config = self.draft.config
+        needed = tokens * (config.taps_size + config.target_hidden_size) * self.dtype.itemsize
+        if needed > (free := shutil.disk_usage(self.folder).free):
+            raise ValueError(
+                f"The features not yet written take up to {needed / 1e9:.1f} GB, and {self.folder} has "
+                f"{free / 1e9:.1f} GB left; name a folder on a larger disk, or train without them."
+            )
+
     def teach(self, batch: TokenBatch, anchors: Anchors | None) -> Teaching:
         """As [`~teacher.teach`], at the anchors that `sampling` draws for these rows, or none without it."""
-        draft, files = self.draft, [self.folder / f"{key:016x}.safetensors" for key in batch.row_keys]
+        draft, files = self.draft, list(map(self._file, batch.row_keys))
         if not all(file.exists() for file in files):
             self._write(batch, anchors, files)
         rows = [load_file(file) for file in files]

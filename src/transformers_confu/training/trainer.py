@@ -173,6 +173,7 @@ class ConFuTrainer(Trainer):
         if args.feature_cache is not None:
             sampling = self._sampling if args.stage == "joint" else None
             features = KeptFeatures(model, runner, args.feature_cache, sampling)
+            features.check_room(dataset for dataset in (train_dataset, eval_dataset) if dataset is not None)
         self._objective = ObjectiveModule(model, runner, args, features)
         self._counts = {"train": self._no_counts(), "eval": self._no_counts()}
 
