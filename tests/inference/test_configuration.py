@@ -175,6 +175,7 @@ INVALID = [
     ),
     ({"fc_norm": True, "norm_before_fc": True}, "either each by itself or together."),
     ({"num_soft_prompts": -1}, "`num_soft_prompts` is -1; it must be 0 (none) or more."),
+    ({"attention_window": 0}, "`attention_window` is 0; it must be at least 1, or None for all."),
     *(({name: 0}, f"`{name}` is 0; it must be at least 1.") for name in OF_AT_LEAST_ONE),
 ]
 

@@ -28,7 +28,10 @@ def wide():
 @functools.cache
 def pair(kind: str):
     target = make_tiny_target(kind)
-    return target, make_tiny_draft(target, draft_vocab_size=60, rotate_soft_prompts=kind == "qwen3")
+    window = 6 if kind == "qwen3" else None
+    return target, make_tiny_draft(
+        target, draft_vocab_size=60, rotate_soft_prompts=kind == "qwen3", attention_window=window
+    )
 
 
 def prompt_of(length: int) -> torch.LongTensor:

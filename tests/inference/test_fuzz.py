@@ -64,11 +64,12 @@ FAMILIES = {
 
 @functools.cache
 def pair(family: str, kind: int):
-    """A target and a draft of one of three kinds: plain, with rotated soft prompts, for a part of the vocabulary."""
+    """A target and a draft of three kinds: with a window, with rotated soft prompts, for a part of the vocabulary."""
     attention = "eager" if kind == 2 else "sdpa"
     changes = SIZES | FAMILIES[family]
     target = make_family(family.split(",")[0], attn_implementation=attention, seed=kind, **changes)
-    options: dict[str, Any] = [{}, {"rotate_soft_prompts": family != "GPT2"}, {"draft_vocab_size": 10}][kind]
+    kinds = {0: {"attention_window": 7}, 1: {"rotate_soft_prompts": family != "GPT2"}, 2: {"draft_vocab_size": 10}}
+    options: dict[str, Any] = kinds[kind]
     return target, make_tiny_draft(target, target_hidden_state_indices=[1, 2], **options)
 
 

@@ -8,11 +8,10 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from helpers import make_tiny_draft, make_tiny_target
-from transformers_confu import (
-    ConFuConfig,
-    ConFuDraftModel,
-)
+from transformers_confu import ConFuCandidateGenerator, ConFuConfig, ConFuDraftModel
+from transformers_confu.inference.knobs import ConFuKnobs
 from transformers_confu.inference.modeling_confu import ConFuExpertMixture
+from transformers_confu.inference.rounds import FixedRounds
 
 
 PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35]])
@@ -363,3 +362,30 @@ def test_a_mixture_teaches_router_and_chosen_experts(k):
     assert taught.nonzero()[:, 0].tolist() == sorted(chosen[0].tolist())
     assert mixture.router.weight.grad.abs().sum() > 1e-3
     assert mixture.norm.weight.grad.abs().sum() > 0
+
+
+# A window of the text
+
+
+@pytest.mark.parametrize("contemplation", [0, 1])
+@pytest.mark.parametrize("window", [1, 5, 30])
+def test_a_draft_with_a_window_proposes_as_if_the_tokens_before_it_were_not_there(target, window, contemplation):
+    plain, cut = make_tiny_draft(target), make_tiny_draft(target, attention_window=window)
+    random = torch.Generator().manual_seed(0)
+    taps = torch.randn(1, 24, plain.config.taps_size, generator=random, dtype=plain.dtype)
+    tokens = torch.randint(97, (1, 24), generator=random)
+    future = torch.randn(1, plain.config.future_size, generator=random, dtype=plain.dtype) if contemplation else None
+    rounds = FixedRounds(ConFuKnobs(tree_size=9, depth=3, branching=3))
+
+    def observe(generator, rows):
+        embeds = target.get_input_embeddings()(tokens[:, rows])
+        generator.observe(embeds, taps[:, rows], torch.tensor([rows]))
+
+    whole, trees = ConFuCandidateGenerator(cut, target), []
+    for first, last in ((0, 9), (9, 10), (10, 24)):  # round after round
+        observe(whole, list(range(first, last)))
+        read = ConFuCandidateGenerator(plain, target)  # keys and values of a row follow from that row alone
+        observe(read, [row for row in range(last) if row < 4 or row >= last - window])
+        trees = [generator.propose(tokens[:, last - 1], rounds, 3, future) for generator in (whole, read)]
+        assert torch.equal(trees[0].tokens, trees[1].tokens)
+        torch.testing.assert_close(trees[0].log_probs, trees[1].log_probs)

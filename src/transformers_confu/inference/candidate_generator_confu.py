@@ -20,6 +20,10 @@ from .rounds import EqualRounds, FixedRounds, Rounds
 from .target import additive_mask, concatenated, input_device, position_table_size
 
 
+# Attention leans on what stands first in a text, whatever it says: a window keeps it (StreamingLLM, arXiv 2309.17453).
+NUM_FIRST = 4
+
+
 @dataclass
 class TrueRows:
     r"""
@@ -176,16 +180,22 @@ class ConFuCandidateGenerator(CandidateGenerator):
         how many rows of the text there are, and how many of the given ones are not just copies of the newest.
         """
         # The newest row stands last, and sees the first of its copies in its own place, as the rows below it do.
-        seen = None if lengths is None else self._fixed.seen(lengths)
+        if lengths is None:
+            num_true_rows = self._cache.get_seq_length() + rows.taps.shape[1]
+            seen = torch.ones(1, num_true_rows, dtype=torch.bool, device=rows.taps.device)
+        else:
+            seen = self._fixed.seen(lengths)
+        window = self.draft.config.attention_window
+        is_whole = lengths is None and (window is None or num_true_rows <= NUM_FIRST + window)
+        if window is not None:
+            seen = within_window(seen, window)
         last_taps, last_position = rows.taps[:, -1], rows.position_ids[:, -1:]
         future = None
         if future_states is not None:
             future = self.draft.future(future_states[:, None], self.draft.fuse_taps(last_taps)[:, None])
-        output = self._extend(rows, future, seen)
+        output = self._extend(rows, future, None if is_whole else seen)
         grower = TreeGrower(log_softmax(output.logits[:, -1]), rounds.branching)
-        features, num_true_rows = output.features, self._cache.get_seq_length()
-        if seen is None:
-            seen = torch.ones(1, num_true_rows, dtype=torch.bool, device=features.device)
+        features = output.features
         for level in range(1, depth):
             width = rounds.width(grower)
             if width == 0:
@@ -305,6 +315,12 @@ class ConFuCandidateGenerator(CandidateGenerator):
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """The chain's length is fixed."""
+
+
+def within_window(seen: torch.BoolTensor, window: int) -> torch.BoolTensor:
+    """Of the rows that are `seen` `(1, rows)`, in the text's order, the first few and the newest `window`."""
+    rank = seen.cumsum(dim=-1)
+    return seen & ((rank <= NUM_FIRST) | (rank > rank[:, -1:] - window))
 
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,9 @@ class ConFuConfig(PreTrainedConfig):
             before it (EAGLE-3.1).
         fc_norm (`bool`): Normalise each tap by itself before `fc` (EAGLE-3.1).
         norm_before_fc (`bool`): Normalise the concatenated taps before `fc`, by `input_norm`. Not with `fc_norm`.
+        attention_window (`int`, *optional*): How many of the newest tokens of the text a draft row attends to, beside
+            the first 4; by default to all. A draft that was trained on texts of some hundred tokens loses its way
+            behind thousands. It changes what is proposed, never the text.
         target_hidden_size (`int`): Width of the target's hidden states, Ht.
         target_num_hidden_layers, target_num_key_value_heads, target_head_dim (`int`): Shape of the target's
             key/value cache, which the soft prompts extend.
@@ -86,6 +89,7 @@ class ConFuConfig(PreTrainedConfig):
     norm_output: bool = False
     fc_norm: bool = False
     norm_before_fc: bool = False
+    attention_window: int | None = None
 
     target_hidden_size: int | None = None
     target_num_hidden_layers: int = 32
@@ -146,6 +150,8 @@ class ConFuConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+        if self.attention_window is not None and self.attention_window < 1:
+            raise ValueError(f"`attention_window` is {self.attention_window}; it must be at least 1, or None for all.")
         if self.num_soft_prompts < 0:
             raise ValueError(f"`num_soft_prompts` is {self.num_soft_prompts}; it must be 0 (none) or more.")
         if self.num_hidden_layers != 1:

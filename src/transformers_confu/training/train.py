@@ -59,7 +59,7 @@ class DraftArguments:
     draft_vocab_size: int | None = option("Target tokens that a new draft can predict; 8192.")
     draft_config: dict | str | None = option(
         "Other entries of a new draft's `ConFuConfig`, as JSON, such as num_soft_prompts, rotate_soft_prompts, "
-        "num_contemplate_experts, fc_norm and norm_output."
+        "num_contemplate_experts, fc_norm, norm_output and attention_window (`max_length` by default)."
     )
     instruction: str = option(
         "Text whose keys and values a new draft's soft prompts start from, cut or repeated to fit; random ones if "
@@ -263,7 +263,8 @@ def new_draft(
 ) -> ConFuDraftModel:
     """A draft warm-started from the target, with a vocabulary by frequency in the answers."""
     fc_norm = not arguments.form.get("norm_before_fc", False)
-    form = {"draft_vocab_size": DRAFT_VOCAB_SIZE, "fc_norm": fc_norm, "norm_output": True} | arguments.form
+    form = {"draft_vocab_size": DRAFT_VOCAB_SIZE, "fc_norm": fc_norm, "norm_output": True}
+    form |= {"attention_window": arguments.max_length} | arguments.form  # no further than it has been trained
     config = ConFuConfig.from_target(target.config, **form)
     vocabulary = build_draft_vocabulary(
         count_assistant_tokens(dataset, target.config.get_text_config(decoder=True).vocab_size),
