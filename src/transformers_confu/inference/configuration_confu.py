@@ -101,6 +101,11 @@ class ConFuConfig(PreTrainedConfig):
     num_future_experts_per_token: int = 2
     future_hidden_state_indices: list[int] | None = None
     use_future_residual: bool = True
+    # Forms that are tried on this branch.
+    future_readout: bool = False  # the output is read at the row of `[f]`, not at the last token's
+    num_contemplate_rows: int = 1  # of a node; the k-th foresees the token k + 1 places on
+    contemplate_adapter_rank: int = 0  # of adapters in the target's layers that act on contemplate rows alone
+    head_rank: int | None = None  # of the head
 
     def __post_init__(self, **kwargs):
         # What EAGLE-3 drafts and Llama's configurations have, and a draft never used: it drops nothing.

@@ -44,6 +44,8 @@ class FutureToken:
     key: torch.Tensor
     value: torch.Tensor
     residual: torch.Tensor | None
+    query: torch.Tensor | None = None  # of the row of `[f]`, not rotated, if `config.future_readout`
+    stream: torch.Tensor | None = None  # the projected f, where that row's residual stream starts
 
 
 @dataclass
@@ -109,9 +111,13 @@ class ConFuFutureChannel(nn.Module):
             config.taps_size,
             config.num_contemplate_experts,
             config.num_contemplate_experts_per_token,
-            config.target_hidden_size,
+            config.num_contemplate_rows * config.target_hidden_size,
             config.rms_norm_eps,
         )
+        rank = config.contemplate_adapter_rank
+        shape = (config.target_num_hidden_layers, rank, config.target_hidden_size)
+        self.contemplate_adapter_down = nn.Parameter(torch.empty(shape)) if rank else None
+        self.contemplate_adapter_up = nn.Parameter(torch.empty(shape).mT.contiguous()) if rank else None
         self.future_token = ConFuExpertMixture(
             config.hidden_size,
             config.num_future_experts,
@@ -277,6 +283,9 @@ class ConFuPreTrainedModel(PreTrainedModel):
             init.normal_(module.experts, std=self.config.initializer_range)
         elif isinstance(module, ConFuFutureChannel):
             init.normal_(module.soft_prompts, std=self.config.initializer_range)
+            if module.contemplate_adapter_down is not None:
+                init.normal_(module.contemplate_adapter_down, std=self.config.target_hidden_size**-0.5)
+                init.zeros_(module.contemplate_adapter_up)
             if module.future_residual is not None:
                 # An untrained channel must not disturb a trained core.
                 init.zeros_(module.future_residual.weight)
@@ -314,7 +323,9 @@ class ConFuDraftModel(ConFuGenerationMixin, ConFuPreTrainedModel):
         self.fc = nn.Linear(config.taps_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList([ConFuDecoderLayer(config, layer_idx=0)])
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        rank = config.head_rank
+        self.head_down = nn.Linear(config.hidden_size, rank, bias=False) if rank else nn.Identity()
+        self.lm_head = nn.Linear(rank or config.hidden_size, config.draft_vocab_size, bias=False)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.future_channel = ConFuFutureChannel(config)
         # Draft token i is target token i + d2t[i]; t2d marks the target tokens that the draft can predict.
@@ -374,13 +385,14 @@ class ConFuDraftModel(ConFuGenerationMixin, ConFuPreTrainedModel):
         """
         channel, layer = self.future_channel, self.layers[0]
         attention = layer.self_attn
-        hidden_states = layer.attention_input(
-            channel.future_token(fused_taps), channel.future_projection(future_states)
-        )  # (B, rows, 2H)
+        projected = channel.future_projection(future_states)
+        hidden_states = layer.attention_input(channel.future_token(fused_taps), projected)  # (B, rows, 2H)
         return FutureToken(
             key=attention.keys(hidden_states),
             value=attention.values(hidden_states),
             residual=None if channel.future_residual is None else channel.future_residual(future_states),
+            query=attention.queries(hidden_states) if self.config.future_readout else None,
+            stream=projected if self.config.future_readout else None,
         )
 
     def forward(
@@ -420,7 +432,7 @@ class ConFuDraftModel(ConFuGenerationMixin, ConFuPreTrainedModel):
             num_queries=num_queries,
         )
         return ConFuDraftOutput(
-            logits=self.lm_head(self.norm(hidden_states)),
+            logits=self.lm_head(self.head_down(self.norm(hidden_states))),
             features=self.next_features(hidden_states),
             cache=cache,
         )

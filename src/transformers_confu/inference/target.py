@@ -6,8 +6,8 @@ modules are called and no weight is read, so quantised, offloaded, split and LoR
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,8 @@ class TargetRunner:
         if self.names_logits:
             keep = torch.zeros(1, dtype=torch.long, device=input_device(self.target))
         outputs = self._contemplate(cache, routed_by, position_ids, root_positions, visible, logits_to_keep=keep)
-        return self._select(outputs.hidden_states, self.config.future_hidden_state_indices)
+        futures = self._select(outputs.hidden_states, self.config.future_hidden_state_indices)
+        return futures.unflatten(1, (position_ids.shape[1], -1)).flatten(2)  # (B, rows, ordered rows * F)
 
     def foresee(
         self,
@@ -149,7 +150,9 @@ class TargetRunner:
     ) -> ModelOutput:
         batch_size, num_rows = position_ids.shape
         no_tokens = torch.zeros(batch_size, 0, dtype=torch.long, device=input_device(self.target))
-        inputs = self.row_inputs(no_tokens, self.channel.contemplate_token(routed_by))
+        ordered = self.config.num_contemplate_rows  # behind each token, one after the other: a chain
+        contemplate = self.channel.contemplate_token(routed_by).unflatten(-1, (ordered, -1)).flatten(1, 2)
+        inputs = self.row_inputs(no_tokens, contemplate)
         itself = torch.eye(num_rows, dtype=torch.bool, device=visible.device).expand(batch_size, -1, -1)
         num_slots = self.config.num_soft_prompts
         if self.rotation is None:
@@ -159,17 +162,44 @@ class TargetRunner:
         # A row stands behind the last cached row that it sees.
         places = torch.arange(1, visible.shape[-1] + 1, device=visible.device).where(visible, 0).amax(dim=-1)
         read = self._with_slots(cache, root_positions, keep=False)
-        return self.forward(
-            BranchingStates(self.mixers, read, [-1] * num_rows) if self.mixers else None,
-            **inputs,
-            attention_mask=self._masks(cache, visible, itself, slots, places, like=inputs["inputs_embeds"]),
-            position_ids=position_ids.to(inputs["inputs_embeds"].device),
-            cache=read,
-            use_cache=True,
-            output_hidden_states=self.config.future_hidden_state_indices,
-            **self.asked_of_all,
-            **({"logits_to_keep": logits_to_keep} if self.target._supports_logits_to_keep() else {}),
-        )
+        if ordered > 1:
+            nth = torch.arange(ordered, device=position_ids.device)
+            position_ids = (position_ids[..., None] + nth).flatten(1)
+            places = (places[..., None] + nth.to(places.device)).flatten(1)
+            visible, slots = (sees.repeat_interleave(ordered, dim=1) for sees in (visible, slots))
+            before = torch.ones(ordered, ordered, dtype=torch.bool, device=itself.device).tril()
+            itself = torch.kron(itself[0].int(), before.int()).bool().expand(batch_size, -1, -1)
+        with self._adapted():
+            return self.forward(
+                BranchingStates(self.mixers, read, [-1] * num_rows) if self.mixers else None,
+                **inputs,
+                attention_mask=self._masks(cache, visible, itself, slots, places, like=inputs["inputs_embeds"]),
+                position_ids=position_ids.to(inputs["inputs_embeds"].device),
+                cache=read,
+                use_cache=True,
+                output_hidden_states=self.config.future_hidden_state_indices,
+                **self.asked_of_all,
+                **({"logits_to_keep": logits_to_keep} if self.target._supports_logits_to_keep() else {}),
+            )
+
+    @contextmanager
+    def _adapted(self) -> Iterator[None]:
+        """Forwards whose rows are all contemplate rows: the MLP of each layer with its adapter beside it."""
+        channel, handles = self.channel, []
+        if self.config.contemplate_adapter_rank:
+            pairs = zip(channel.contemplate_adapter_down, channel.contemplate_adapter_up, strict=True)
+            for layer, (down, up) in zip(self.target.get_decoder().layers, pairs, strict=True):
+
+                def beside(module: nn.Module, args: Any, output: torch.Tensor, down=down, up=up) -> torch.Tensor:
+                    inputs = args[0]
+                    return output + nn.functional.silu(inputs @ down.to(inputs).T) @ up.to(inputs).T
+
+                handles.append(layer.mlp.register_forward_hook(beside))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def verify(
         self,

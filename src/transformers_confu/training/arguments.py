@@ -52,7 +52,7 @@ _WITHOUT_EFFECT = {
 
 def parameter_group(name: str) -> str:
     """Which of `PARAMETER_GROUPS` a parameter of a draft belongs to, by its name."""
-    if name.startswith(("future_channel.soft_prompts", "future_channel.contemplate_token.")):
+    if name.startswith(("future_channel.soft_prompts", "future_channel.contemplate_")):
         return "contemplate"
     return "future" if name.startswith("future_channel.") else "core"
 
@@ -89,6 +89,10 @@ class ConFuTrainingArguments(TrainingArguments):
     channel_learning_rate: float | None = option(
         "Initial learning rate of the future channel (contemplate and future); `learning_rate`."
     )
+    foresight: float = option("Weight of the contemplate rows' own predictions in the loss.", 0.0)
+    on_policy: str | None = option("See `replay.py`.", choices=["roots", "guesses"])
+    replayed: int = option("Rows of a batch that are replayed, at most.", 128)
+    muon: float | None = option("Learning rate of Muon for the draft's matrices, AdamW for the rest; AdamW for all.")
     frozen: list[str] = option("Groups that the stage would teach and shall not: core, contemplate, future.", list)
     feature_cache: str | None = option(
         "Folder that keeps what the target says about the data, so that it reads every row once and not once an "

@@ -182,3 +182,10 @@ def draft_rows(labels: torch.LongTensor) -> torch.BoolTensor:
 def gather_rows(states: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
     """Rows `index` `(B, R)` of `states` `(B, T, D)`."""
     return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def padded_index(mask: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    """True columns of each row of `(B, T)`, padded to the longest: index `(B, R)`, and which entries are real."""
+    order = mask.int().sort(dim=1, descending=True, stable=True)
+    most = int(mask.sum(dim=1).max())
+    return order.indices[:, :most], order.values[:, :most].bool()

@@ -112,6 +112,26 @@ def start_future_channel(
     some_ids = torch.arange(0, config.vocab_size, -(-config.vocab_size // 1024), device=input_device(target))
     rows = RowInputs(target)(some_ids[None])["inputs_embeds"]
     channel.contemplate_token.experts.normal_(std=float(rows.float().std()))
+    if config.num_contemplate_rows > 1 and soft_prompt_ids is not None:
+        # At the mean of the prompt's embeddings, and near enough to it that experts differ.
+        prompt = RowInputs(target)(soft_prompt_ids[None].to(some_ids.device))["inputs_embeds"][0].mean(dim=0)
+        channel.contemplate_token.experts.mul_(0.1).add_(prompt.repeat(config.num_contemplate_rows))
+    if config.future_readout:
+        # Where the output is read, the residual stream starts as the highest tap does in the draft's other rows.
+        nn.init.zeros_(channel.future_projection.weight)
+        piece = config.future_hidden_state_indices.index(config.target_hidden_state_indices[-1])
+        nn.init.eye_(channel.future_projection.weight.unflatten(1, (-1, config.target_hidden_size))[:, piece])
+
+
+@torch.no_grad()
+def factor_head(draft: ConFuDraftModel, target: PreTrainedModel, counts: torch.LongTensor) -> None:
+    """Head of low rank: the least squares to the target's head, each token's row weighed by how often it occurs."""
+    weight = target.get_output_embeddings().weight[draft.draft_token_ids].double()
+    seen = counts[draft.draft_token_ids].double() + 1
+    # Right singular vectors of the weighted rows; each row's best coefficients of them do not depend on its weight.
+    directions = torch.linalg.eigh(weight.T @ (seen[:, None] * weight)).eigenvectors[:, -draft.config.head_rank :]
+    draft.head_down.weight.copy_(directions.T)
+    draft.lm_head.weight.copy_(weight @ directions)
 
 
 def is_channel_untrained(draft: ConFuDraftModel) -> bool:

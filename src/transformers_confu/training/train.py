@@ -32,7 +32,7 @@ from ..inference.modeling_confu import ConFuDraftModel
 from ..publishing.model_card import CARD_FILE, CardFacts
 from ..publishing.publish import named
 from .arguments import ConFuTrainingArguments
-from .initialisation import is_channel_untrained, start_future_channel, warm_start
+from .initialisation import factor_head, is_channel_untrained, start_future_channel, warm_start
 from .run_folder import RunFolder
 from .trainer import ConFuTrainer
 
@@ -283,14 +283,27 @@ def new_draft(
     fc_norm = not arguments.form.get("norm_before_fc", False)
     form = {"draft_vocab_size": DRAFT_VOCAB_SIZE, "fc_norm": fc_norm, "norm_output": True} | arguments.form
     config = ConFuConfig.from_target(target.config, **form)
+    counts = count_assistant_tokens(dataset, target.config.get_text_config(decoder=True).vocab_size)
     vocabulary = build_draft_vocabulary(
-        count_assistant_tokens(dataset, target.config.get_text_config(decoder=True).vocab_size),
+        counts,
         config.draft_vocab_size,
         always_include=end_token_ids(target),
     )
     say(f"Draft vocabulary: {config.draft_vocab_size} tokens, {vocabulary.coverage:.1%} of the answers' tokens")
     ids = instruction_ids(tokenizer, arguments.instruction, config.num_soft_prompts)
-    return warm_start(target, vocabulary.token_ids, config, soft_prompt_ids=ids)
+    forms = {"future_readout", "num_contemplate_rows", "contemplate_adapter_rank", "head_rank"} & form.keys()
+    if not forms:
+        return warm_start(target, vocabulary.token_ids, config, soft_prompt_ids=ids)
+    # The core that arms without these start with.
+    plain = ConFuConfig.from_target(target.config, **{name: form[name] for name in form.keys() - forms})
+    plain = warm_start(target, vocabulary.token_ids, plain, soft_prompt_ids=ids).state_dict()
+    draft = warm_start(target, vocabulary.token_ids, config, soft_prompt_ids=ids)
+    own = {name: value.shape for name, value in draft.state_dict().items() if not name.startswith("future_channel.")}
+    same = {name: value for name, value in plain.items() if own.get(name) == value.shape}
+    draft.load_state_dict(same, strict=False)
+    if config.head_rank:
+        factor_head(draft, target, counts)
+    return draft
 
 
 def instruction_ids(

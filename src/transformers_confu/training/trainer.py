@@ -33,6 +33,7 @@ from .contemplation import compute_foresight
 from .features import KeptFeatures
 from .initialisation import is_channel_untrained
 from .metrics import Counts, add_counts, metrics_of, no_counts
+from .muon import MuonAndAdamW
 from .objective import Objective, Recipe, compute_live
 from .teacher import freeze
 
@@ -64,7 +65,8 @@ class ObjectiveModule(nn.Module):
         texts, anchors = TokenBatch.of(batch), batch.get("anchors")
         if self.args.stage == "contemplation":
             return compute_foresight(self.draft, self.runner, texts, anchors)
-        recipe = Recipe(self.args.ttt_steps, self.args.ttt_decay, self.args.loss)
+        args = self.args
+        recipe = Recipe(args.ttt_steps, args.ttt_decay, args.loss, args.foresight, args.on_policy, args.replayed)
         if self.features is not None:
             return self.features.compute(texts, anchors, recipe)
         return compute_live(self.draft, self.runner, texts, anchors, recipe)
@@ -290,6 +292,8 @@ class ConFuTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimiser, its parameters grouped so that the future channel has its learning rate."""
+        if self.optimizer is None and self.args.muon is not None:
+            self.optimizer = MuonAndAdamW(self.model, self.args)
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.args.channel_learning_rate is not None:

@@ -5,7 +5,7 @@ own output of step s-1 (its fused taps at s = 0) with the embedding of token i+1
 i+2+s. It attends to the true rows up to i, to its own rows of steps 1..s (the diagonal) and to its future token.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -26,6 +26,8 @@ def unroll(
     future_states: torch.Tensor | None,
     has_future: torch.BoolTensor | None,
     num_steps: int,
+    borrowed: torch.LongTensor | None = None,
+    propose: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[torch.Tensor]:
     r"""
     Outputs of the decoder layer, before `norm`, `(B, R, H)`, of one TTT step after the other.
@@ -43,6 +45,8 @@ def unroll(
         has_future (`torch.BoolTensor` of shape `(batch, rows)`, *optional*): Rows that have one; the others neither
             see the slot nor add the residual.
         num_steps (`int`): TTT steps; the depth used in decoding should not exceed it.
+        borrowed (`torch.LongTensor` of shape `(batch, rows)`): How far behind its anchor each row is.
+        propose: Embeddings `(B, R, H)` of the tokens that follow outputs, in place of the text's.
     """
     layer = draft.layers[0]
     attention: ConFuAttention = layer.self_attn
@@ -58,37 +62,52 @@ def unroll(
 
     features = gather_rows(features, rows)  # (B, R, H)
     row_positions = position_ids.gather(1, rows)
-    future = None
+    future, ordered, residuals = None, draft.config.num_contemplate_rows, None
     if future_states is not None:
-        future = draft.future(future_states, features)
+        future = draft.future(
+            future_states.unflatten(-1, (ordered, -1)).flatten(1, 2), features.repeat_interleave(ordered, dim=1)
+        )
         if future.residual is not None:
-            future.residual = future.residual * has_future[..., None]
-    hidden_states = gather_rows(hidden_states, rows)
+            # Nothing behind the last of the ordered rows.
+            residuals = future.residual.unflatten(1, (-1, ordered)) * has_future[..., None, None]  # (B, R, k, H)
+            residuals = nn.functional.pad(residuals, (0, 0, 0, 1))
+    hidden_states, outputs = gather_rows(hidden_states, rows), features
 
     keys: list[torch.Tensor] = []  # the diagonal, each (B, h, R, hd)
     values: list[torch.Tensor] = []
     for step in range(num_steps):
         if step > 0:
             shifted = (rows + 1 + step).clamp(max=inputs_embeds.shape[1] - 1)
-            hidden_states = layer.attention_input(gather_rows(inputs_embeds, shifted), features)
+            embeds = gather_rows(inputs_embeds, shifted) if propose is None else propose(outputs)
+            hidden_states = layer.attention_input(embeds, features)
         cos, sin = draft.rotary_emb(hidden_states, row_positions + step)
         queries = rotate(attention.queries(hidden_states), cos, sin)  # (B, h, R, hd)
         if step > 0:
             keys.append(repeat_kv(rotate(attention.keys(hidden_states), cos, sin), groups))
             values.append(repeat_kv(attention.values(hidden_states), groups))
-        slot = None
-        if future is not None:
-            cos, sin = draft.rotary_emb(hidden_states, row_positions + step + 1)
-            slot = (repeat_kv(rotate(future.key, cos, sin), groups), repeat_kv(future.value, groups))
+        slots, stream = [], features
+        for nth in range(ordered if future is not None else 0):
+            # One follows the query. Several stand where their contemplate rows stood, and the one that foresaw what is
+            # sought now follows the query.
+            places = row_positions + step + 1 if ordered == 1 else row_positions - borrowed + nth + 1
+            cos, sin = draft.rotary_emb(hidden_states, places)
+            key, value = (states[:, :, nth::ordered] for states in (future.key, future.value))
+            slots.append((repeat_kv(rotate(key, cos, sin), groups), repeat_kv(value, groups)))
+            if residuals is not None:
+                now = torch.zeros_like(rows) if ordered == 1 else (borrowed + step).clamp(max=ordered)
+                future.residual = residuals.take_along_dim(now[..., None, None], dim=2).squeeze(2)
+            if future.query is not None:
+                queries = rotate(future.query, cos, sin).where(has_future[:, None, :, None], queries)
+                stream = future.stream.where(has_future[..., None], features)
         # Weights of attention, rows x tokens for every step, would be most of the memory of long rows. They are made
         # anew in the backward pass, which costs little beside the rest.
         attended = checkpoint(
             diagonal_attention,
-            *(queries, true_keys, true_values, sees, tuple(keys), tuple(values), slot, has_future, attention.scaling),
+            *(queries, true_keys, true_values, sees, tuple(keys), tuple(values), slots, has_future, attention.scaling),
             use_reentrant=False,
             preserve_rng_state=False,
         )
-        outputs = layer.finish(features, attention.o_proj(attended), future)
+        outputs = layer.finish(stream, attention.o_proj(attended), future)
         yield outputs
         features = draft.next_features(outputs)
 
@@ -100,7 +119,7 @@ def diagonal_attention(
     sees: torch.BoolTensor,
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
-    slot: tuple[torch.Tensor, torch.Tensor] | None,
+    slots: Sequence[tuple[torch.Tensor, torch.Tensor]],
     sees_slot: torch.BoolTensor | None,
     scaling: float,
 ) -> torch.Tensor:
@@ -114,7 +133,7 @@ def diagonal_attention(
         queries, keys, values: Rotated, `(batch, heads, rows, head_dim)`; keys and values one entry per earlier step.
         true_keys, true_values (`torch.FloatTensor` of shape `(batch, heads, length, head_dim)`).
         sees (`torch.BoolTensor` of shape `(batch, rows, length)`).
-        slot: Key and value of each row's future token, shaped like `queries`.
+        slots: Key and value of each row's future tokens, shaped like `queries`.
         sees_slot (`torch.BoolTensor` of shape `(batch, rows)`).
 
     Returns:
@@ -126,8 +145,7 @@ def diagonal_attention(
     scores = [(queries @ true_keys.transpose(2, 3)).to(dtype).masked_fill(~sees[:, None], lowest)]  # (B, h, R, T)
     scores += [(queries * key).sum(-1, keepdim=True).to(dtype) for key in keys]  # (B, h, R, 1)
     own_values = list(values)
-    if slot is not None:
-        slot_key, slot_value = slot
+    for slot_key, slot_value in slots:
         score = (queries * slot_key).sum(-1, keepdim=True).to(dtype)
         scores.append(score.masked_fill(~sees_slot[:, None, :, None], lowest))
         own_values.append(slot_value)
