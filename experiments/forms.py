@@ -24,17 +24,13 @@ def form(**entries) -> list[str]:
 
 
 ARMS = {
-    "eagle3": CORE + form(rotate_soft_prompts=True),
-    "read-out": JOINT + form(rotate_soft_prompts=True, future_readout=True, use_future_residual=False),
-    "ordered": JOINT + FORESIGHT + form(rotate_soft_prompts=True, num_contemplate_rows=3),
-    "paper": JOINT + form(rotate_soft_prompts=True),
-    "paper-foresight": JOINT + FORESIGHT + form(rotate_soft_prompts=True),
-    "read-out-foresight": JOINT
-    + FORESIGHT
-    + form(rotate_soft_prompts=True, future_readout=True, use_future_residual=False),
-    "ordered-adapters": JOINT
-    + FORESIGHT
-    + form(rotate_soft_prompts=True, num_contemplate_rows=3, contemplate_adapter_rank=16),
+    "eagle3": CORE + form(),
+    "read-out": JOINT + form(future_readout=True, use_future_residual=False),
+    "ordered": JOINT + FORESIGHT + form(num_contemplate_rows=3),
+    "paper": JOINT + form(),
+    "paper-foresight": JOINT + FORESIGHT + form(),
+    "read-out-foresight": JOINT + FORESIGHT + form(future_readout=True, use_future_residual=False),
+    "ordered-adapters": JOINT + FORESIGHT + form(num_contemplate_rows=3, contemplate_adapter_rank=16),
 }
 
 if __name__ == "__main__":
