@@ -4,7 +4,18 @@ import copy
 
 import pytest
 import torch
-from test_objective import DECAY, STEPS, anchors_of, make_batch, make_pair, make_text, mixed_batch, naive_rows
+from test_objective import (
+    DECAY,
+    STEPS,
+    anchors_of,
+    assert_same,
+    make_batch,
+    make_pair,
+    make_text,
+    mixed_batch,
+    naive_objective,
+    naive_rows,
+)
 from torch import nn
 from transformers import DynamicCache
 
@@ -170,6 +181,16 @@ def test_the_loss_is_the_naive_one(name):
         got = objective(target, draft, text, anchors)
         expected, _ = naive_loss(target, draft, text, anchors)
         torch.testing.assert_close(got.loss_sum, expected, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["read-out", "read-out, norms"])
+def test_decoding_reads_out_as_training_does(name):
+    """`naive_objective` asks the draft's own forward, as decoding does."""
+    target, draft = pair(name)
+    text = make_text((3, 6), (2, 5), seed=1)
+    anchors = anchors_of(text, replication=0, max_lag=1)
+    assert_same(objective(target, draft, text, anchors), naive_objective(target, draft, text, anchors))
 
 
 @pytest.mark.parametrize("name", ["paper", "ordered", "ordered, rotated, adapters"])

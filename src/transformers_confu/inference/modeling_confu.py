@@ -210,6 +210,8 @@ class ConFuAttention(nn.Module):
             value_states = torch.cat([value_states, future.value], dim=-2)
             if attention_mask is not None:
                 attention_mask = nn.functional.pad(attention_mask, (0, 1))  # 0 = visible
+            if future.query is not None:  # each row's `[f]` asks in its place: behind other rows, but with one query
+                query_states = rotate(future.query, *future_position_embeddings).expand_as(query_states)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -265,7 +267,10 @@ class ConFuDecoderLayer(nn.Module):
         attention_output = self.self_attn(
             self.attention_input(inputs_embeds, features), future=future, **attention_kwargs
         )
-        return self.finish(features[:, -attention_output.shape[1] :], attention_output, future)
+        features = features[:, -attention_output.shape[1] :]
+        if future is not None and future.stream is not None:
+            features = future.stream.expand_as(features)
+        return self.finish(features, attention_output, future)
 
 
 class ConFuPreTrainedModel(PreTrainedModel):
