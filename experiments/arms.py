@@ -130,8 +130,9 @@ def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, list
 def table(counts_of: dict[str, dict[str, list]]) -> str:
     """Acceptance by depth of each arm, and its gain over the first: of tau, and of depths 2 to 4 in percent."""
     generator = np.random.default_rng(0)
-    lines = ["| arm | " + " | ".join(f"depth {depth + 1}" for depth in range(DEPTHS)) + " | tau_greedy | gain |"]
-    lines[0] += " depths 2 to 4, % | tau_probabilistic | gain |"
+    columns = ["arm", *(f"depth {depth + 1}" for depth in range(DEPTHS))]
+    columns += [f"tau_{kind}, gain, gain at depths 2 to 4 in %" for kind in ("greedy", "probabilistic")]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     first = np.array(list(next(iter(counts_of.values())).values()))  # (answers, 3, depths)
     draws = generator.integers(len(first), size=(4000, len(first)))
     draws = np.concatenate([np.arange(len(first))[None], draws])  # the first is all of them, once
@@ -149,12 +150,12 @@ def table(counts_of: dict[str, dict[str, list]]) -> str:
         if list(counts) != list(next(iter(counts_of.values()))):
             raise ValueError(f"{name} was counted on other answers than the first arm.")
         shares = of_draws(np.array(list(counts.values())))
-        later, later_base = shares[:, 0, 1:4].sum(axis=-1), base[:, 0, 1:4].sum(axis=-1)
         cells = [name, *(f"{share:.4f}" for share in shares[0, 0])]
         for kind in range(2):
-            cells += [f"{1 + shares[0, kind].sum():.3f}", interval((shares - base)[:, kind].sum(axis=-1), 3)]
-            if kind == 0:
-                cells.append(interval(100 * (later / later_base.clip(min=1e-9) - 1), 1))
+            gain = interval((shares - base)[:, kind].sum(axis=-1), 3)
+            later, later_base = (values[:, kind, 1:4].sum(axis=-1) for values in (shares, base))
+            in_percent = interval(100 * (later / later_base.clip(min=1e-9) - 1), 1)
+            cells.append(f"{1 + shares[0, kind].sum():.3f}, {gain}, {in_percent}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
