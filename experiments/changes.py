@@ -22,7 +22,7 @@ head-64, head-128 (a head of that rank over the whole vocabulary); vocabulary-16
 4,096); roots (only the rows and steps that decoding would come to, by rounds of the draft as it is); guesses (roots
 whose round ended in an error are replayed on the draft's own guesses, beside the default's loss). At four TTT steps a
 step of 2,048 tokens took 3 s of a busy core of an EPYC with bf16 instructions where the target reads, and where an
-earlier arm had it read 1.1 s (default, roots), 1.2 s (Muon), 1.8 s (16,384 tokens), 2.7 and 3.6 s (heads of rank 64 and
+earlier arm had it read 1.1 s (default, roots), 1.2 s (Muon), 1.8 s (16,384 tokens), 2.7 and 3.6 s (heads of rank 64,
 128), with 3.9 to 4.6 GB; guesses 4 s. Features of a pass over 1.39 million tokens take 5.7 GB in runs/features.
 """
 
