@@ -40,7 +40,7 @@ def main(arms: dict[str, list[str]], description: str) -> None:
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--save_steps", type=int, default=25)
-    parser.add_argument("--answers", type=int, default=96, help="held-out rows that are counted")
+    parser.add_argument("--answers", type=int, default=160, help="held-out rows that are counted")
     # Twice as many prompts as training usually holds out, for narrower intervals.
     parser.add_argument("--held_out_share", type=float, default=0.04)
     parser.add_argument("--compare", action="store_true", help="only print the table of what was counted")

@@ -15,7 +15,7 @@ Arms: eagle3 (the core alone), read-out (the output is read at the row of `[f]`)
 token, the k-th taught to foresee the token k + 1 places on), ordered-adapters (with adapters of rank 16 besides in the
 target's layers for contemplate rows), paper (the paper's form, KL alone), paper-foresight and read-out-foresight (with
 the loss of foresight that `ordered` has). At four TTT steps a step of 2,048 tokens took 3.4, 5.5, 8.3, 8.3 and 4.9 s
-of a busy core of an EPYC with bf16 instructions for the first five, up to 3.9 GB, and an answer 0.5 to 1.3 s to count.
+of a busy core of an EPYC with bf16 instructions for the first five, up to 3.9 GB, and an answer 0.3 to 0.8 s to count.
 
 Of 75 answers, `tau_greedy` of two arms after 200 steps was told apart to 0.037 of some 0.4 and `tau_probabilistic` to
 0.009 of 0.3 (docs/experiment.md): 2 % at depths 2 to 4 want hundreds of answers and the probabilities.
