@@ -37,7 +37,7 @@ def export_eagle3(
 ) -> None:
     r"""
     Write the EAGLE-3 part of a draft in the form of another library. The future channel stays behind: what is written
-    drafts as this draft does with `confu_contemplation=0`, and its model card says so.
+    drafts as this draft does with `confu_contemplation=0` and without an `attention_window`, and its card says so.
 
     Args:
         draft ([`ConFuDraftModel`]): The draft.
