@@ -76,6 +76,13 @@ def test_a_packed_layer_follows_its_weight():
     assert layer.double()(torch.ones(1, 8, dtype=torch.double)).dtype == torch.double
 
 
+def test_a_packed_layer_is_not_deceived_by_a_weight_at_the_address_of_the_one_before():
+    for _ in range(50):
+        use_packed_weights(layer := nn.Linear(64, 64))
+        layer.to(torch.bfloat16).to(torch.float32)  # rounded, and often where the first one was
+        assert packed_products(layer) == 0
+
+
 def test_only_what_is_in_fp32_is_packed():
     assert use_packed_weights(make_tiny_target()) == 0  # fp64
 

@@ -21,8 +21,13 @@ class _Packed:
     """A weight as oneDNN reads it, and of which values it was made: torch cannot copy such tensors."""
 
     def __init__(self, weight: torch.Tensor):
-        self.source = weight.data_ptr(), weight._version
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        # Kept, so that no later weight can come to lie at its address: of two casts the second often would.
+        self.source, self.version = weight.detach(), weight._version
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(self.source, ROWS)
+
+    def is_of(self, weight: torch.Tensor) -> bool:
+        """Whether that is the weight, with the values of then."""
+        return (weight.data_ptr(), weight._version) == (self.source.data_ptr(), self.version)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Packed":
         return self
@@ -35,12 +40,11 @@ class PackedLinear(nn.Linear):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """`(..., in)` -> `(..., out)`"""
-        weight = self.weight
         if (
             torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
             or torch.compiler.is_compiling()
-            or self.packed.source != (weight.data_ptr(), weight._version)
+            or not self.packed.is_of(self.weight)
         ):
             return super().forward(states)
         return torch.ops.mkldnn._linear_pointwise(states, self.packed.weight, self.bias, "none", [], "")
@@ -49,7 +53,8 @@ class PackedLinear(nn.Linear):
 def use_packed_weights(model: nn.Module) -> int:
     r"""
     Let the linear layers of a model multiply by packed copies of their weights, for decoding in fp32 on a CPU. The
-    model is saved, moved and trained as before; results may differ by rounding.
+    model is saved, moved and trained as before; results may differ by rounding. Only what is written through
+    `weight.data`, as where an adapter is merged, goes unseen: do that before.
 
     Args:
         model (`nn.Module`): Layers of other dtypes and devices, and quantised ones, are left as they are.
