@@ -48,7 +48,7 @@ def grow(drafts: list[Draft], branching: int, depth: int):
     Returns:
         The grower and, per batch row and draft step, the paths of the frontier that this step expanded.
     """
-    grower = TreeGrower(torch.stack([draft(()) for draft in drafts]), branching)
+    grower = TreeGrower(torch.stack([draft(()) for draft in drafts]), branching, torch.arange(drafts[0].vocab_size))
     paths = [[(int(token),) for token in row] for row in grower.frontier_tokens]
     steps = [[row] for row in paths]
     for _ in range(1, depth):
@@ -111,7 +111,7 @@ def shapes(styles: list[str]):
 def make_tree(shape) -> DraftTree:
     draft, branching, depth, tree_size = shape
     grower, _ = grow([draft], branching, depth)
-    return grower.tree(torch.tensor([7]), torch.arange(draft.vocab_size), tree_size)
+    return grower.tree(torch.tensor([7]), tree_size)
 
 
 @given(shapes(STYLES))
@@ -191,16 +191,16 @@ def test_nodes_that_cannot_enter_the_tree_are_not_expanded(shape):
     """Fixed rounds leave out what they may, and the tree is that of all nodes expanded."""
     draft, branching, depth, tree_size = shape
     rounds = FixedRounds(ConFuKnobs(tree_size=tree_size, depth=depth, branching=branching))
-    grower = TreeGrower(draft(())[None], branching)
+    grower = TreeGrower(draft(())[None], branching, torch.arange(draft.vocab_size))
     paths: list[tuple[int, ...]] = [()]
-    for _ in range(1, rounds.depth(0)):
+    for _ in range(1, rounds.depth(0, depth)):
         if (width := rounds.width(grower)) == 0:
             break
         grower.narrow(width)
         tokens, parents = grower.frontier_tokens[0].tolist(), grower.frontier_parents[0].tolist()
         paths = [paths[parent] + (token,) for parent, token in zip(parents, tokens, strict=True)]
         grower.expand(torch.stack([draft(path) for path in paths])[None])
-    tree, whole = grower.tree(torch.tensor([7]), torch.arange(draft.vocab_size), tree_size), make_tree(shape)
+    tree, whole = grower.tree(torch.tensor([7]), tree_size), make_tree(shape)
     for name in ("tokens", "parents", "log_probs"):
         assert torch.equal(getattr(tree, name), getattr(whole, name)), name
 
@@ -219,22 +219,22 @@ def test_frontier_rows_see_the_rows_of_their_own_path(shape):
 def test_ties_keep_the_earlier_candidate():
     # Two certain tokens in a row, all else impossible: root - 0 - 0 - 0 all tie at log-probability 0.
     certain = torch.tensor([[0.0, -math.inf, -math.inf]])
-    grower = TreeGrower(certain, branching=3)
+    grower = TreeGrower(certain, 3, torch.arange(3))
     for _ in range(2):
         grower.expand(certain.expand(1, 3, 3))
     for tree_size, depths in ((2, [0, 1]), (3, [0, 1, 2]), (4, [0, 1, 2, 3])):
-        tree = grower.tree(torch.tensor([0]), torch.arange(3), tree_size)
+        tree = grower.tree(torch.tensor([0]), tree_size)
         assert tree.depths[0].tolist() == depths and tree.log_probs[0].tolist() == [0.0] * tree_size
 
 
 def test_equal_scores_are_kept_in_the_order_they_were_found():
     # A row long enough that an unstable sort would shuffle it.
     flat = torch.zeros(1, 64)
-    grower = TreeGrower(flat, branching=64)
+    grower = TreeGrower(flat, 64, torch.arange(64))
     first = grower.frontier_tokens[0].tolist()
     grower.expand(flat.expand(1, 64, 64))
     assert (grower.frontier_parents == 0).all()  # the children of the first node come first
-    tree = grower.tree(torch.tensor([0]), torch.arange(64), 50)
+    tree = grower.tree(torch.tensor([0]), 50)
     assert tree.tokens[0, 1:].tolist() == first[:49] and (tree.depths[0, 1:] == 1).all()
 
 
@@ -243,12 +243,11 @@ def test_equal_scores_are_kept_in_the_order_they_were_found():
 def test_a_batch_of_two_is_two_batches_of_one(shape, other_seed):
     draft, branching, depth, tree_size = shape
     drafts = [draft, Draft(other_seed, draft.vocab_size, draft.style)]
-    token_ids = torch.arange(draft.vocab_size) + 3
-    both = grow(drafts, branching, depth)[0].tree(torch.tensor([7, 8]), token_ids, tree_size)
+    both = grow(drafts, branching, depth)[0].tree(torch.tensor([7, 8]), tree_size)
     num_rows = min(4, both.size)
     nodes = both.contemplated_nodes(num_rows)
     for row, single in enumerate(drafts):
-        alone = grow([single], branching, depth)[0].tree(torch.tensor([7 + row]), token_ids, tree_size)
+        alone = grow([single], branching, depth)[0].tree(torch.tensor([7 + row]), tree_size)
         for name in ("tokens", "parents", "depths", "log_probs", "ancestors"):
             assert torch.equal(getattr(both, name)[row], getattr(alone, name)[0]), name
         assert both.children()[row] == alone.children()[0]
@@ -258,11 +257,36 @@ def test_a_batch_of_two_is_two_batches_of_one(shape, other_seed):
 
 def test_draft_tokens_become_target_tokens():
     draft = Draft(3, 4, "gaussian")
-    grower, _ = grow([draft], 3, 3)
     token_ids = torch.tensor([2, 11, 40, 96])
-    plain = grower.tree(torch.tensor([5]), torch.arange(4), 9)
-    mapped = grower.tree(torch.tensor([5]), token_ids, 9)
+    log_probs = torch.stack([draft(path) for path in ((), (0,), (1,), (2,), (3,))])
+    plain, mapped = (TreeGrower(log_probs[:1], 3, ids) for ids in (torch.arange(4), token_ids))
+    assert mapped.frontier_tokens.tolist() == token_ids[plain.frontier_tokens].tolist()
+    of_children = log_probs[1 + plain.frontier_tokens]
+    for grower in (plain, mapped):
+        grower.expand(of_children)
+    plain, mapped = (grower.tree(torch.tensor([5]), 9) for grower in (plain, mapped))
     assert mapped.tokens[0].tolist() == [5] + token_ids[plain.tokens[0, 1:]].tolist()
+
+
+@given(shapes(SMOOTH), st.lists(st.integers(0, 5), max_size=6))
+@settings(deadline=None, max_examples=60)
+def test_a_path_that_joins_a_tree_adds_what_the_tree_lacks(shape, tokens):
+    tree = make_tree(shape)
+    log_probs = [-0.5 * (number + 1) for number in range(len(tokens))]
+    joined = tree.with_path(tokens, log_probs)
+    paths = [path_of(tree, node) for node in range(tree.size)]
+    added = [tuple(tokens[: number + 1]) for number in range(len(tokens))]
+    added = [path for path in added if path not in paths]
+    assert [path_of(joined, node) for node in range(joined.size)] == paths + added  # each once, old nodes as they were
+    assert joined.num_copied == len(added)
+    assert torch.equal(joined.log_probs[:, : tree.size], tree.log_probs)
+    assert joined.log_probs[0, tree.size :].tolist() == [-0.5 * len(path) for path in added]
+    for node in range(joined.size):
+        above = {path_of(joined, other): other for other in range(joined.size)}
+        path = path_of(joined, node)
+        expected = {above[path[:length]] for length in range(len(path) + 1)}
+        assert set(joined.ancestors[0, node].nonzero()[:, 0].tolist()) == expected
+        assert joined.depths[0, node] == len(path)
 
 
 def test_a_tree_without_guesses_is_its_root():

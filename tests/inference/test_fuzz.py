@@ -127,6 +127,7 @@ class Case:
             "confu_depth": rng.randint(1, 8),
             "confu_branching": rng.randint(1, 10),
             "confu_contemplation": rng.choice([0, 1, 3, 30]),
+            "confu_lookup": rng.random() < 0.5,
         }
         self.chat = rng.random() < 0.4
         self.turns = rng.randint(2, 3) if self.chat else 1

@@ -55,6 +55,10 @@ class EvaluationArguments(TargetOptions):
         "Contemplate rows, C: 0 is EAGLE-3 mode, `full` the paper, `default` the draft's own.",
         lambda: ["0", "default", "full"],
     )
+    lookups: list[str] = option(
+        "Whether tokens copied from the text join the tree: `with`, `without`, or `default`, the draft's own.",
+        lambda: ["default"],
+    )
     costs: bool = option("Also time the mixtures of experts, and the target's forward by rows.", True)
     seed: int = option("Seed of the order of arms and of sampling.", 0)
     report: str | None = option("Folder for the report: HTML, Markdown, pictures.")

@@ -13,6 +13,7 @@ from .arguments import EvaluationArguments
 
 PROMPT_LOOKUP_TOKENS = 10  # that it copies at most, the default of Transformers
 TREE_KNOBS = ("tree_size", "depth", "branching")
+_LOOKUPS = {"default": None, "without": False, "with": True}
 BASELINE_NAMES = {
     "plain": "plain generate",
     "prompt_lookup": "prompt lookup",
@@ -46,6 +47,7 @@ class Arm:
     depth: int | None = None
     branching: int | None = None
     contemplation: int | None = None
+    lookup: bool = False  # whether tokens copied from the text join the tree
 
     @property
     def mode(self) -> str:
@@ -59,9 +61,9 @@ class Arm:
         return f"ConFu, C = {'N' if self.contemplation == self.tree_size else self.contemplation}"
 
     @property
-    def knobs(self) -> dict[str, int]:
+    def knobs(self) -> dict[str, int | bool]:
         """The knobs of decoding as entries of a generation config."""
-        values = {f"confu_{name}": getattr(self, name) for name in (*TREE_KNOBS, "contemplation")}
+        values = {f"confu_{name}": getattr(self, name) for name in (*TREE_KNOBS, "contemplation", "lookup")}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -74,6 +76,7 @@ def labels(arms: Iterable[Arm]) -> dict[Arm, str]:
         parts = [arm.mode, "automatic" if arm.tree_size is None else f"N = {arm.tree_size}"]
         if arm.tree_size is not None:
             parts += [f"{name} {getattr(arm, name)}" for name in ("depth", "branching") if name in varies]
+        parts += ["with lookup"] if arm.lookup else []
         names[arm] = (f"{arm.draft}: " if "draft" in varies else "") + ", ".join(parts)
     return names
 
@@ -113,8 +116,9 @@ def _draft_arms(
     draft: str, tree: tuple[int | None, ...], arguments: EvaluationArguments, own: GenerationConfig
 ) -> Iterator[Arm]:
     """
-    The arms of one draft and tree (what is `None` is the draft's own), one for each budget of contemplate rows. With
-    `confu_contemplation` 0 of its own a draft's future channel is not trained, and 0 is all that it can do.
+    The arms of one draft and tree (what is `None` is the draft's own), one for each budget of contemplate rows, without
+    and with lookups. With `confu_contemplation` 0 of its own a draft's future channel is not trained, and 0 is all that
+    it can do.
     """
     if tree[0] is None and ConFuKnobs.resolve(own).automatic:
         if len(arguments.tree_sizes) == 1 and any(tree):
@@ -134,4 +138,8 @@ def _draft_arms(
             rows = 0  # which automatic rounds would choose by themselves
         if rows is not None and knobs.tree_size is not None:
             rows = min(rows, knobs.tree_size)
-        yield Arm("draft", draft, knobs.tree_size, knobs.depth, knobs.branching, rows)
+        for lookup in arguments.lookups:
+            if lookup not in _LOOKUPS:
+                raise ValueError(f"`lookups` holds {lookup!r}; expected one of {', '.join(_LOOKUPS)}.")
+            looks_up = knobs.lookup if _LOOKUPS[lookup] is None else _LOOKUPS[lookup]
+            yield Arm("draft", draft, knobs.tree_size, knobs.depth, knobs.branching, rows, looks_up)

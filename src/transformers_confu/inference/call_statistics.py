@@ -11,7 +11,8 @@ class ConFuStatistics:
     Args:
         emitted (`list[int]`): Tokens emitted by each round, trimmed at EOS and maximal length. The token that prefill
             emits is in no round.
-        accepted (`list[int]`): How many of them were drafted.
+        accepted (`list[int]`): How many of them stood in the tree.
+        copied (`int`): How many of all accepted ones only a lookup in the text had put there.
         accepted_by_depth (`list[int]`): Entry d - 1 counts the rounds that accepted a node at depth d.
         tree_sizes (`list[int]`): Nodes of each round's tree, the root included; 1 is a round of plain decoding.
         contemplate_rows (`int`): Contemplate rows that the target computed in rounds.
@@ -35,6 +36,7 @@ class ConFuStatistics:
     emitted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
+    copied: int = 0
     tree_sizes: list[int] = field(default_factory=list)
     contemplate_rows: int = 0
     prefill_seconds: float = 0.0

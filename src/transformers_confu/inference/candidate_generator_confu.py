@@ -142,7 +142,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
         Args:
             root_tokens (`torch.LongTensor` of shape `(batch,)`): The newest emitted tokens.
             rounds ([`Rounds`]): How deep, how wide and how large the tree is.
-            max_depth (`int`): Depth at most, whatever `rounds` says.
+            max_depth (`int`): Longest path at most, whatever `rounds` says.
             future_states (`torch.FloatTensor` of shape `(batch, future_size)`, *optional*): The future prediction f;
                 without it the draft runs in EAGLE-3 mode.
         """
@@ -150,10 +150,11 @@ class ConFuCandidateGenerator(CandidateGenerator):
         if self._fixed is not None:
             max_depth = sys.maxsize  # all trees have one shape
         length = self._cache.get_seq_length() + sum(row.taps.shape[1] for row in self._pending)
-        depth = min(rounds.depth(length), max_depth) if max_depth > 0 else 0
+        depth = rounds.depth(length, max_depth)
         if depth < 1:
             rounds.tree_size(None)
-            return DraftTree.root_only(root_tokens)
+            tree = DraftTree.root_only(root_tokens)
+            return tree.with_path(*rounds.copies(tree))
 
         rows = self._take_pending()
         if self._fixed is None:
@@ -164,7 +165,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
             rows = rows.padded(self._fixed.most_kept)
             tree = self._compiled_grow(root_tokens, rows, lengths, future_states, rounds, depth)
             self._fixed.length += count
-        return tree
+        return tree.with_path(*rounds.copies(tree))
 
     def _grow(
         self,
@@ -194,19 +195,18 @@ class ConFuCandidateGenerator(CandidateGenerator):
         if future_states is not None:
             future = self.draft.future(future_states[:, None], self.draft.fuse_taps(last_taps)[:, None])
         output = self._extend(rows, future, None if is_whole else seen)
-        grower = TreeGrower(log_softmax(output.logits[:, -1]), rounds.branching)
+        grower = TreeGrower(log_softmax(output.logits[:, -1]), rounds.branching, self._token_ids)
         features = output.features
         for level in range(1, depth):
             width = rounds.width(grower)
             if width == 0:
                 break
             grower.narrow(width)
-            frontier_tokens = self._token_ids[grower.frontier_tokens]  # (B, k)
             parents = grower.frontier_parents[..., None].expand(-1, -1, features.shape[-1])
             output = self.draft(
-                inputs_embeds=self.embed(frontier_tokens),
+                inputs_embeds=self.embed(grower.frontier_tokens),
                 features=features.gather(1, parents),
-                position_ids=(last_position + level).expand_as(frontier_tokens),
+                position_ids=(last_position + level).expand_as(grower.frontier_tokens),
                 attention_mask=self._tree_mask(grower.frontier_ancestors, seen),
                 cache=self._cache,
                 future=future,
@@ -217,7 +217,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
             crop(self._cache, num_true_rows)  # drafted features are no true ones
         else:
             keep_rows(self._cache, lengths[:1], torch.arange(rows.taps.shape[1], device=lengths.device))
-        return grower.tree(root_tokens, self._token_ids, rounds.tree_size(grower))
+        return grower.tree(root_tokens, rounds.tree_size(grower))
 
     @contextmanager
     def fixed_room(self, rounds: EqualRounds, compiled: Callable[[Callable], Callable]) -> Iterator[None]:

@@ -49,11 +49,12 @@ from .grouped_attention import without_repeated_heads
 from .growing_cache import room_to_grow
 from .knobs import ConFuKnobs
 from .measured_costs import measure_round_costs
-from .recurrent_layers import state_bytes
+from .recurrent_layers import recurrent_mixers, state_bytes
 from .round_costs import round_costs
 from .rounds import AutomaticRounds, EqualRounds, FixedRounds, Rounds
 from .self_check import prove_target
 from .target import TargetRunner, Verification, autocast_around, input_device, position_table_size
+from .text_lookup import TextLookup
 
 
 @torch.no_grad()
@@ -156,15 +157,19 @@ class _Decoding:
         self.fixed: FixedRoom | None = None  # for rounds over a static cache
         self.compiled: Callable[[Callable], Callable] = not_compiled
         self.places = 0 if static is None else static.get_max_length()
+        self.lookup = TextLookup() if knobs.lookup and static is None else None
+        if self.lookup is not None:
+            self.lookup.read(input_ids[0].tolist())
         if static is not None:
             self.rounds = EqualRounds(knobs, static.get_max_length())
             if target._valid_auto_compile_criteria({"cache": static}, generation_config):
                 self.compiled = compiled_by(generation_config.compile_config or target._default_compile_config())
         elif knobs.automatic:
             costs = round_costs(target, draft, lambda: measure_round_costs(target, draft))
-            self.rounds = AutomaticRounds(costs, knobs.contemplation, knobs.future_gain)
+            longest_copy = {"longest_copy": AutomaticRounds.MAX_DEPTH} if recurrent_mixers(target) else {}
+            self.rounds = AutomaticRounds(costs, knobs.contemplation, knobs.future_gain, self.lookup, **longest_copy)
         else:
-            self.rounds = FixedRounds(knobs)
+            self.rounds = FixedRounds(knobs, self.lookup)
         self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
         self.generation_config = generation_config
         self.generator = ConFuCandidateGenerator(draft, target)
@@ -360,6 +365,7 @@ class _Decoding:
             path, num_accepted = self._walk(tree, verification.outputs, verification.prefix_length, cache)
         if not self.finished:  # a text that ends says nothing of what would have been accepted
             self.rounds.count(tree, path)
+        self.statistics.copied += sum(node >= tree.size - tree.num_copied for node in path)
         walked = time.perf_counter()
 
         if self.fixed is None:
@@ -458,6 +464,7 @@ class _Decoding:
             if child is None or self.finished:
                 break
             path.append(child)
+        self._note(emitted)
         new = torch.tensor([emitted], device=self.input_ids.device)
         self.input_ids = torch.cat([self.input_ids, new], dim=-1)
         if self.streamer is not None:
@@ -473,7 +480,7 @@ class _Decoding:
 
         Returns:
             The nodes whose rows are now part of the text, root first, one per emitted token; and how many of the
-            emitted tokens were drafted.
+            emitted tokens stood in the tree.
         """
         children = tree.children()[0]
         path, num_accepted = [0], 0
@@ -508,7 +515,13 @@ class _Decoding:
         self.finished = bool(self.stopping_criteria(self.input_ids, self.scores).all())
         if self.streamer is not None:
             self.streamer.put(token.cpu())
-        return int(token)
+        emitted = int(token)
+        self._note([emitted])
+        return emitted
+
+    def _note(self, emitted: list[int]) -> None:
+        if self.lookup is not None:
+            self.lookup.append(emitted)
 
     def _record_states(self, outputs: ModelOutput, path: list[int], prefix_length: int, cache: DynamicCache) -> None:
         """Add the last path node's attentions and hidden states, in the shapes of a one-token forward."""

@@ -6,6 +6,7 @@ EAGLE-2's (arXiv 2406.16858): expand the k best nodes of each level by cumulativ
 of all candidates.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,9 @@ class DraftTree:
             root is its own parent.
         depths (`torch.LongTensor` of shape `(batch, nodes)`): Distance from the root.
         log_probs (`torch.FloatTensor` of shape `(batch, nodes)`, float32): Log-probability of the path from the root
-            under the draft.
+            under the draft, or as `with_path` was told.
         ancestors (`torch.BoolTensor` of shape `(batch, nodes, nodes)`): `ancestors[b, i, j]`: j is i or above i.
+        num_copied (`int`): How many nodes, the last ones, are no guesses of the draft (see [`~DraftTree.with_path`]).
     """
 
     tokens: torch.LongTensor
@@ -29,6 +31,7 @@ class DraftTree:
     depths: torch.LongTensor
     log_probs: torch.FloatTensor
     ancestors: torch.BoolTensor
+    num_copied: int = 0
 
     @property
     def size(self) -> int:
@@ -45,6 +48,27 @@ class DraftTree:
         """A tree without guesses: plain decoding of `root_tokens` `(B,)`."""
         tokens = root_tokens[:, None]
         return cls.from_parents(tokens, torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.float32))
+
+    def with_path(self, tokens: Sequence[int], log_probs: Sequence[float]) -> "DraftTree":
+        """
+        This tree and a path of such tokens below its root, whose log-probabilities are given; only nodes that it lacks
+        are new. For a single batch row.
+        """
+        if not tokens:
+            return self
+        children = self.children()[0]
+        new: list[tuple[int, int, float]] = []  # token, parent, log-probability
+        node = 0
+        for token, log_prob in zip(tokens, log_probs, strict=True):
+            parent, node = node, children.get((node, token), self.size + len(new))
+            if node == self.size + len(new):
+                new.append((token, parent, log_prob))
+        if not new:
+            return self
+        columns = zip((self.tokens, self.parents, self.log_probs), zip(*new, strict=True), strict=True)
+        tree = DraftTree.from_parents(*(torch.cat([old, old.new_tensor([more])], dim=1) for old, more in columns))
+        tree.num_copied = len(new)
+        return tree
 
     def children(self) -> list[dict[tuple[int, int], int]]:
         """For each batch row a map (node, token) -> child of that node with that token, to walk the tree by."""
@@ -103,22 +127,24 @@ class TreeGrower:
     Grows a tree level by level from the draft's log-probabilities, all in float32.
 
     ```python
-    grower = TreeGrower(log_probs, branching=10)  # the root's children
+    grower = TreeGrower(log_probs, branching=10, token_ids=draft_token_ids)  # the root's children
     while deeper:
         grower.narrow(width)  # where not all of the frontier is worth a draft row
         ...draft step over `grower.frontier_tokens`, whose features are those of the rows `grower.frontier_parents`
         grower.expand(log_probs)
-    tree = grower.tree(root_tokens, draft_token_ids, tree_size)
+    tree = grower.tree(root_tokens, tree_size)
     ```
 
     Args:
         log_probs (`torch.FloatTensor` of shape `(batch, draft_vocab_size)`): What the draft expects after the root.
         branching (`int`): Children per expanded node, and most nodes expanded per level, k.
+        token_ids (`torch.LongTensor` of shape `(draft_vocab_size,)`): The target's ids of the draft's tokens.
     """
 
-    def __init__(self, log_probs: torch.FloatTensor, branching: int):
+    def __init__(self, log_probs: torch.FloatTensor, branching: int, token_ids: torch.LongTensor):
         self.branching = min(branching, log_probs.shape[-1])
-        scores, tokens = _top_k(log_probs, self.branching)  # (B, k)
+        self.token_ids = token_ids
+        scores, tokens = self._top_k(log_probs)  # (B, k)
         self._scores, self._tokens = [scores], [tokens]
         self._parents = [torch.full_like(tokens, -1)]  # index into the pool, -1: the root
         self._pool_size = scores.shape[1]
@@ -127,7 +153,7 @@ class TreeGrower:
         self.frontier_scores = scores
         """Path log-probabilities of the nodes to expand, falling, `(B, k)`."""
         self.frontier_tokens = tokens
-        """Draft token ids of the nodes to expand, `(B, k)`."""
+        """Target token ids of the nodes to expand, `(B, k)`."""
         self.frontier_parents = torch.zeros_like(tokens)
         """Row of the previous draft step that each of them hangs on, `(B, k)`."""
         self.frontier_ancestors = torch.eye(self._pool_size, dtype=torch.bool, device=scores.device).expand(
@@ -151,7 +177,7 @@ class TreeGrower:
 
     def expand(self, log_probs: torch.FloatTensor) -> None:
         """Take the children of the frontier from `log_probs` `(B, k, Vd)` and make the best of them the next one."""
-        scores, tokens = _top_k(log_probs, self.branching)  # (B, width, k)
+        scores, tokens = self._top_k(log_probs)  # (B, width, k)
         scores = (scores + self.frontier_scores[..., None]).flatten(1)  # (B, width * k)
         tokens = tokens.flatten(1)
         self._scores.append(scores)
@@ -170,7 +196,7 @@ class TreeGrower:
         itself = torch.eye(order.shape[1], dtype=torch.bool, device=scores.device).expand(order.shape[0], -1, -1)
         self.frontier_ancestors = torch.cat([inherited, itself], dim=-1)
 
-    def tree(self, root_tokens: torch.LongTensor, draft_token_ids: torch.LongTensor, tree_size: int) -> DraftTree:
+    def tree(self, root_tokens: torch.LongTensor, tree_size: int) -> DraftTree:
         """The best `tree_size - 1` candidates below `root_tokens` `(B,)`; fewer if there are not as many."""
         scores, parents = torch.cat(self._scores, dim=1), torch.cat(self._parents, dim=1)  # (B, P)
         # A child never scores above its parent and comes later in the pool, so a stable order keeps every parent of a
@@ -181,7 +207,7 @@ class TreeGrower:
         )  # pool index -> node
         kept_parents = parents.gather(1, kept)
         node_parents = torch.where(kept_parents < 0, 0, node_of.gather(1, kept_parents.clamp(min=0)))
-        tokens = draft_token_ids[torch.cat(self._tokens, dim=1).gather(1, kept)]
+        tokens = torch.cat(self._tokens, dim=1).gather(1, kept)
         root = torch.zeros_like(root_tokens)[:, None]
         return DraftTree.from_parents(
             torch.cat([root_tokens[:, None], tokens], dim=1),
@@ -189,7 +215,7 @@ class TreeGrower:
             torch.cat([root.float(), scores.gather(1, kept)], dim=1),
         )
 
-
-def _top_k(log_probs: torch.FloatTensor, k: int) -> tuple[torch.FloatTensor, torch.LongTensor]:
-    """The k best entries of the last dimension; NaN, from a draft that overflowed, counts as impossible."""
-    return torch.nan_to_num(log_probs.float(), nan=float("-inf")).topk(k, dim=-1)
+    def _top_k(self, log_probs: torch.FloatTensor) -> tuple[torch.FloatTensor, torch.LongTensor]:
+        """The k best of the last dimension, and their tokens; NaN, of a draft that overflowed, counts as impossible."""
+        scores, tokens = torch.nan_to_num(log_probs.float(), nan=float("-inf")).topk(self.branching, dim=-1)
+        return scores, self.token_ids[tokens]

@@ -22,6 +22,9 @@ class ConFuKnobs:
         contemplation (`int`, *optional*): Contemplate rows per round, C: 0 is EAGLE-3 mode. By default none where
             `future_gain` is 0 or less, else as many as nodes, which is the paper, and in automatic rounds as many as
             pay.
+        lookup (`bool`, *optional*): Whether tokens that followed an earlier place of the text like its end join the
+            tree (prompt lookup). By default in automatic rounds, where they do if they are likely enough. In rounds of
+            a fixed size they take the place of up to half of the drafted nodes.
         future_gain (`float`): How many tokens a node's own future prediction adds to the round after it: a fact about
             the draft, which `confu publish` measures. By default what the paper reports.
     """
@@ -30,6 +33,7 @@ class ConFuKnobs:
     depth: int | None = None
     branching: int | None = None
     contemplation: int | None = None
+    lookup: bool | None = None
     future_gain: float = 0.4  # tau 4.41 against 4.00: arXiv 2603.08899, Llama-3.2-3B, T = 0, 30 nodes
 
     PREFIX = "confu_"
@@ -39,6 +43,10 @@ class ConFuKnobs:
     def __post_init__(self):
         if isinstance(self.future_gain, bool) or not isinstance(self.future_gain, (int, float)):
             raise ValueError(f"`{self.PREFIX}future_gain` is {self.future_gain!r}; it must be a number of tokens.")
+        if self.lookup is None:
+            self.lookup = self.automatic
+        if not isinstance(self.lookup, bool):
+            raise ValueError(f"`{self.PREFIX}lookup` is {self.lookup!r}; it must be True or False.")
         if not self.automatic:
             for name, default in self.FIXED.items():
                 if getattr(self, name) is None:
