@@ -64,13 +64,20 @@ def test_automatic_rounds_stay_automatic_beside_fixed_trees():
 
     found = automatic(tree_sizes=["own", "8"])
     fixed = ["EAGLE-3 mode, N = 8", "ConFu, C = N, N = 8"]
-    assert list(found) == ["EAGLE-3 mode, automatic", "ConFu, automatic", *fixed]
+    assert list(found) == ["EAGLE-3 mode, automatic, with lookup", "ConFu, automatic, with lookup", *fixed]
     assert list(found.values())[:2] == [{"confu_contemplation": 0}, {}]
     # A channel that adds nothing: automatic rounds do not contemplate anyway.
     useless = GenerationConfig(confu_future_gain=0.0)
     options = {"contemplations": ["0", "default"], "depths": [3, 4]}
     fixed = ["EAGLE-3 mode, N = 8, depth 3", "EAGLE-3 mode, N = 8, depth 4"]
-    assert list(automatic(useless, tree_sizes=["own", "8"], **options)) == ["EAGLE-3 mode, automatic", *fixed]
+    found = automatic(useless, tree_sizes=["own", "8"], **options)
+    assert list(found) == ["EAGLE-3 mode, automatic, with lookup", *fixed]
+    options = {"tree_sizes": ["own", "8"], "contemplations": ["default"], "lookups": ["without", "with"]}
+    found = {
+        name.removeprefix("EAGLE-3 mode, "): knobs.get("confu_lookup")
+        for name, knobs in automatic(useless, **options).items()
+    }
+    assert found == {"automatic": False, "automatic, with lookup": None, "N = 8": None, "N = 8, with lookup": True}
     with pytest.raises(ValueError, match="d's own rounds are automatic; give `tree_sizes` a number of nodes"):
         automatic(useless, **options)
 
@@ -83,6 +90,7 @@ def test_automatic_rounds_stay_automatic_beside_fixed_trees():
         ({"max_new_tokens": [1]}, "limits of at least 2 tokens"),
         ({"baselines": ["prompt_lookup"]}, "expected 'plain', which every speed-up refers to"),
         ({"contemplations": ["some"]}, "holds 'some'; expected a number of rows, 'default' or 'full'"),
+        ({"lookups": ["yes"]}, "`lookups` holds 'yes'; expected one of default, without, with"),
         ({"tree_sizes": ["0"]}, "`confu_tree_size` is 0"),
         ({"tree_sizes": ["big"]}, "`tree_sizes` holds 'big'; expected a number of nodes, or 'own'"),
         ({"depths": [0]}, "`confu_depth` is 0"),

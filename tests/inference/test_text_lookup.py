@@ -1,4 +1,4 @@
-"""Tokens copied from the text: what is copied against a naive search, how likely it is thought, and what becomes of it."""
+"""Tokens copied from the text: which, against a naive search, how likely they are thought, what becomes of them."""
 
 import math
 from bisect import bisect_left
@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_rounds import costs
 
 from helpers import make_tiny_draft, make_tiny_target
-from test_rounds import costs
 from transformers_confu import confu_generation_config
 from transformers_confu.inference import decoding
 from transformers_confu.inference.draft_tree import DraftTree, TreeGrower
@@ -153,7 +153,7 @@ def test_in_fixed_rounds_copied_tokens_take_the_place_of_drafted_ones():
     assert FixedRounds(ConFuKnobs(tree_size=12)).tree_size(None) == 12
 
 
-@pytest.mark.parametrize("kind", ["llama", "hybrid"])
+@pytest.mark.parametrize("kind", ["llama", "windows", "hybrid"])
 @pytest.mark.parametrize("size", [{}, {"confu_tree_size": 8, "confu_depth": 3, "confu_branching": 3}])
 def test_texts_that_repeat_themselves_take_fewer_rounds(size, kind, monkeypatch):
     monkeypatch.setattr(decoding, "round_costs", lambda *_: costs(0.02, 0.05))

@@ -18,7 +18,7 @@ from ..evaluation.questions import Question
 from ..publishing.check_answers import CHECK_PROMPTS
 
 
-PLAIN, CONFU = Arm("plain"), Arm("draft", "draft")  # without knobs: the draft does what it does by itself
+PLAIN, CONFU = Arm("plain"), Arm("draft", "draft", lookup=True)  # no knobs: what the draft does by itself
 
 
 def main(argv: list[str] | None = None) -> int:

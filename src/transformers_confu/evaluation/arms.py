@@ -62,8 +62,9 @@ class Arm:
 
     @property
     def knobs(self) -> dict[str, int | bool]:
-        """The knobs of decoding as entries of a generation config."""
-        values = {f"confu_{name}": getattr(self, name) for name in (*TREE_KNOBS, "contemplation", "lookup")}
+        """The knobs of decoding as entries of a generation config, but for what is so by itself."""
+        values = {f"confu_{name}": getattr(self, name) for name in (*TREE_KNOBS, "contemplation")}
+        values["confu_lookup"] = None if self.lookup is (self.tree_size is None) else self.lookup
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -116,9 +117,9 @@ def _draft_arms(
     draft: str, tree: tuple[int | None, ...], arguments: EvaluationArguments, own: GenerationConfig
 ) -> Iterator[Arm]:
     """
-    The arms of one draft and tree (what is `None` is the draft's own), one for each budget of contemplate rows, without
-    and with lookups. With `confu_contemplation` 0 of its own a draft's future channel is not trained, and 0 is all that
-    it can do.
+    The arms of one draft and tree (what is `None` is the draft's own), for each budget of contemplate rows, without or
+    with lookups. With `confu_contemplation` 0 of its own a draft's future channel is not trained, and 0 is all that it
+    can do.
     """
     if tree[0] is None and ConFuKnobs.resolve(own).automatic:
         if len(arguments.tree_sizes) == 1 and any(tree):

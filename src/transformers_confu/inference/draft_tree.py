@@ -216,6 +216,6 @@ class TreeGrower:
         )
 
     def _top_k(self, log_probs: torch.FloatTensor) -> tuple[torch.FloatTensor, torch.LongTensor]:
-        """The k best of the last dimension, and their tokens; NaN, of a draft that overflowed, counts as impossible."""
+        """The k best scores and their tokens; NaN, from a draft that overflowed, counts as impossible."""
         scores, tokens = torch.nan_to_num(log_probs.float(), nan=float("-inf")).topk(self.branching, dim=-1)
         return scores, self.token_ids[tokens]

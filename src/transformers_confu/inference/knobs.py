@@ -1,7 +1,7 @@
 """The knobs of decoding, and how they travel: as entries `confu_*` of a `GenerationConfig`."""
 
 import difflib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
@@ -73,7 +73,7 @@ class ConFuKnobs:
         if not self.automatic:
             return self
         contemplation = 0 if self.contemplation is None and self.future_gain <= 0 else self.contemplation
-        return replace(self, **self.FIXED, contemplation=contemplation)
+        return ConFuKnobs(**self.FIXED, contemplation=contemplation, future_gain=self.future_gain)
 
     @classmethod
     def names(cls) -> list[str]:

@@ -25,7 +25,7 @@ class Rounds(Protocol):
     """Whether any round may have contemplate rows."""
 
     def depth(self, length: int, room: int) -> int:
-        """Longest path of drafted tokens behind a text of `length` tokens, at most `room`; below 1 none are drafted."""
+        """Longest path of drafted tokens behind `length` tokens of text, at most `room`; below 1: none are drafted."""
 
     def width(self, grower: TreeGrower) -> int:
         """How many of the grower's frontier nodes to expand; 0: the tree is grown."""
