@@ -72,14 +72,14 @@ def test_automatic_rounds_stay_automatic_beside_fixed_trees():
     fixed = ["EAGLE-3 mode, N = 8, depth 3", "EAGLE-3 mode, N = 8, depth 4"]
     found = automatic(useless, tree_sizes=["own", "8"], **options)
     assert list(found) == ["EAGLE-3 mode, automatic, with lookup", *fixed]
+    with pytest.raises(ValueError, match="d's own rounds are automatic; give `tree_sizes` a number of nodes"):
+        automatic(useless, **options)
     options = {"tree_sizes": ["own", "8"], "contemplations": ["default"], "lookups": ["without", "with"]}
     found = {
         name.removeprefix("EAGLE-3 mode, "): knobs.get("confu_lookup")
         for name, knobs in automatic(useless, **options).items()
     }
     assert found == {"automatic": False, "automatic, with lookup": None, "N = 8": None, "N = 8, with lookup": True}
-    with pytest.raises(ValueError, match="d's own rounds are automatic; give `tree_sizes` a number of nodes"):
-        automatic(useless, **options)
 
 
 @pytest.mark.parametrize(
