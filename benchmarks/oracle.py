@@ -77,6 +77,7 @@ def main() -> None:
     options = parser.parse_args()
     target, tokenizer = load_target("demo", torch.float32, "cpu")
     draft = load_decoding_draft(default_draft(), target)
+    draft.generation_config.confu_lookup = False  # of what the draft says alone
     propose, trees, kept = ConFuCandidateGenerator.propose, [], []
 
     def plainly(self: Any, root_tokens: Any, rounds: Any, max_depth: int, future_states: Any) -> DraftTree:
