@@ -144,9 +144,9 @@ def test_drafted_nodes_are_judged_without_the_copied_ones():
 def test_in_fixed_rounds_copied_tokens_take_the_place_of_drafted_ones():
     knobs = ConFuKnobs(tree_size=12, depth=3, branching=4, lookup=True)
     rounds = FixedRounds(knobs, repeating())
-    assert rounds.depth(0, room=50) == 3
-    assert rounds.tree_size(None) == 6
-    assert rounds.copies(DraftTree.root_only(torch.tensor([PERIOD[-1]])))[0] == (PERIOD * 2)[:6]
+    assert rounds.depth(0, room=50) == 2
+    assert rounds.tree_size(None) == 3
+    assert rounds.copies(DraftTree.root_only(torch.tensor([PERIOD[-1]])))[0] == (PERIOD * 3)[:9]
     assert rounds.depth(0, room=2) == 2 and rounds.tree_size(None) == 10
     unlike = FixedRounds(knobs, TextLookup())
     assert unlike.depth(0, room=50) == 3 and unlike.tree_size(None) == 12
@@ -181,7 +181,7 @@ def test_texts_that_repeat_themselves_take_fewer_rounds(size, kind, monkeypatch)
         counts[lookup] = statistics.rounds
         assert (statistics.copied > 0) is lookup
         assert statistics.copied <= sum(statistics.accepted)
-    longest = 4 if size else 8 if kind == "hybrid" else 32
+    longest = 6 if size else 8 if kind == "hybrid" else 32
     assert counts[False] > 20 and counts[True] <= math.ceil(39 / (longest + 1)) + 1
 
 

@@ -24,7 +24,7 @@ class ConFuKnobs:
             pay.
         lookup (`bool`, *optional*): Whether tokens that followed an earlier place of the text like its end join the
             tree (prompt lookup). By default in automatic rounds, where they do if they are likely enough. In rounds of
-            a fixed size they take the place of up to half of the drafted nodes.
+            a fixed size they take the place of up to three quarters of the drafted nodes.
         future_gain (`float`): How many tokens a node's own future prediction adds to the round after it: a fact about
             the draft, which `confu publish` measures. By default what the paper reports.
     """

@@ -52,7 +52,7 @@ class FixedRounds:
         lookup ([`TextLookup`], *optional*): Of the text; without it all nodes are drafted.
     """
 
-    # A copied token takes a drafted node's place if it is likelier than this, and up to half of the tree.
+    # A copied token takes a drafted node's place if it is likelier than this, and up to three quarters of the tree.
     LEAST_CHANCE = 0.1
 
     def __init__(self, knobs: ConFuKnobs, lookup: TextLookup | None = None):
@@ -63,7 +63,7 @@ class FixedRounds:
 
     def depth(self, length: int, room: int) -> int:
         if self.lookup is not None:
-            chances = self.lookup.chances(max(min(room, self.knobs.tree_size // 2), 0))
+            chances = self.lookup.chances(max(min(room, self.knobs.tree_size * 3 // 4), 0))
             self.num_copies = sum(chance > self.LEAST_CHANCE for chance in chances)
         # No deeper than a chain that fills the tree.
         return min(self.knobs.depth, self.tree_size(None) - 1, room)
