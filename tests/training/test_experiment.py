@@ -23,3 +23,26 @@ def test_the_published_arms_are_what_their_records_give():
             assert f"| {taus[0]} |" in line and (number_of_steps == 6 or f"| {taus[1]} |" in line), arm
             shown += 1
     assert shown == 14
+
+
+def test_the_published_forms_are_what_their_records_give():
+    """The fourth round: as above, gains at depths 2 to 4, and tau of decoded answers."""
+    lines = (DOCS / "experiment.md").read_text(encoding="utf-8").splitlines()
+    records = json.loads(gzip.open(DOCS / "experiment" / "forms.json.gz").read())
+
+    def line(arm: str) -> str:
+        (found,) = (line for line in lines if line.startswith(f"| {arm} |"))
+        return found
+
+    first = None
+    for arm, answers in records["teacher-forced"].items():
+        counted, correct, accepted = np.array(list(answers.values())).sum(axis=0)
+        for so_far in (correct, accepted):
+            assert f"| {1 + (so_far / counted).sum():.3f} |" in line(arm), arm
+        later = (accepted / counted)[1:4].sum()
+        first = later if first is None else first
+        assert later == first or f"| {100 * (later / first - 1):+.1f} % (" in line(arm), arm
+    for arm, answers in records["decoded"].items():
+        emitted, rounds = np.array(list(answers.values())).sum(axis=0)
+        assert f"| {emitted / rounds:.3f} |" in line(f"decoded: {arm}"), arm
+    assert len(records["teacher-forced"]) >= 5 and len(records["decoded"]) == 3
