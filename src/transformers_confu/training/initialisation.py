@@ -128,9 +128,10 @@ def start_future_channel(
     channel.contemplate_token.experts.normal_(std=float(rows.float().std()))
     if config.future_readout:
         # Where the output is read, the residual stream starts as the highest tap does in the draft's other rows.
-        nn.init.zeros_(channel.future_projection.weight)
-        piece = config.future_hidden_state_indices.index(config.target_hidden_state_indices[-1])
-        nn.init.eye_(channel.future_projection.weight.unflatten(1, (-1, config.target_hidden_size))[:, piece])
+        states, highest = config.future_hidden_state_indices, config.target_hidden_state_indices[-1]
+        if config.hidden_size == config.target_hidden_size and highest in states:
+            pieces = nn.init.zeros_(channel.future_projection.weight).unflatten(1, (-1, config.target_hidden_size))
+            nn.init.eye_(pieces[:, states.index(highest)])
 
 
 def is_channel_untrained(draft: ConFuDraftModel) -> bool:

@@ -241,7 +241,7 @@ def draft_of_run(
 ) -> ConFuDraftModel:
     """The given draft or a new one; a new one of stage core decodes without its untrained channel."""
     if arguments.draft is None:
-        draft = new_draft(target, tokenizer, dataset, arguments)
+        draft = new_draft(target, tokenizer, dataset, arguments, training.stage)
         if training.stage == "core":  # its channel stays untrained, as that of a converted draft is
             draft.generation_config.confu_contemplation = 0
         return draft
@@ -259,12 +259,21 @@ def draft_of_run(
 
 
 def new_draft(
-    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, arguments: DraftArguments
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    arguments: DraftArguments,
+    stage: str,
 ) -> ConFuDraftModel:
-    """A draft warm-started from the target, with a vocabulary by frequency in the answers."""
+    """
+    A draft warm-started from the target, with a vocabulary by frequency in the answers. Where core and channel learn
+    together from the start, it is read at `[f]`: docs/experiment.md, fourth round.
+    """
     fc_norm = not arguments.form.get("norm_before_fc", False)
     form = {"draft_vocab_size": DRAFT_VOCAB_SIZE, "fc_norm": fc_norm, "norm_output": True}
-    form |= {"attention_window": arguments.max_length} | arguments.form  # no further than it has been trained
+    form |= {"attention_window": arguments.max_length}  # no further than it has been trained
+    readout = arguments.form.get("future_readout", stage == "joint")
+    form |= {"future_readout": readout, "use_future_residual": not readout} | arguments.form
     config = ConFuConfig.from_target(target.config, **form)
     vocabulary = build_draft_vocabulary(
         count_assistant_tokens(dataset, target.config.get_text_config(decoder=True).vocab_size),
