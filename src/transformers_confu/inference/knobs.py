@@ -73,7 +73,8 @@ class ConFuKnobs:
         if not self.automatic:
             return self
         contemplation = 0 if self.contemplation is None and self.future_gain <= 0 else self.contemplation
-        return ConFuKnobs(**self.FIXED, contemplation=contemplation, future_gain=self.future_gain)
+        fixed: dict[str, Any] = {**self.FIXED, "contemplation": contemplation, "future_gain": self.future_gain}
+        return ConFuKnobs(**fixed)
 
     @classmethod
     def names(cls) -> list[str]:
