@@ -172,13 +172,23 @@ def test_the_published_table_is_what_its_records_give():
     """Recomputed from the tokens and seconds of the records, without the code that made the page."""
     page = (DOCS / "results.md").read_text(encoding="utf-8")
     found = {}
-    for name in ("speed", "speed_fp32", "base", "tree_size", "temperature", "all_questions"):
+    for name in (
+        "lookup",
+        "lookup_sampled",
+        "speed",
+        "speed_fp32",
+        "base",
+        "tree_size",
+        "temperature",
+        "all_questions",
+    ):
         sums = {}
         for line in gzip.open(DOCS / "results" / "records" / f"{name}.jsonl.gz", "rt", encoding="utf-8"):
             row = json.loads(line)
             for answer in row.get("answers", []):
                 arm = answer["arm"]
-                key = f"{row['setting']['temperature']:g}", arm["kind"], arm["tree_size"], arm["contemplation"]
+                key = (f"{row['setting']['temperature']:g}", arm["kind"], arm["tree_size"], arm["contemplation"])
+                key += (arm.get("lookup", False),)
                 counts = sums.setdefault(key, [0, 0, 0, 0, 0, 0])
                 for turn in answer["turns"]:
                     emitted = (turn["rounds"] or {"emitted": []})["emitted"]
@@ -186,7 +196,7 @@ def test_the_published_table_is_what_its_records_give():
                     counts[:4] = [count + more for count, more in zip(counts, added, strict=False)]
                 counts[4:] = counts[4] + (answer["departure"] is None), counts[5] + 1
         for key, (tokens, seconds, emitted, rounds, same, all_of) in sums.items():
-            plain = sums[key[0], "plain", None, None]
+            plain = sums[key[0], "plain", None, None, False]
             tau = emitted / rounds if rounds else 1
             found.setdefault(name, []).append(
                 (key[0], tau, tokens / seconds * plain[1] / plain[0], f"{same}/{all_of}")

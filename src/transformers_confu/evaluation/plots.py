@@ -130,6 +130,7 @@ def sweep(c: Comparison, knob: str) -> tuple[Any, str, str] | None:
         if arm.tree_size is not None:  # else rounds are automatic
             others = [f"{other} {getattr(arm, other)}" for other in TREE_KNOBS if other != knob]
             mode = [] if knob == "contemplation" else [arm.mode]
+            others += ["with lookup"] if arm.lookup else []
             lines.setdefault((arm.draft, *mode, *others), []).append(name)
     lines = {key: names for key, names in lines.items() if len(names) > (2 if knob == "contemplation" else 1)}
     if not lines:
