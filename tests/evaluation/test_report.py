@@ -175,6 +175,7 @@ def test_the_published_table_is_what_its_records_give():
     for name in (
         "lookup",
         "lookup_sampled",
+        "lookup_fp32",
         "speed",
         "speed_fp32",
         "base",
