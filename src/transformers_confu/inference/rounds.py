@@ -83,7 +83,10 @@ class FixedRounds:
         return self.knobs.tree_size - self.num_copies
 
     def copies(self, tree: DraftTree) -> tuple[list[int], list[float]]:
-        return NO_COPIES if self.lookup is None else _copies(self.lookup, self.num_copies)
+        if self.lookup is None:
+            return NO_COPIES
+        chances = self.lookup.chances(self.num_copies)
+        return self.lookup.tokens(self.num_copies), [math.log(chance) for chance in chances]
 
     def contemplate_rows(self, tree: DraftTree) -> int:
         return self.knobs.contemplation
@@ -251,7 +254,7 @@ class AutomaticRounds:
                 break
             if value > best_value:
                 best, best_value = number, value
-        return _copies(self.lookup, best)
+        return self.copied[:best], [math.log(chance) for chance in chances[:best]]
 
     def contemplate_rows(self, tree: DraftTree) -> int:
         if not self.contemplates:
@@ -288,8 +291,3 @@ class AutomaticRounds:
         accepted = sum(node < drafted for node in path) - 1
         self.expanded += min(accepted, max(self.levels - 1, 0))
         self.continued += max(accepted - 1, 0)
-
-
-def _copies(lookup: TextLookup, count: int) -> tuple[list[int], list[float]]:
-    """The next `count` tokens that a text has had before, and their log-probabilities."""
-    return lookup.tokens(count), [math.log(chance) for chance in lookup.chances(count)]
