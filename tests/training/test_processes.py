@@ -26,6 +26,18 @@ SETTINGS = {
 }
 
 
+# What `-m transformers_confu.cli` runs, and a look at what it leaves: a process group that is still there when Python
+# ends aborts its process now and then.
+COMMAND = """
+import sys, torch
+from transformers_confu.cli import main
+
+status = main(sys.argv[1:])
+assert not torch.distributed.is_initialized(), "the process group was not ended"
+sys.exit(status)
+"""
+
+
 def history(folder: Path, name: str) -> list[float]:
     state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())
     return [entry[name] for entry in state["log_history"] if name in entry]
@@ -36,9 +48,10 @@ def test_two_processes_are_one(saved_target, tmp_path):
     main([write_run(tmp_path, saved_target, output_dir=str(tmp_path / "one"), stages=stages, **SETTINGS)])
     stages[0] |= {"feature_cache": str(tmp_path / "features")}
     run = write_run(tmp_path, saved_target, output_dir=str(tmp_path / "two"), stages=stages, **SETTINGS)
+    (tmp_path / "command.py").write_text(COMMAND)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
-        [*launcher, "-m", "transformers_confu.cli", "train", run],
+        [*launcher, str(tmp_path / "command.py"), "train", run],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

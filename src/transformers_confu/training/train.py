@@ -127,6 +127,8 @@ def main(argv: list[str] | None = None) -> None:
     folders = [RunFolder(training.output_dir, outcome_of(arguments, training)) for arguments, training in runs]
     for folder, (arguments, training) in zip(folders, runs, strict=True):
         run(folder, arguments, training)
+    # Before Python ends: a thread of gloo that lets go of its last tensor later than that aborts its process.
+    PartialState().destroy_process_group()
 
 
 def outcome_of(arguments: DraftArguments, training: ConFuTrainingArguments) -> dict[str, Any]:
