@@ -108,6 +108,20 @@ def test_as_many_tokens_are_copied_as_pay(row):
     assert len(rounds.copies(DraftTree.root_only(torch.tensor([PERIOD[-1]])))[0]) == min(expected, 3)
 
 
+@pytest.mark.parametrize("levels, drafted", [(1, 9), (2, AutomaticRounds.MAX_NODES)])
+def test_drafted_and_copied_nodes_are_together_no_more_than_any_tree(levels, drafted):
+    """Where rows cost next to nothing and the text is sure to go on."""
+    rounds = AutomaticRounds(costs(1e-9, 1e-9), 0, 0.0, repeating(), longest_copy=100)
+    assert rounds.depth(0, room=200) == rounds.MAX_DEPTH
+    flat = torch.full((1, 8), 1 / 8).log()
+    grower = TreeGrower(flat, 8, torch.arange(100, 108))
+    for _ in range(levels - 1):
+        grower.expand(flat[:, None].expand(-1, 8, -1))
+    tree = grower.tree(torch.tensor([PERIOD[-1]]), rounds.tree_size(grower))
+    assert tree.size == drafted
+    assert tree.with_path(*rounds.copies(tree)).size == rounds.MAX_NODES
+
+
 @pytest.mark.parametrize("likeliest, prior", [(PERIOD[2], TextLookup.PRIOR_AGREED), (9, TextLookup.PRIOR_DENIED)])
 def test_levels_are_drafted_only_for_what_is_not_copied(likeliest, prior):
     grower = TreeGrower(torch.tensor([[0.9, 0.05, 0.05]]).log(), 3, torch.tensor([likeliest, 1, 2]))
