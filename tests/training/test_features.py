@@ -7,6 +7,8 @@ from datasets import Dataset
 from helpers import make_family, make_tiny_draft, make_tiny_target
 from transformers_confu.data.fingerprints import fingerprint_of_module, fingerprint_of_target
 from transformers_confu.inference.target import TargetRunner
+from transformers_confu.training import features as kept_features
+from transformers_confu.training import teacher
 from transformers_confu.training.anchors import Anchors, AnchorSampling
 from transformers_confu.training.batch import TokenBatch, collate
 from transformers_confu.training.features import KeptFeatures
@@ -79,10 +81,19 @@ def test_kept_features_equal_live_ones(pair, tmp_path, monkeypatch, sampling):
     draft.future_channel.soft_prompts.requires_grad_(sampling is None)
     draft.future_channel.contemplate_token.requires_grad_(sampling is None)
     features = KeptFeatures(draft, runner, tmp_path, sampling)
+    texts_read: list[int] = []
+
+    def read_batch(runner: TargetRunner, batch: TokenBatch, **how):
+        texts_read.append(len(batch.input_ids))
+        return teacher.read_batch(runner, batch, **how)
+
+    monkeypatch.setattr(kept_features, "read_batch", read_batch)
     for rows in ((4, 1, 6), (0, 2), (5, 3, 1)):
         batch = make_batch(*rows)
         live = assert_kept_is_live(features, batch, sampling and anchors_of(batch))
         assert live.counts["rows_with_future"] > 5 or sampling is None
+    # Each row was asked for once, alone where the others of its batch had been.
+    assert texts_read == [3, 2, 2]
     # Once every row was seen, nobody asks the target, nor does a later run.
     monkeypatch.setattr(type(target), "forward", None)
     batch = make_batch(6, 4, 2)

@@ -2,9 +2,9 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from ..data.dataset import IGNORE_INDEX
 # Lengths are rounded up to a multiple of this many tokens before rows are sorted by them, so that rows of nearly equal
 # length change places between epochs.
 _LENGTH_STEP = 16
+
+PerText = TypeVar("PerText", bound=Any)  # a dataclass of tensors, `(B, ...)` each
 
 
 class TokenBatchSampler(Sampler[list[int]]):
@@ -148,6 +150,11 @@ class TokenBatch:
         """What rows standing at `columns` `(B, R)` see of the text, `(B, R, T)`: everything up to themselves."""
         index = torch.arange(self.input_ids.shape[1], device=columns.device)
         return (index <= columns[..., None]) & self.attention_mask.bool()[:, None]
+
+
+def texts_of(of_texts: PerText, numbers: list[int]) -> PerText:
+    """Some texts of a [`TokenBatch`], or of the [`~anchors.Anchors`] of one."""
+    return type(of_texts)(*(getattr(of_texts, field.name)[numbers] for field in fields(of_texts)))
 
 
 def row_key(input_ids: np.ndarray, labels: np.ndarray) -> int:

@@ -28,7 +28,7 @@ from ..data.fingerprints import fingerprint_of_module, fingerprint_of_target
 from ..inference.modeling_confu import ConFuDraftModel
 from ..inference.target import TargetRunner, main_stream
 from .anchors import Anchors, AnchorSampling
-from .batch import TokenBatch, row_key
+from .batch import TokenBatch, row_key, texts_of
 from .teacher import Teaching, contemplate, read_batch, summarize, teach_within
 
 
@@ -109,8 +109,9 @@ class KeptFeatures:
     def teach(self, batch: TokenBatch, anchors: Anchors | None) -> Teaching:
         """As [`~teacher.teach`], at the anchors that `sampling` draws for these rows, or none without it."""
         draft, files = self.draft, list(map(self._file, batch.row_keys))
-        if not all(file.exists() for file in files):
-            self._write(batch, anchors, files)
+        if missing := [number for number, file in enumerate(files) if not file.exists()]:
+            some_anchors = None if anchors is None else texts_of(anchors, missing)
+            self._write(texts_of(batch, missing), some_anchors, [files[number] for number in missing])
         rows = [load_file(file) for file in files]
         taps = pad_sequence([row["taps"] for row in rows], batch_first=True).to(draft.device, draft.dtype)
         final_states, *of_all_tokens = (
@@ -124,7 +125,7 @@ class KeptFeatures:
 
     @torch.no_grad()
     def _write(self, batch: TokenBatch, anchors: Anchors | None, files: list[Path]) -> None:
-        """Let the target read a batch, of which not all rows have files."""
+        """Let the target read a batch, and keep its rows in these files."""
         indices, is_teacher = self.draft.config.target_hidden_state_indices, batch.teaching_positions
         final = self.draft.config.target_num_hidden_layers
         outputs = read_batch(
@@ -142,8 +143,6 @@ class KeptFeatures:
         if anchors is not None:
             futures = contemplate(self.runner, batch, self.runner.taps(outputs.hidden_states), outputs.cache, anchors)
         for number, file in enumerate(files):
-            if file.exists():
-                continue
             of_row = batch.teacher_numbers[number, is_teacher[number]].to(outputs.logits.device)
             row = {
                 "taps": taps[number, batch.attention_mask[number].bool()],
