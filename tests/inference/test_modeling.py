@@ -131,10 +131,6 @@ class NaiveEagle3:
             f_embedding, f_feature, f_residual = future
             keys.append(self.key(f_embedding, f_feature, position + 1))
             values.append(self.heads(self.attention_input(f_embedding, f_feature), "v_proj"))
-            if self.config.future_readout:  # the row of [f] asks, and is read
-                asking = self.attention_input(f_embedding, f_feature)
-                query = [self.rotate(h, position + 1) for h in self.heads(asking, "q_proj")]
-                stream = f_feature
             stream = stream + f_residual
         group = self.config.num_attention_heads // self.config.num_key_value_heads
         attended = []
@@ -171,9 +167,8 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
         {"use_future_residual": False},
         {"num_future_experts": 3, "num_future_experts_per_token": 1},
         {"hidden_size": 24, "head_dim": 6},
-        {"future_readout": True},
     ],
-    ids=["without f", "with f", "without residual", "one expert", "narrow", "read-out"],
+    ids=["without f", "with f", "without residual", "one expert", "narrow"],
 )
 def test_forward_with_a_cache_is_eagle_3_written_out(target, overrides, implementation):
     draft = make_tiny_draft(target, **(overrides or {}))

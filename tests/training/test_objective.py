@@ -38,8 +38,6 @@ PAIRS = {
     "rotated soft prompts": ("qwen3", {"rotate_soft_prompts": True}),
     "single experts": ("llama", {"num_contemplate_experts_per_token": 1, "num_future_experts_per_token": 1}),
     "no residual, biases": ("llama", {"use_future_residual": False, "attention_bias": True}),
-    "read-out": ("llama", {"future_readout": True, "use_future_residual": False}),
-    "read-out, norms": ("qwen3", {"future_readout": True, "norm_output": True, "fc_norm": True}),
     "norms of EAGLE-3.1": ("llama", {"fc_norm": True, "norm_output": True, "use_qk_norm": True}),
     "norms of speculators": ("llama", {"norm_before_fc": True, "norm_before_residual": True}),
 }

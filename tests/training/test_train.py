@@ -45,14 +45,12 @@ def test_the_form_of_a_new_draft_is_an_option_and_a_draft_keeps_it(saved_target,
     run = write_run(tmp_path, saved_target, max_steps=1)
     main([run])
     form = {"num_contemplate_experts": 1, "num_contemplate_experts_per_token": 1, "fc_norm": False}
-    form |= {"num_soft_prompts": 3, "rotate_soft_prompts": True, "future_readout": False}
+    form |= {"num_soft_prompts": 3, "rotate_soft_prompts": True}
     second = [run, f"--output_dir={tmp_path / 'second'}"]
     main([*second, f"--draft_config={json.dumps(form)}", "--instruction="])
     first, other = (ConFuDraftModel.from_pretrained(tmp_path / name) for name in ("draft", "second"))
     assert (first.config.num_contemplate_experts, first.config.num_soft_prompts) == (8, 5)
     assert first.config.fc_norm and first.config.norm_output
-    assert first.config.future_readout and not first.config.use_future_residual  # learned with the core from the start
-    assert not other.config.future_readout and other.config.use_future_residual
     assert {name: getattr(other.config, name) for name in form} == form
     # Keys of a text are far larger than random ones.
     assert other.future_channel.soft_prompts.std() < 0.1 * first.future_channel.soft_prompts.std()
@@ -83,7 +81,6 @@ def test_stages_may_differ_in_precision_and_in_what_is_frozen(saved_target, tmp_
     main([write_run(tmp_path, saved_target, stages=stages, frozen=["core"], output_dir=str(tmp_path / "runs"))])
     assert precisions == ["bf16", "no", "bf16"]
     core, joint, last = (weights_of(tmp_path / name) for name in ("runs/core", "runs/joint", "last"))
-    assert not ConFuDraftModel.from_pretrained(tmp_path / "runs" / "core").config.future_readout
     assert torch.equal(core["fc.weight"], joint["fc.weight"]) and torch.equal(joint["fc.weight"], last["fc.weight"])
     taught = "future_channel.future_projection.weight"
     assert not torch.equal(joint[taught], last[taught])

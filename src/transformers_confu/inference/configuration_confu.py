@@ -59,8 +59,6 @@ class ConFuConfig(PreTrainedConfig):
             future prediction f. Same index convention as the taps.
         use_future_residual (`bool`): Also add a projection of f to the draft's residual stream, beside the `[f]`
             key/value slot.
-        future_readout (`bool`): Read the draft's output at the row of `[f]`, which asks in place of the last token and
-            whose residual stream starts as the projection of f, wherever there is one.
     """
 
     model_type = "confu"
@@ -107,7 +105,6 @@ class ConFuConfig(PreTrainedConfig):
     num_future_experts_per_token: int = 2
     future_hidden_state_indices: list[int] | None = None
     use_future_residual: bool = True
-    future_readout: bool = False
 
     def __post_init__(self, **kwargs):
         # What EAGLE-3 drafts and Llama's configurations have, and a draft never used: it drops nothing.

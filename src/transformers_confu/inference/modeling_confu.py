@@ -39,17 +39,11 @@ class FutureToken:
         value (`torch.FloatTensor`, same shape).
         residual (`torch.FloatTensor` of shape `(batch, rows, hidden_size)`, *optional*): Projection of f that is added
             to the residual stream, if `config.use_future_residual`.
-        query (`torch.FloatTensor` of shape `(batch, num_attention_heads, rows, head_dim)`, *optional*): Of the row of
-            `[f]`, not rotated, if `config.future_readout`.
-        stream (`torch.FloatTensor` of shape `(batch, rows, hidden_size)`, *optional*): The projected f, where the
-            residual stream of that row starts.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     residual: torch.Tensor | None
-    query: torch.Tensor | None = None
-    stream: torch.Tensor | None = None
 
 
 @dataclass
@@ -210,9 +204,6 @@ class ConFuAttention(nn.Module):
             value_states = torch.cat([value_states, future.value], dim=-2)
             if attention_mask is not None:
                 attention_mask = nn.functional.pad(attention_mask, (0, 1))  # 0 = visible
-            if future.query is not None:
-                # Every row's `[f]` asks in its place: they see other rows, but ask the same.
-                query_states = rotate(future.query, *future_position_embeddings).expand_as(query_states)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -268,10 +259,7 @@ class ConFuDecoderLayer(nn.Module):
         attention_output = self.self_attn(
             self.attention_input(inputs_embeds, features), future=future, **attention_kwargs
         )
-        features = features[:, -attention_output.shape[1] :]
-        if future is not None and future.stream is not None:
-            features = future.stream.expand_as(features)
-        return self.finish(features, attention_output, future)
+        return self.finish(features[:, -attention_output.shape[1] :], attention_output, future)
 
 
 class ConFuPreTrainedModel(PreTrainedModel):
@@ -386,14 +374,13 @@ class ConFuDraftModel(ConFuGenerationMixin, ConFuPreTrainedModel):
         """
         channel, layer = self.future_channel, self.layers[0]
         attention = layer.self_attn
-        projected = channel.future_projection(future_states)
-        hidden_states = layer.attention_input(channel.future_token(fused_taps), projected)  # (B, rows, 2H)
+        hidden_states = layer.attention_input(
+            channel.future_token(fused_taps), channel.future_projection(future_states)
+        )  # (B, rows, 2H)
         return FutureToken(
             key=attention.keys(hidden_states),
             value=attention.values(hidden_states),
             residual=None if channel.future_residual is None else channel.future_residual(future_states),
-            query=attention.queries(hidden_states) if self.config.future_readout else None,
-            stream=projected if self.config.future_readout else None,
         )
 
     def forward(

@@ -126,12 +126,6 @@ def start_future_channel(
     some_ids = torch.arange(0, config.vocab_size, -(-config.vocab_size // 1024), device=input_device(target))
     rows = RowInputs(target)(some_ids[None])["inputs_embeds"]
     channel.contemplate_token.experts.normal_(std=float(rows.float().std()))
-    if config.future_readout:
-        # Where the output is read, the residual stream starts as the highest tap does in the draft's other rows.
-        states, highest = config.future_hidden_state_indices, config.target_hidden_state_indices[-1]
-        if config.hidden_size == config.target_hidden_size and highest in states:
-            pieces = nn.init.zeros_(channel.future_projection.weight).unflatten(1, (-1, config.target_hidden_size))
-            nn.init.eye_(pieces[:, states.index(highest)])
 
 
 def is_channel_untrained(draft: ConFuDraftModel) -> bool:

@@ -243,7 +243,7 @@ def draft_of_run(
 ) -> ConFuDraftModel:
     """The given draft or a new one; a new one of stage core decodes without its untrained channel."""
     if arguments.draft is None:
-        draft = new_draft(target, tokenizer, dataset, arguments, training.stage)
+        draft = new_draft(target, tokenizer, dataset, arguments)
         if training.stage == "core":  # its channel stays untrained, as that of a converted draft is
             draft.generation_config.confu_contemplation = 0
         return draft
@@ -261,21 +261,12 @@ def draft_of_run(
 
 
 def new_draft(
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    arguments: DraftArguments,
-    stage: str,
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, arguments: DraftArguments
 ) -> ConFuDraftModel:
-    """
-    A draft warm-started from the target, with a vocabulary by frequency in the answers. Where core and channel learn
-    together from the start, it is read at `[f]`: docs/experiment.md, fourth round.
-    """
+    """A draft warm-started from the target, with a vocabulary by frequency in the answers."""
     fc_norm = not arguments.form.get("norm_before_fc", False)
     form = {"draft_vocab_size": DRAFT_VOCAB_SIZE, "fc_norm": fc_norm, "norm_output": True}
-    form |= {"attention_window": arguments.max_length}  # no further than it has been trained
-    readout = arguments.form.get("future_readout", stage == "joint")
-    form |= {"future_readout": readout, "use_future_residual": not readout} | arguments.form
+    form |= {"attention_window": arguments.max_length} | arguments.form  # no further than it has been trained
     config = ConFuConfig.from_target(target.config, **form)
     vocabulary = build_draft_vocabulary(
         count_assistant_tokens(dataset, target.config.get_text_config(decoder=True).vocab_size),

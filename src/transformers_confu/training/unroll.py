@@ -75,13 +75,10 @@ def unroll(
         if step > 0:
             keys.append(repeat_kv(rotate(attention.keys(hidden_states), cos, sin), groups))
             values.append(repeat_kv(attention.values(hidden_states), groups))
-        slot, stream = None, features
+        slot = None
         if future is not None:
             cos, sin = draft.rotary_emb(hidden_states, row_positions + step + 1)
             slot = (repeat_kv(rotate(future.key, cos, sin), groups), repeat_kv(future.value, groups))
-            if future.query is not None:
-                queries = rotate(future.query, cos, sin).where(has_future[:, None, :, None], queries)
-                stream = future.stream.where(has_future[..., None], features)
         # Weights of attention, rows x tokens for every step, would be most of the memory of long rows. They are made
         # anew in the backward pass, which costs little beside the rest.
         attended = checkpoint(
@@ -90,7 +87,7 @@ def unroll(
             use_reentrant=False,
             preserve_rng_state=False,
         )
-        outputs = layer.finish(stream, attention.o_proj(attended), future)
+        outputs = layer.finish(features, attention.o_proj(attended), future)
         yield outputs
         features = draft.next_features(outputs)
 
