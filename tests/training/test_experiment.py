@@ -23,6 +23,10 @@ def test_the_published_arms_are_what_their_records_give():
             assert f"| {taus[0]} |" in line and (number_of_steps == 6 or f"| {taus[1]} |" in line), arm
             shown += 1
     assert shown == 14
+    at_zero, at_one = rounds["large steps, decoded"].values()
+    for arm in at_zero:
+        sums = (np.array(list(of[arm].values())).sum(axis=0) for of in (at_zero, at_one))
+        assert f"| {arm} | {' | '.join(f'{emitted / counted:.3f}' for emitted, counted in sums)} |" in lines
 
 
 def test_the_published_forms_are_what_their_records_give():
@@ -45,4 +49,4 @@ def test_the_published_forms_are_what_their_records_give():
     for arm, answers in records["decoded"].items():
         emitted, rounds = np.array(list(answers.values())).sum(axis=0)
         assert f"| {emitted / rounds:.3f} |" in line(f"decoded: {arm}"), arm
-    assert len(records["teacher-forced"]) >= 5 and len(records["decoded"]) == 3
+    assert len(records["teacher-forced"]) == 10 and len(records["decoded"]) == 7
