@@ -1,11 +1,13 @@
-"""The benchmark for a GPU runs on a CPU with tiny models, and measures what it says."""
+"""Benchmarks run on a CPU with tiny models, and measure what they say."""
 
 import json
 import runpy
 from pathlib import Path
 
 import torch
+from transformers import DynamicCache
 
+from helpers import make_tiny_target
 from transformers_confu import confu_generation_config
 from transformers_confu.inference.draft_tree import DraftTree
 from transformers_confu.inference.round_costs import RoundCosts
@@ -56,3 +58,23 @@ def test_hindsight_takes_the_sizes_of_least_cost():
     assert oracle["best_steps"]([rounds, plain, plain]) == 2.25
     assert oracle["best_steps"]([rounds, plain, plain, plain]) == 3.25
     assert oracle["fixed_steps"]([rounds, plain, plain], 2) == 2.375
+
+
+@torch.no_grad()
+def test_a_perfect_tree_holds_the_likeliest_paths_of_all():
+    perfect_tree = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "perfect_draft.py"))["perfect_tree"]
+    target = make_tiny_target()
+    text = torch.randint(97, (1, 9), generator=torch.Generator().manual_seed(0))
+    cache = DynamicCache()
+    target(text[:, :5], cache=cache)
+    tree = perfect_tree(target, text, cache, temperature=0.5, size=30, depth=2, branching=97)
+    assert cache.get_seq_length() == 9 and tree.tokens[0, 0] == text[0, -1]
+    first = (target(text).logits[0, -1] / 0.5).log_softmax(dim=-1)
+    longer = torch.cat([text.expand(97, -1), torch.arange(97)[:, None]], dim=1)
+    second = first[:, None] + (target(longer).logits[:, -1] / 0.5).log_softmax(dim=-1)
+    best = torch.cat([first, second.flatten()]).sort(descending=True).values[:29]
+    torch.testing.assert_close(tree.log_probs[0].sort(descending=True).values[1:], best.float(), rtol=1e-5, atol=1e-5)
+    for node in range(1, 30):
+        parent, token = tree.parents[0, node], tree.tokens[0, node]
+        expected = first[token] if parent == 0 else second[tree.tokens[0, parent], token]
+        torch.testing.assert_close(tree.log_probs[0, node], expected.float(), rtol=1e-5, atol=1e-5)
