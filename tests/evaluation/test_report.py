@@ -174,6 +174,7 @@ def test_the_published_table_is_what_its_records_give():
     found = {}
     for name in (
         "lookup",
+        "lookup_trees",
         "lookup_sampled",
         "lookup_fp32",
         "speed",
