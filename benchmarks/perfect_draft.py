@@ -10,6 +10,7 @@ temperature 0 a perfect draft is always right, and tau is the depth + 1.)
 """
 
 import argparse
+import copy
 
 import numpy as np
 import torch
@@ -45,9 +46,8 @@ def perfect_tree(
     )
     paths = grower.frontier_tokens[0, :, None]
     for _ in range(1, depth):
-        behind = DynamicCache()
-        for index, layer in enumerate(cache.layers):
-            behind.update(*(states.expand(len(paths), -1, -1, -1) for states in (layer.keys, layer.values)), index)
+        behind = copy.deepcopy(cache)
+        behind.batch_repeat_interleave(len(paths))
         grower.expand(log_probs(paths, behind)[None])
         paths = torch.cat([paths[grower.frontier_parents[0]], grower.frontier_tokens[0, :, None]], dim=1)
     return grower.tree(root, size)
