@@ -14,8 +14,9 @@ from transformers_confu.training.train import main
 
 SETTINGS = {
     "tokens_per_batch": 4096,  # all rows in one step, whoever computes them
-    # Plain steps: Adam makes much of the rounding of small gradients.
+    # Plain steps: Adam makes much of the rounding of small gradients, and Muon computes in bfloat16.
     "optim": "sgd",
+    "use_muon": False,
     "lr_scheduler_type": "constant",
     "learning_rate": 0.05,
     "max_grad_norm": 0,

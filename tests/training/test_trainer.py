@@ -124,10 +124,12 @@ GROUPS = {
 }
 
 
-def test_the_future_channel_learns_at_its_own_rate(target, rows, tmp_path):
+@pytest.mark.parametrize("use_muon", [False, True])
+def test_the_future_channel_learns_at_its_own_rate(target, rows, tmp_path, use_muon):
     settings = {"train_dataset": rows, "max_steps": 1, "optim": "sgd", "max_grad_norm": 0, "learning_rate": 0.1}
     common, own = (
-        make_trainer(target, tmp_path, **settings, **rates) for rates in ({}, {"channel_learning_rate": 0.4})
+        make_trainer(target, tmp_path, use_muon=use_muon, **settings, **rates)
+        for rates in ({}, {"channel_learning_rate": 0.4})
     )
     before = weights(common.model)
     for trainer in (common, own):
@@ -137,6 +139,19 @@ def test_the_future_channel_learns_at_its_own_rate(target, rows, tmp_path):
         factor = 4 if name.startswith("future_channel.") else 1
         step = weights(common.model)[name] - before[name]
         torch.testing.assert_close(value - before[name], factor * step, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_muon_trains_the_matrices_within_the_draft_alone(target, rows, tmp_path):
+    settings = {"train_dataset": rows, "max_steps": 1, "max_grad_norm": 0}
+    without, beside = (make_trainer(target, tmp_path, use_muon=use_muon, **settings) for use_muon in (False, True))
+    for trainer in (without, beside):
+        trainer.train()
+    of_adamw, of_both = weights(without.model), weights(beside.model)
+    changed = {name for name, value in of_both.items() if not torch.equal(value, of_adamw[name])}
+    layer = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    channel = ["contemplate_token.router", "future_token.router", "future_projection", "future_residual"]
+    names = ["fc", *(f"layers.0.{name}" for name in layer), *(f"future_channel.{name}" for name in channel)]
+    assert changed == {f"{name}.weight" for name in names}
 
 
 @pytest.mark.parametrize("frozen", [["core"], ["contemplate", "future"]])
@@ -237,7 +252,7 @@ def test_a_checkpoint_is_the_draft_alone(target, rows, tmp_path):
     saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     assert saved.keys() == trainer.model.state_dict().keys()
     optimizer = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)
-    assert len(optimizer["state"]) == len(list(trainer.model.parameters()))
+    assert sum(len(part["state"]) for part in optimizer["parts"]) == len(list(trainer.model.parameters()))
 
     trainer.save_model(str(tmp_path / "final"))
     assert (tmp_path / "final" / "custom_generate" / "generate.py").exists()

@@ -100,7 +100,10 @@ class ConFuTrainingArguments(TrainingArguments):
         "Folder that keeps what the target says about the data, so that it reads every row once and not once an "
         "epoch. For stage core, and for joint with `frozen: [contemplate]`."
     )
-    learning_rate: float = option("Initial learning rate of AdamW.", 3e-4)
+    learning_rate: float = option("Initial learning rate of AdamW; Muon's is twice that.", 3e-4)
+    use_muon: bool = option(
+        "Train the matrices inside of the draft by Muon; all else, and without it everything, by `optim`.", True
+    )
     lr_scheduler_type: str = option("Learning-rate schedule.", "cosine")
     warmup_steps: float = option("Steps in which the learning rate rises: a share of all steps if below 1.", 0.02)
     adam_beta2: float = option("AdamW's beta2; EAGLE-3's choice.", 0.95)

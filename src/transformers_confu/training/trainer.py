@@ -33,6 +33,7 @@ from .contemplation import compute_foresight
 from .features import KeptFeatures
 from .initialisation import is_channel_untrained
 from .metrics import Counts, add_counts, metrics_of, no_counts
+from .muon import MuonBeside, matrices_within
 from .objective import Objective, compute_objective
 from .teacher import freeze, teach
 
@@ -277,7 +278,7 @@ class ConFuTrainer(Trainer):
         return self.accelerator.prepare_model(self._objective) if model is self.model else model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's optimiser, its parameters grouped so that the future channel has its learning rate."""
+        """Trainer's optimiser, with the future channel at its learning rate, and Muon for the matrices."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.args.channel_learning_rate is not None:
@@ -290,7 +291,9 @@ class ConFuTrainer(Trainer):
                 for group in optimizer.param_groups
                 if (members := [parameter for parameter in group["params"] if (parameter in of_core) is is_core])
             ]
-        return optimizer
+        if is_new and self.args.use_muon:
+            self.optimizer = MuonBeside(optimizer, matrices_within(self.model))
+        return self.optimizer
 
     def compute_loss(
         self,
