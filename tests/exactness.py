@@ -73,8 +73,8 @@ class Oracle:
         rng = random.Random(self.seed)
         own_propose, own_compact = ConFuCandidateGenerator.propose, TargetRunner.compact
 
-        def propose(generator, root_tokens, rounds, max_depth, future_states):
-            own = own_propose(generator, root_tokens, rounds, max_depth, future_states)
+        def propose(generator, root_tokens, rounds, max_depth, future_states, noise):
+            own = own_propose(generator, root_tokens, rounds, max_depth, future_states, noise)
             written = self.max_length - max_depth - 1
             assert own.tokens[0, 0] == self.text[written - 1]
             if isinstance(rounds, FixedRounds):

@@ -101,7 +101,7 @@ def test_trees_and_predictions_are_those_of_the_growing_cache(contemplation):
 
 
 @pytest.mark.parametrize("contemplation", [0, 6])
-def test_compiled_rounds_have_three_graphs_whatever_the_text(contemplation):
+def test_compiled_rounds_have_the_same_graphs_whatever_the_text(contemplation):
     target = make_tiny_target(num_hidden_layers=2)
     draft = make_tiny_draft(target, target_hidden_state_indices=[0, 1, 2])
     options = {
@@ -115,7 +115,8 @@ def test_compiled_rounds_have_three_graphs_whatever_the_text(contemplation):
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    for length, new_tokens, do_sample in ((9, 20, False), (1, 40, True), (130, 20, False)):
+    calls = ((9, 20, False, 3), (130, 20, False, 3), (1, 40, True, 4), (30, 20, True, 4), (9, 20, False, 4))
+    for length, new_tokens, do_sample, graphs in calls:
         plain_options = {"max_new_tokens": new_tokens, "do_sample": do_sample}
         plain, _ = decode_plainly(target, prompt_of(length), plain_options)
         torch.manual_seed(0)
@@ -126,8 +127,9 @@ def test_compiled_rounds_have_three_graphs_whatever_the_text(contemplation):
         )
         assert torch.equal(text, plain.sequences)
         assert draft.last_statistics.rounds > 5
-        # What grows the tree, what verifies it, what keeps its path: compiled in the first call, and never again.
-        assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
+        # What grows the tree, what verifies it, what keeps its path: compiled in the first call, and never again; but
+        # where tokens are drawn, trees grow from their noise as well.
+        assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
 
 
 class Outside(TorchDispatchMode):

@@ -17,6 +17,7 @@ from .fixed_cache import FixedRoom, keep_rows
 from .growing_cache import let_grow
 from .knobs import ConFuKnobs
 from .rounds import EqualRounds, FixedRounds, Rounds
+from .sampling_noise import DraftNoise
 from .target import additive_mask, concatenated, input_device, position_table_size
 
 
@@ -134,7 +135,12 @@ class ConFuCandidateGenerator(CandidateGenerator):
         return self._cache
 
     def propose(
-        self, root_tokens: torch.LongTensor, rounds: Rounds, max_depth: int, future_states: torch.Tensor | None
+        self,
+        root_tokens: torch.LongTensor,
+        rounds: Rounds,
+        max_depth: int,
+        future_states: torch.Tensor | None,
+        noise: DraftNoise | None = None,
     ) -> DraftTree:
         r"""
         A tree below `root_tokens`, whose draft rows must have been observed.
@@ -145,6 +151,8 @@ class ConFuCandidateGenerator(CandidateGenerator):
             max_depth (`int`): Longest path at most, whatever `rounds` says.
             future_states (`torch.FloatTensor` of shape `(batch, future_size)`, *optional*): The future prediction f;
                 without it the draft runs in EAGLE-3 mode.
+            noise ([`DraftNoise`], *optional*): What the coming tokens are drawn with; without it the tree holds what
+                is likely before that is known.
         """
         root_tokens = root_tokens.to(self._token_ids.device)
         if self._fixed is not None:
@@ -158,12 +166,13 @@ class ConFuCandidateGenerator(CandidateGenerator):
 
         rows = self._take_pending()
         if self._fixed is None:
-            tree = self._grow(root_tokens, rows, None, future_states, rounds, depth)
+            tree = self._grow(root_tokens, rows, None, future_states, rounds, depth, noise)
         else:
             count = rows.taps.shape[1]
             lengths = torch.tensor([self._fixed.length, count], device=root_tokens.device)
             rows = rows.padded(self._fixed.most_kept)
-            tree = self._compiled_grow(root_tokens, rows, lengths, future_states, rounds, depth)
+            all_noise = None if noise is None else torch.stack([noise[level] for level in range(depth)])
+            tree = self._compiled_grow(root_tokens, rows, lengths, future_states, rounds, depth, all_noise)
             self._fixed.length += count
         return tree.with_path(*rounds.copies(tree))
 
@@ -175,6 +184,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
         future_states: torch.Tensor | None,
         rounds: Rounds,
         depth: int,
+        noise: DraftNoise | torch.Tensor | None,
     ) -> DraftTree:
         """
         Store true rows and grow a tree behind the last of them. In a room of fixed shape there are `lengths` `(2,)`:
@@ -195,7 +205,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
         if future_states is not None:
             future = self.draft.future(future_states[:, None], self.draft.fuse_taps(last_taps)[:, None])
         output = self._extend(rows, future, None if is_whole else seen)
-        grower = TreeGrower(log_softmax(output.logits[:, -1]), rounds.branching, self._token_ids)
+        grower = TreeGrower(log_chances(output.logits[:, -1], noise, level=0), rounds.branching, self._token_ids)
         features = output.features
         for level in range(1, depth):
             width = rounds.width(grower)
@@ -212,7 +222,7 @@ class ConFuCandidateGenerator(CandidateGenerator):
                 future=future,
             )
             features = output.features
-            grower.expand(log_softmax(output.logits))
+            grower.expand(log_chances(output.logits, noise, level))
         if lengths is None:
             crop(self._cache, num_true_rows)  # drafted features are no true ones
         else:
@@ -323,6 +333,12 @@ def within_window(seen: torch.BoolTensor, window: int) -> torch.BoolTensor:
     return seen & ((rank <= NUM_FIRST) | (rank > rank[:, -1:] - window))
 
 
-def log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """In float32: in half precision a child can tie with its parent far more often."""
-    return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+def log_chances(logits: torch.Tensor, noise: DraftNoise | torch.Tensor | None = None, level: int = 0) -> torch.Tensor:
+    """
+    Of each of the draft's tokens to come next `level` tokens behind the root, from its logits `(..., Vd)`: as the draft
+    has it, or in the race with what the target will draw it with.
+
+    In float32: in half precision a child can tie with its parent far more often.
+    """
+    logits = logits.float()
+    return torch.log_softmax(logits if noise is None else logits - noise[level], dim=-1)

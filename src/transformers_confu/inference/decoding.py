@@ -52,6 +52,7 @@ from .measured_costs import measure_round_costs
 from .recurrent_layers import recurrent_mixers, state_bytes
 from .round_costs import round_costs
 from .rounds import AutomaticRounds, EqualRounds, FixedRounds, Rounds
+from .sampling_noise import DraftNoise, SamplingNoise, multinomial
 from .self_check import prove_target
 from .target import TargetRunner, Verification, autocast_around, input_device, position_table_size
 from .text_lookup import TextLookup
@@ -195,6 +196,14 @@ class _Decoding:
         is_greedy = not generation_config.do_sample and not logits_processor and records == (None,) * 4
         # Tokens that end the text, where nothing else but its length does and the choices need no more than logits.
         self.ends = end_tokens(stopping_criteria) if is_greedy else None
+        self.noise: SamplingNoise | None = None
+        self.draft_noise: DraftNoise | None = None
+        if generation_config.do_sample:
+            self.noise = SamplingNoise.of(input_ids.device, draft.config.vocab_size)
+        if self.noise is not None:
+            temperature = generation_config.temperature
+            temperature = 1.0 if temperature is None else temperature
+            self.draft_noise = DraftNoise(self.noise, temperature, draft.draft_token_ids)
 
     def run(
         self, model_kwargs: dict[str, Any], streamer: BaseStreamer | None
@@ -342,7 +351,7 @@ class _Decoding:
         started = time.perf_counter()
         # A round emits at most one token more than its tree is deep.
         room = self._room()
-        tree = self.generator.propose(self.input_ids[0, -1:], self.rounds, max_depth=room - 1, future_states=future)
+        tree = self.generator.propose(self.input_ids[0, -1:], self.rounds, room - 1, future, self.draft_noise)
         if self.fixed is not None:
             room = sys.maxsize  # it keeps its shape to the end; what lies beyond is not emitted
         nodes = None
@@ -504,7 +513,9 @@ class _Decoding:
         logits = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
         scores = self.logits_processor(self.input_ids, logits)
         if self.generation_config.do_sample:
-            token = torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
+            probabilities = scores.softmax(dim=-1)
+            draw = multinomial if self.noise is None else self.noise.draw
+            token = draw(probabilities)
         else:
             token = scores.argmax(dim=-1)
         self.input_ids = torch.cat([self.input_ids, token[:, None]], dim=-1)

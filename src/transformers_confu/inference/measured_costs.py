@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
 from .cached_rows import crop, lengthen
-from .candidate_generator_confu import ConFuCandidateGenerator, log_softmax
+from .candidate_generator_confu import ConFuCandidateGenerator, log_chances
 from .draft_tree import DraftTree
 from .grouped_attention import without_repeated_heads
 from .growing_cache import let_grow
@@ -112,7 +112,7 @@ def _draft_levels(target: PreTrainedModel, draft: PreTrainedModel, context: int)
             ),
             cache=cache,
         )
-        log_softmax(output.logits).topk(min(AutomaticRounds.branching, draft.config.draft_vocab_size))
+        log_chances(output.logits).topk(min(AutomaticRounds.branching, draft.config.draft_vocab_size))
 
     def run(rows: int) -> None:
         level(rows, context)

@@ -121,6 +121,7 @@ class ConFuTrainer(Trainer):
 
     train_dataset: Any
     eval_dataset: Any
+    optimizer: Any
 
     def __init__(
         self,

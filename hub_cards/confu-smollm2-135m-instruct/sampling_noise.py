@@ -1,0 +1,1 @@
+../../src/transformers_confu/inference/sampling_noise.py
