@@ -5,9 +5,7 @@ import runpy
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache
 
-from helpers import make_tiny_target
 from transformers_confu import confu_generation_config
 from transformers_confu.inference.draft_tree import DraftTree
 from transformers_confu.inference.round_costs import RoundCosts
@@ -58,36 +56,3 @@ def test_hindsight_takes_the_sizes_of_least_cost():
     assert oracle["best_steps"]([rounds, plain, plain]) == 2.25
     assert oracle["best_steps"]([rounds, plain, plain, plain]) == 3.25
     assert oracle["fixed_steps"]([rounds, plain, plain], 2) == 2.375
-
-
-def cache_of(target, text: torch.LongTensor) -> DynamicCache:
-    return target(text, cache=DynamicCache(), use_cache=True).cache
-
-
-@torch.no_grad()
-def test_a_perfect_tree_holds_the_likeliest_paths_of_all():
-    perfect_tree = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "perfect_draft.py"))["perfect_tree"]
-    target = make_tiny_target()
-    text = torch.randint(97, (1, 9), generator=torch.Generator().manual_seed(0))
-    cache = cache_of(target, text[:, :5])
-    tree = perfect_tree(target, text, cache, temperature=0.5, size=30, depth=2, branching=97)
-    assert cache.get_seq_length() == 9 and tree.tokens[0, 0] == text[0, -1]
-    first = (target(text).logits[0, -1] / 0.5).log_softmax(dim=-1)
-    longer = torch.cat([text.expand(97, -1), torch.arange(97)[:, None]], dim=1)
-    second = first[:, None] + (target(longer).logits[:, -1] / 0.5).log_softmax(dim=-1)
-    best = torch.cat([first, second.flatten()]).sort(descending=True).values[:29]
-    torch.testing.assert_close(tree.log_probs[0].sort(descending=True).values[1:], best.float(), rtol=1e-5, atol=1e-5)
-    for node in range(1, 30):
-        parent, token = tree.parents[0, node], tree.tokens[0, node]
-        expected = first[token] if parent == 0 else second[tree.tokens[0, parent], token]
-        torch.testing.assert_close(tree.log_probs[0, node], expected.float(), rtol=1e-5, atol=1e-5)
-    # Three levels of two expanded nodes: 2, 4 and 4 candidates, all of them in the tree.
-    tree = perfect_tree(target, text, cache_of(target, text[:, :5]), 0.5, size=11, depth=3, branching=2)
-    assert tree.depths[0].tolist().count(3) == 4
-    paths: list[list[int]] = [[]]
-    for node in range(1, 11):
-        paths.append(paths[tree.parents[0, node]] + [int(tree.tokens[0, node])])
-        read = torch.cat([text, torch.tensor([paths[node]])], dim=1)
-        scores = (target(read).logits[0, 8:-1] / 0.5).log_softmax(dim=-1)
-        expected = sum(scores[place, token] for place, token in enumerate(paths[node]))
-        torch.testing.assert_close(tree.log_probs[0, node], expected.float(), rtol=1e-5, atol=1e-5)

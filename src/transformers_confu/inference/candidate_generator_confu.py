@@ -335,8 +335,8 @@ def within_window(seen: torch.BoolTensor, window: int) -> torch.BoolTensor:
 
 def log_chances(logits: torch.Tensor, noise: DraftNoise | torch.Tensor | None = None, level: int = 0) -> torch.Tensor:
     """
-    Of each of the draft's tokens to come next `level` tokens behind the root, from its logits `(..., Vd)`: as the draft
-    has it, or in the race with what the target will draw it with.
+    Of each of the draft's tokens to come `level` tokens behind the root, from its logits `(..., Vd)`: what the draft
+    says, or what it says in view of the noise that the token will be drawn with.
 
     In float32: in half precision a child can tie with its parent far more often.
     """

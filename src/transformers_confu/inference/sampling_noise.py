@@ -1,10 +1,10 @@
 """The noise that a sampled text is drawn with, known before what is drawn from.
 
-`torch.multinomial` draws a token as the winner of a race: the largest p / e, where every token of the vocabulary has an
-exponentially distributed e. These come from the random generator alone, so those of the coming tokens can be looked at
-before the target has said its p. A draft that races its own q against the same e draws what the target will draw, the
-more often the more they agree: with probability (1 - d) / (1 + d) at least, for a total variation d between p and q
-(Daliri, Musco and Suresh, arXiv 2408.07978), where two draws of their own would seldom be alike even for p = q.
+`torch.multinomial` draws a token as the winner of a race: the largest p / e, where every token of the vocabulary has
+an exponentially distributed e. These come from the random generator alone, so those of the coming tokens can be looked
+at before the target has said its p. A draft that races its own q against the same e draws what the target will draw:
+with probability (1 - d) / (1 + d) at least, for a total variation distance d between p and q (Daliri, Musco and
+Suresh, arXiv 2408.07978). Two draws that know nothing of each other are seldom alike even for p = q.
 
 The target's draws stay what they are in plain `generate`, and leave the generator as they do there.
 """
@@ -53,6 +53,7 @@ class SamplingNoise:
 
     def __init__(self, generator: torch.Generator, vocab_size: int):
         self._generator, self._vocab_size = generator, vocab_size
+        self.device = generator.device
         self._rows: list[torch.Tensor] = []
         # Of the generator: before the first row, and after each.
         self._states: list[torch.Tensor] = []
@@ -73,7 +74,7 @@ class SamplingNoise:
         try:
             self._generator.set_state(self._states[-1])
             while len(self._rows) <= number:
-                row = torch.empty(1, self._vocab_size, device=self._generator.device)
+                row = torch.empty(1, self._vocab_size, device=self.device)
                 self._rows.append(row.exponential_(generator=self._generator))
                 self._states.append(self._generator.get_state())
         finally:
@@ -94,7 +95,7 @@ class SamplingNoise:
         return multinomial(probabilities)
 
     def _forget_other_states(self) -> None:
-        """Start anew where the generator is not in the state that the first row belongs to: somebody drew, or set it."""
+        """Start anew where somebody else drew from the generator or set it: it is not where the first row begins."""
         state = self._generator.get_state()
         if not self._states or not torch.equal(state, self._states[0]):
             self._rows, self._states = [], [state]
@@ -114,8 +115,9 @@ class DraftNoise:
     """
 
     def __init__(self, noise: SamplingNoise, temperature: float, token_ids: torch.LongTensor):
-        self._noise, self._temperature, self._token_ids = noise, temperature, token_ids
+        self._noise, self._temperature, self._device = noise, temperature, token_ids.device
+        self._token_ids = token_ids.to(noise.device)
 
     def __getitem__(self, level: int) -> torch.Tensor:
-        """To be taken from the draft's logits `(..., draft_vocab_size)` of the token `level` tokens behind the root."""
-        return self._temperature * self._noise[level].to(self._token_ids.device)[self._token_ids].log()
+        """What to take from the draft's logits `(..., draft_vocab_size)` of the token `level` behind the next."""
+        return (self._temperature * self._noise[level][self._token_ids].log()).to(self._device)
