@@ -80,8 +80,8 @@ def main() -> None:
     draft.generation_config.confu_lookup = False  # of what the draft says alone
     propose, trees, kept = ConFuCandidateGenerator.propose, [], []
 
-    def plainly(self: Any, root_tokens: Any, rounds: Any, max_depth: int, future_states: Any) -> DraftTree:
-        trees.append(propose(self, root_tokens, FixedRounds(WHOLE), max_depth, future_states))
+    def plainly(self: Any, root_tokens: Any, rounds: Any, *others: Any) -> DraftTree:
+        trees.append(propose(self, root_tokens, FixedRounds(WHOLE), *others))
         rounds.tree_size(None)
         return DraftTree.root_only(root_tokens)
 

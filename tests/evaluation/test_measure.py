@@ -163,7 +163,7 @@ def test_what_rounds_emit_and_accept_is_what_a_recount_from_the_ids_gives(option
         answer[:] = plain_answer(target, input_ids[0].tolist(), new_tokens)
         return own_decode(draft, target_, input_ids, **kwargs)
 
-    def propose(generator, root_tokens, tree_size, max_depth, future_states):
+    def propose(generator, root_tokens, rounds, max_depth, *others):
         generator._pending = generator._pending[-1:]
         tokens = [int(root_tokens[0]), *chain_after(answer, new_tokens - max_depth - 1, min(depth, max_depth))]
         ranks = torch.arange(len(tokens))[None]
