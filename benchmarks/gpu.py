@@ -101,8 +101,8 @@ def right_with(probability: float, vocab_size: int) -> Iterator[None]:
     """
     own_propose, rng, shapes = ConFuCandidateGenerator.propose, random.Random(0), {}
 
-    def propose(generator, root_tokens, rounds, *others):
-        own = own_propose(generator, root_tokens, rounds, *others)
+    def propose(generator, root_tokens, rounds, max_depth, future_states, noise=None):
+        own = own_propose(generator, root_tokens, rounds, max_depth, future_states, noise)
         depth = min(rounds.knobs.depth, own.size - 1)
         if depth == 0:
             return own
