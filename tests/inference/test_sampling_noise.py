@@ -1,5 +1,7 @@
 """Draws whose noise is looked at beforehand: those of `torch.multinomial`, and what a draft makes of the noise."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -87,25 +89,27 @@ def test_what_multinomial_refuses_is_refused_in_its_words():
         noise.draw(broken)
 
 
-def test_a_look_that_is_interrupted_leaves_the_generator_alone(monkeypatch):
-    noise, drawn = noise_of(5), torch.Tensor.exponential_
-    torch.manual_seed(1)
-    expected, before = noise[1].clone(), torch.get_rng_state()
-    calls = []
+def test_two_threads_never_draw_with_the_same_noise():
+    """Each sample of two threads that share the generator is one of those that a single thread would draw."""
+    vocab_size, number = 10_000, 60
+    torch.manual_seed(0)
+    probabilities = torch.full((1, vocab_size), 1 / vocab_size)
+    expected = [multinomial(probabilities).item() for _ in range(2 * number)]
+    drawn: list[int] = []
 
-    def interrupted(self, *args, **kwargs):
-        calls.append(1)
-        drawn(self, *args, **kwargs)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return self
+    def sample():
+        noise = noise_of(vocab_size)
+        for _ in range(number):
+            noise[2]
+            drawn.append(noise.draw(probabilities).item())
 
-    monkeypatch.setattr(torch.Tensor, "exponential_", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        noise[3]
-    assert len(calls) == 2 and torch.equal(torch.get_rng_state(), before)
-    monkeypatch.undo()
-    assert torch.equal(noise[1], expected)
+    torch.manual_seed(0)
+    threads = [threading.Thread(target=sample) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(drawn) == sorted(expected)
 
 
 @pytest.mark.parametrize("temperature", [0.2, 0.7, 1.0, 1.5])

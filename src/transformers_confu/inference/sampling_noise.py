@@ -9,9 +9,14 @@ Suresh, arXiv 2408.07978). Two draws that know nothing of each other are seldom 
 The target's draws stay what they are in plain `generate`, and leave the generator as they do there.
 """
 
+import threading
 from functools import cache
 
 import torch
+
+
+# A draw looks where the generator is and then moves it, which the draws of another thread may not come between.
+_DRAWING = threading.Lock()
 
 
 def multinomial(probabilities: torch.Tensor) -> torch.LongTensor:
@@ -54,6 +59,8 @@ class SamplingNoise:
     def __init__(self, generator: torch.Generator, vocab_size: int):
         self._generator, self._vocab_size = generator, vocab_size
         self.device = generator.device
+        # Runs ahead of the other one, which other threads may draw from meanwhile.
+        self._ahead = torch.Generator(self.device)
         self._rows: list[torch.Tensor] = []
         # Of the generator: before the first row, and after each.
         self._states: list[torch.Tensor] = []
@@ -69,30 +76,27 @@ class SamplingNoise:
         return cls(torch.cuda.default_generators[index], vocab_size)
 
     def __getitem__(self, number: int) -> torch.Tensor:
-        """The noise `(V,)` of the draw after the next `number` ones. The generator stays as it is."""
+        """The noise `(V,)` of the draw after the next `number` ones."""
         self._forget_other_states()
-        try:
-            self._generator.set_state(self._states[-1])
-            while len(self._rows) <= number:
-                row = torch.empty(1, self._vocab_size, device=self.device)
-                self._rows.append(row.exponential_(generator=self._generator))
-                self._states.append(self._generator.get_state())
-        finally:
-            del self._rows[len(self._states) - 1 :]  # an interrupt may have come in between
-            self._generator.set_state(self._states[0])
+        self._ahead.set_state(self._states[-1])
+        while len(self._rows) <= number:
+            row = torch.empty(1, self._vocab_size, device=self.device).exponential_(generator=self._ahead)
+            self._rows.append(row)
+            self._states.append(self._ahead.get_state())
         return self._rows[number][0]
 
     def draw(self, probabilities: torch.Tensor) -> torch.LongTensor:
         """What [`multinomial`] draws from `(1, V)` in float32, and as it leaves the generator."""
-        self._forget_other_states()
-        if self._rows and probabilities.shape[1] == self._vocab_size:
-            token = race(probabilities, self._rows[0])
-            if not bool(probabilities[0, token].isnan()):  # which the other one has a sentence for
-                del self._rows[0]
-                del self._states[0]
-                self._generator.set_state(self._states[0])
-                return token
-        return multinomial(probabilities)
+        with _DRAWING:
+            self._forget_other_states()
+            if self._rows and probabilities.shape[1] == self._vocab_size:
+                token = race(probabilities, self._rows[0])
+                if not bool(probabilities[0, token].isnan()):  # which the other one has a sentence for
+                    del self._rows[0]
+                    del self._states[0]
+                    self._generator.set_state(self._states[0])
+                    return token
+            return multinomial(probabilities)
 
     def _forget_other_states(self) -> None:
         """Start anew where somebody else drew from the generator or set it: it is not where the first row begins."""
