@@ -177,6 +177,9 @@ def test_the_published_table_is_what_its_records_give():
         "lookup_trees",
         "lookup_sampled",
         "lookup_fp32",
+        "sampled",
+        "sampled_fp32",
+        "sampled_trees",
         "speed",
         "speed_fp32",
         "base",
@@ -210,3 +213,22 @@ def test_the_published_table_is_what_its_records_give():
         for row, (temperature, tau, speedup, equal) in zip(shown, expected, strict=True):
             assert row["T"] == temperature and row["equal"] == equal
             assert row["tau"].startswith(f"{tau:.2f}") and row["speed-up"].startswith(f"{speedup:.2f}")
+
+
+def test_what_seeing_the_noise_gains_is_what_the_records_give():
+    lines = (DOCS / "results.md").read_text(encoding="utf-8").splitlines()
+    groups = ["mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag"]
+    for records, words in (("temperature", "unseen"), ("sampled_trees", "seen")):
+        counts: dict[tuple, list[int]] = {}
+        for line in gzip.open(DOCS / "results" / "records" / f"{records}.jsonl.gz", "rt", encoding="utf-8"):
+            row = json.loads(line)
+            for answer in row.get("answers", []):
+                if (answer["arm"]["tree_size"], answer["arm"]["contemplation"]) == (16, 0):
+                    emitted = [count for turn in answer["turns"] for count in turn["rounds"]["emitted"]]
+                    for group in ("all", row["group"]):
+                        sums = counts.setdefault((row["setting"]["temperature"], group), [0, 0])
+                        sums[:] = sums[0] + sum(emitted), sums[1] + len(emitted)
+        for temperature in (1.0, 0.7):
+            taus = [emitted / rounds for group in ("all", *groups) for emitted, rounds in [counts[temperature, group]]]
+            figures = " | ".join(f"{tau:.2f}" for tau in taus)
+            assert f"  | T = {temperature:g}, noise {words} | {figures} |" in lines
