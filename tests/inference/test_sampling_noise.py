@@ -177,6 +177,29 @@ def test_texts_and_generator_are_those_of_plain_generate(monkeypatch, case):
     assert all(torch.equal(*pair) for pair in zip(*outcomes, strict=True))
 
 
+def test_every_draw_of_a_call_is_foretold_by_a_draft_that_agrees():
+    """Both say the same wherever they are, so that nothing but the noise of another place could mislead the draft."""
+    target = make_tiny_target(dtype=torch.float32)
+    draft = make_tiny_draft(target, draft_vocab_size=target.config.vocab_size)
+    logits = 2 * torch.randn(target.config.vocab_size, generator=torch.Generator().manual_seed(0))
+    target.lm_head.register_forward_hook(lambda module, inputs, output: logits.expand_as(output))
+    draft.lm_head.register_forward_hook(lambda module, inputs, output: logits[draft.draft_token_ids].expand_as(output))
+    config = confu_generation_config(
+        target,
+        do_sample=True,
+        temperature=0.8,
+        max_new_tokens=33,
+        eos_token_id=-1,
+        confu_tree_size=5,
+        confu_depth=4,
+        confu_branching=1,
+    )
+    text = target.generate(PROMPT, assistant_model=draft, generation_config=config)
+    # The prompt gives one token, and rounds four and their own until the last, which has room for less.
+    assert draft.last_statistics.emitted[:6] == [5] * 6
+    assert len(set(text[0].tolist())) > 5
+
+
 def test_noise_is_drawn_once_for_every_place(monkeypatch):
     """But the first token's and the last one's, behind which nothing is drafted."""
     target = make_tiny_target(dtype=torch.float32)
