@@ -180,6 +180,7 @@ def test_the_published_table_is_what_its_records_give():
         "sampled",
         "sampled_fp32",
         "sampled_trees",
+        "sampled_confu",
         "speed",
         "speed_fp32",
         "base",
