@@ -14,7 +14,7 @@ from transformers_confu.training.train import main
 
 SETTINGS = {
     "tokens_per_batch": 4096,  # all rows in one step, whoever computes them
-    # Plain steps: Adam makes much of the rounding of small gradients, and Muon computes in bfloat16.
+    # Plain steps: Adam makes much of the rounding of small gradients, and Muon may compute in bfloat16.
     "optim": "sgd",
     "use_muon": False,
     "lr_scheduler_type": "constant",

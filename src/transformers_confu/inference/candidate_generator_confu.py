@@ -340,5 +340,4 @@ def log_chances(logits: torch.Tensor, noise: DraftNoise | torch.Tensor | None = 
 
     In float32: in half precision a child can tie with its parent far more often.
     """
-    logits = logits.float()
-    return torch.log_softmax(logits if noise is None else logits - noise[level], dim=-1)
+    return torch.log_softmax(logits if noise is None else logits - noise[level], dim=-1, dtype=torch.float32)
