@@ -208,6 +208,17 @@ def test_padding_stays_hidden():
         assert_close([states[:, -6:] for states in one], [states[:, -6:] for states in other], 1e-12)
 
 
+@pytest.mark.parametrize(("knobs", "warns"), [(KNOBS | {"lookup": True}, True), (KNOBS, False), ({}, False)])
+def test_copies_that_were_asked_for_are_said_to_be_missing(knobs, warns, monkeypatch):
+    target, draft = pair("llama")
+    warnings: list[str] = []
+    monkeypatch.setattr(decoding.logger, "warning_once", warnings.append)
+    names = {f"confu_{name}": value for name, value in knobs.items()}
+    config = confu_generation_config(target, max_new_tokens=4, cache_implementation="static", **names)
+    target.generate(prompt_of(9), assistant_model=draft, generation_config=config)
+    assert [("`confu_lookup=True`" in text) for text in warnings] == [True] * warns
+
+
 def test_a_text_goes_on_over_a_static_cache_also_after_a_call_that_failed():
     target, draft = pair("qwen3")
     call = {"cache": StaticCache(config=target.config, max_cache_len=60), "do_sample": False}

@@ -21,7 +21,7 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .cached_rows import (
     cache_bytes,
@@ -56,6 +56,9 @@ from .sampling_noise import DraftNoise, SamplingNoise, multinomial
 from .self_check import prove_target
 from .target import TargetRunner, Verification, autocast_around, input_device, position_table_size
 from .text_lookup import TextLookup
+
+
+logger = logging.get_logger(__name__)
 
 
 @torch.no_grad()
@@ -100,6 +103,11 @@ def confu_decode(
     if static is not None:
         check_capacity(static, generation_config, input_ids, model_kwargs)
         model_kwargs["cache"] = rows_of(static, target.config)
+        if knobs.lookup and not knobs.automatic:  # asked for, not just a default
+            logger.warning_once(
+                "`confu_lookup=True` does nothing over a static cache, whose rounds are all of one shape; leave it "
+                "out, or use a dynamic cache for tokens copied from the text."
+            )
     autocast = autocast_around(target)
     with torch.autocast(input_device(target).type, enabled=False), without_repeated_heads():
         started = time.perf_counter()
