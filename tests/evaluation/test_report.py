@@ -181,6 +181,7 @@ def test_the_published_table_is_what_its_records_give():
         "sampled_fp32",
         "sampled_trees",
         "sampled_confu",
+        "sampled_confu_07",
         "speed",
         "speed_fp32",
         "base",
