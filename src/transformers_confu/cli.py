@@ -87,6 +87,11 @@ COMMANDS = {
         "Make a draft fit a target whose embeddings were resized, where ids still mean what they did.",
         "confu convert resize runs/draft --vocab_size 32768 --output runs/resized",
     ),
+    "convert mean": Command(
+        "conversion.mean",
+        "Make the mean of a draft and of drafts that learned on from it, which is better than each.",
+        "confu convert mean runs/draft runs/a runs/b --output runs/mean",
+    ),
     "check": Command(
         "publishing.compatibility",
         "Say whether a draft fits a target, and what to do if not; no weights of the target are read.",

@@ -38,7 +38,7 @@ def test_decoding_needs_no_extra():
 
 
 def test_commands_and_parts_that_need_an_extra_name_it_and_others_need_none():
-    commands = ["demo", "chat", "check", "publish", "convert in", "convert out", "convert resize"]
+    commands = ["demo", "chat", "check", "publish", "convert in", "convert out", "convert resize", "convert mean"]
     result = run(f"""
         from importlib import import_module
         from transformers_confu.cli import main

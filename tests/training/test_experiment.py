@@ -29,6 +29,18 @@ def test_the_published_arms_are_what_their_records_give():
         assert f"| {arm} | {' | '.join(f'{emitted / counted:.3f}' for emitted, counted in sums)} |" in lines
 
 
+def test_the_published_means_are_what_their_records_give():
+    lines = (DOCS / "experiment.md").read_text(encoding="utf-8").splitlines()
+    arms = json.loads(gzip.open(DOCS / "experiment" / "averages.json.gz").read())
+    for arm, answers in arms.items():
+        counted, *others = np.array(list(answers.values())).sum(axis=0)
+        taus = [f"{1 + (so_far / counted).sum():.3f}" for so_far in others]
+        (line,) = (line for line in lines if line.startswith(f"| {arm} |"))
+        cells = [cell.strip() for cell in line.split("|")]
+        assert [cells[2], cells[4]] == taus, arm
+    assert len(arms) == 6
+
+
 def test_the_published_forms_are_what_their_records_give():
     """The fourth round: as above, gains at depths 2 to 4, and tau of decoded answers."""
     lines = (DOCS / "experiment.md").read_text(encoding="utf-8").splitlines()
