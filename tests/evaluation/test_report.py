@@ -182,6 +182,8 @@ def test_the_published_table_is_what_its_records_give():
         "sampled_trees",
         "sampled_confu",
         "sampled_confu_07",
+        "averaged",
+        "averaged_sampled",
         "speed",
         "speed_fp32",
         "base",
