@@ -89,7 +89,7 @@ COMMANDS = {
     ),
     "convert mean": Command(
         "conversion.mean",
-        "Make the mean of a draft and of drafts that learned on from it, which is better than each.",
+        "Make the mean of a draft and of drafts that learned on from it, which can be better than each.",
         "confu convert mean runs/draft runs/a runs/b --output runs/mean",
     ),
     "check": Command(

@@ -1,6 +1,6 @@
 """
-The mean of a draft and of drafts that learned on from it: better than each of them (model soups, arXiv 2203.05482;
-what it gave the draft of this repository is in docs/experiment.md, fifth round).
+The mean of a draft and of drafts that learned on from it, which can be better than each of them (model soups, arXiv
+2203.05482; what it gave the draft of this repository is in docs/experiment.md, fifth round).
 """
 
 from collections.abc import Sequence
