@@ -127,6 +127,46 @@ def test_a_report_hands_its_figures_to_the_draft(measured, tiny_folders, monkeyp
         cli.main(["--traceback", "report", "run.jsonl", "--output", "out", "--card", "stranger"])
 
 
+def test_earlier_records_are_set_against_these_question_by_question(answered, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "draw", lambda *data, **options: None)
+    settings, *units = map(json.loads, answered.read_text().splitlines())
+
+    def rows_against(units, settings=settings):
+        lines = (json.dumps(row) + "\n" for row in [settings, *reversed(units)])  # in another order
+        Path("earlier.jsonl").write_text("".join(lines))
+        assert cli.main(["report", answered.name, "--output", "out", "--against", "earlier.jsonl"]) == 0
+        return tables_on(Path("out/report.md").read_text())["Against earlier records"]
+
+    def sums(units):
+        emitted = {}
+        for unit in units:
+            for answer in unit["answers"]:
+                if answer["arm"]["kind"] == "draft":
+                    counts = [count for turn in answer["turns"] for count in turn["rounds"]["emitted"]]
+                    emitted.setdefault(answer["arm"]["contemplation"], []).extend(counts)
+        return [sum(counts) / len(counts) for counts in emitted.values()]
+
+    rows = rows_against(units)  # of one question each resample is the same on both sides
+    assert len(rows) == 3 and all(row["difference"] == "0.00" and row["earlier"] == "earlier" for row in rows)
+
+    now = sums(units)
+    for number, unit in enumerate(units):
+        for answer in unit["answers"]:
+            if answer["arm"]["kind"] == "draft":
+                answer["arm"]["draft"] = "another"
+                answer["turns"][0]["rounds"]["emitted"] += [1] * number  # rounds that were lost
+                answer["turns"][0]["rounds"]["accepted"] += [0] * number
+    for row, tau, before in zip(rows_against(units), now, sums(units), strict=True):
+        assert row["its tau"] == f"{before:.2f}" and row["tau"].startswith(f"{tau:.2f}")
+        assert row["difference"].startswith(f"{tau - before:.2f} (")
+
+    settings["questions"]["sha256"] = "0" * 64
+    with pytest.raises(AssertionError):
+        rows_against(units)
+    assert "The earlier records earlier have no draft with the knobs, setting and questions" in capsys.readouterr().err
+
+
 def test_text_above_the_mark_is_kept_and_other_files_are_not_touched(answered, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     output, command = Path("results.md"), ["report", "records.jsonl", "--output", "results.md"]

@@ -42,8 +42,9 @@ class Interval(NamedTuple):
 
 class Comparison:
     """
-    All arms of a measurement under one setting, on the questions of the first run; of later runs, those that are
-    complete. `names` is how the arms are called, see [`labels`].
+    All arms of a measurement under one setting, on the questions of the first run, in the order of their ids, so that
+    resamples of two measurements of the same questions agree; of later runs, those that are complete. `names` is how
+    the arms are called, see [`labels`].
     """
 
     def __init__(self, file: RecordFile, setting: Setting, names: dict[Arm, str] | None = None):
@@ -52,7 +53,7 @@ class Comparison:
         for (of_setting, run, question), unit in file.units.items():
             if of_setting == setting and unit["answers"][0]["turns"]:  # else it exceeds the target's context
                 asked.setdefault(run, []).append(question)
-        self.questions = asked[min(asked)]
+        self.questions = sorted(asked[min(asked)], key=lambda question: (len(question), question))
         self.runs = sorted(run for run, questions in asked.items() if set(questions) >= set(self.questions))
         units = [file.units[setting, run, question] for run in self.runs for question in self.questions]
         arms = [Arm(**answer["arm"]) for answer in units[0]["answers"]]

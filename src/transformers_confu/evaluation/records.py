@@ -85,6 +85,11 @@ class RecordFile:
         return self.path.name.removesuffix(".gz").removesuffix(".jsonl")
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """How many questions, and the SHA-256 of their content."""
+        return self.settings["questions"]
+
+    @property
     def answers(self) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
         """Every unit with each of its answers."""
         return ((unit, answer) for unit in self.units.values() for answer in unit["answers"])

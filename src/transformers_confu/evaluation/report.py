@@ -43,20 +43,29 @@ def main(argv: list[str] | None = None) -> None:
         "its mark is kept, with its pictures in a folder of its name",
     )
     parser.add_argument(
+        "--against",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="EARLIER",
+        help="earlier records of the same questions, of another draft or build: how much more or less is accepted now",
+    )
+    parser.add_argument(
         "--card", type=Path, help="folder of a draft, whose card.yaml takes over its figures; they appear in its card"
     )
     arguments = parser.parse_args(argv)
     files = [RecordFile(path) for path in arguments.records]
-    print(write_report(files, arguments.output))
+    print(write_report(files, arguments.output, [RecordFile(path) for path in arguments.against]))
     if arguments.card is not None:
         for comparison in comparisons_of(files):
             add_evaluation(arguments.card, card_evaluation(comparison, arguments.card))
 
 
-def write_report(files: Sequence[RecordFile], output: Path) -> Path:
+def write_report(files: Sequence[RecordFile], output: Path, earlier: Sequence[RecordFile] = ()) -> Path:
     """
     Write the report on measurements, the main one first, to a folder or a .md file (see the command's help); the path
-    of the page. ValueError for an empty measurement, or an `output` of another kind.
+    of the page. ValueError for an empty measurement, `earlier` records of something else, or an `output` of another
+    kind.
     """
     is_page = output.suffix == ".md"
     if not is_page and (output.suffix or output.is_file()):
@@ -67,7 +76,7 @@ def write_report(files: Sequence[RecordFile], output: Path) -> Path:
         before, mark, _ = page.read_text(encoding="utf-8").partition(MARK)
         if not mark:
             raise ValueError(f"{page} has no line {MARK!r}; add it where the results shall go, or delete the file.")
-    parts = report_parts(files)
+    parts = report_parts(files, earlier)
     folder.mkdir(parents=True, exist_ok=True)
     for part in parts:
         if isinstance(part, Plot):
@@ -80,7 +89,7 @@ def write_report(files: Sequence[RecordFile], output: Path) -> Path:
     return folder / "report.html"
 
 
-def report_parts(files: Sequence[RecordFile]) -> list[Part]:
+def report_parts(files: Sequence[RecordFile], earlier: Sequence[RecordFile] = ()) -> list[Part]:
     """All that stands on the page, in order."""
     everything = comparisons_of(files)
     curves = [cost for file in files for cost in file.costs if "points" in cost]
@@ -98,6 +107,7 @@ def report_parts(files: Sequence[RecordFile]) -> list[Part]:
         tables.group_table(everything),
         "## What the draft predicts",
         tables.difference_table(everything),
+        tables.earlier_table(everything, comparisons_of(earlier)),
         picture(survival),
         tables.acceptance_table(everything),
         "## What a round costs",
@@ -155,7 +165,7 @@ def conclusion(c: Comparison) -> str:
 
 def about(file: RecordFile) -> str:
     """What was measured, on what and by which command."""
-    settings, asked = file.settings, file.settings["questions"]
+    settings, asked = file.settings, file.asked
     # A draft in a folder is known by a digest of its weights, one on the Hub by its id.
     marks = {name: re.sub("^([0-9a-f]{12})[0-9a-f]{52}$", r"\1", mark) for name, mark in settings["drafts"].items()}
     questions = f"Questions: {asked['number']} (SHA-256 of their content {asked['sha256'][:12]})"

@@ -143,6 +143,43 @@ def difference_table(comparisons: list[Comparison]) -> Table:
     )
 
 
+def earlier_table(comparisons: list[Comparison], earlier: list[Comparison]) -> Table:
+    """
+    The drafts' arms against those with the same knobs in `earlier` records, of the same questions and under the same
+    setting. ValueError for earlier records that have no such arm.
+    """
+
+    def cells(c: Comparison, name: str) -> list[Row]:
+        rows = []
+        for other in earlier:
+            if (other.setting, other.file.asked, other.questions) != (c.setting, c.file.asked, c.questions):
+                continue
+            for theirs in other.drafted:
+                if other.arms[theirs].knobs != c.arms[name].knobs:
+                    continue
+                now, then = c.tau()[name], other.tau()[theirs]
+                row = {"tau": c.interval(now), "earlier": other.file.name, "its tau": then[0]}
+                row["difference"] = c.interval(now - then)
+                for group in c.groups:
+                    row[group] = c.interval(c.tau(group)[name] - other.tau(group)[theirs], group)
+                rows.append(row)
+        return rows
+
+    rows = _rows(comparisons, cells)
+    if strangers := {other.file.name for other in earlier} - {row["earlier"] for row in rows}:
+        raise ValueError(
+            f"The earlier records {', '.join(sorted(strangers))} have no draft with the knobs, setting and questions "
+            "of these; expected those of the same `confu evaluate`, with another draft or by another build."
+        )
+    return Table(
+        "Against earlier records",
+        "tau here and in earlier records of the same questions, knobs and setting, with another draft or by another "
+        f"build, and their difference, over all questions and by group. {INTERVALS} Where an interval leaves out 0, "
+        "they differ beyond what other questions of the same kind would change.",
+        rows,
+    )
+
+
 def acceptance_table(comparisons: list[Comparison]) -> Table:
     def cells(c: Comparison, name: str) -> list[Row]:
         result = c.acceptance(name)
