@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -208,71 +209,59 @@ def test_cells_are_the_same_on_every_page():
     assert "T" not in Table("Title", "", [{"T": "0"}, {"T": "0"}]).cells()  # what all rows have in common
 
 
-def test_the_published_table_is_what_its_records_give():
+def sums_of(path):
+    """(T, kind, N, depth, C, copies) -> group or "all" -> tokens, seconds, emitted, rounds, equal texts, all texts."""
+    sums = {}
+    for line in gzip.open(path, "rt", encoding="utf-8"):
+        row = json.loads(line)
+        for answer in row.get("answers", []):
+            arm, turns = answer["arm"], answer["turns"]
+            key = (f"{row['setting']['temperature']:g}", arm["kind"], arm["tree_size"], arm["depth"])
+            key += (arm["contemplation"], arm.get("lookup", False))
+            emitted = [count for turn in turns for count in (turn["rounds"] or {"emitted": []})["emitted"]]
+            counts = np.array([sum(len(turn["token_ids"]) for turn in turns), sum(turn["seconds"] for turn in turns)])
+            counts = np.append(counts, [sum(emitted), len(emitted), answer["departure"] is None, 1])
+            for group in ("all", row["group"]):
+                of_arm = sums.setdefault(key, {})
+                of_arm[group] = of_arm.get(group, 0) + counts
+    return sums
+
+
+@pytest.fixture(scope="module")
+def published():
+    """Sums over the published records, by name, and the tables on the page made of them."""
+    folders = [sorted((DOCS / "results" / folder).glob("*.jsonl.gz")) for folder in ("records", "earlier")]
+    now, earlier = ({path.name.removesuffix(".jsonl.gz"): sums_of(path) for path in paths} for paths in folders)
+    return now, earlier, tables_on((DOCS / "results.md").read_text(encoding="utf-8"))
+
+
+def test_the_published_table_is_what_its_records_give(published):
     """Recomputed from the tokens and seconds of the records, without the code that made the page."""
-    page = (DOCS / "results.md").read_text(encoding="utf-8")
-    found = {}
-    for name in (
-        "lookup",
-        "lookup_trees",
-        "lookup_sampled",
-        "lookup_fp32",
-        "sampled",
-        "sampled_fp32",
-        "sampled_trees",
-        "sampled_confu",
-        "sampled_confu_07",
-        "averaged",
-        "averaged_sampled",
-        "speed",
-        "speed_fp32",
-        "base",
-        "tree_size",
-        "temperature",
-        "all_questions",
-    ):
-        sums = {}
-        for line in gzip.open(DOCS / "results" / "records" / f"{name}.jsonl.gz", "rt", encoding="utf-8"):
-            row = json.loads(line)
-            for answer in row.get("answers", []):
-                arm = answer["arm"]
-                key = (f"{row['setting']['temperature']:g}", arm["kind"], arm["tree_size"], arm["contemplation"])
-                key += (arm.get("lookup", False),)
-                counts = sums.setdefault(key, [0, 0, 0, 0, 0, 0])
-                for turn in answer["turns"]:
-                    emitted = (turn["rounds"] or {"emitted": []})["emitted"]
-                    added = len(turn["token_ids"]), turn["seconds"], sum(emitted), len(emitted)
-                    counts[:4] = [count + more for count, more in zip(counts, added, strict=False)]
-                counts[4:] = counts[4] + (answer["departure"] is None), counts[5] + 1
-        for key, (tokens, seconds, emitted, rounds, same, all_of) in sums.items():
-            plain = sums[key[0], "plain", None, None, False]
-            tau = emitted / rounds if rounds else 1
-            found.setdefault(name, []).append(
-                (key[0], tau, tokens / seconds * plain[1] / plain[0], f"{same}/{all_of}")
-            )
-    rows = tables_on(page)["Accepted length and speed of every arm"]
-    for name, expected in found.items():
+    now, _, tables = published
+    rows = tables["Accepted length and speed of every arm"]
+    assert {row["records"] for row in rows} == now.keys()
+    for name, sums in now.items():
         shown = [row for row in rows if row["records"] == name]
-        assert len(shown) == len(expected)
-        for row, (temperature, tau, speedup, equal) in zip(shown, expected, strict=True):
-            assert row["T"] == temperature and row["equal"] == equal
-            assert row["tau"].startswith(f"{tau:.2f}") and row["speed-up"].startswith(f"{speedup:.2f}")
+        for row, (key, counts) in zip(shown, sums.items(), strict=True):
+            tokens, seconds, emitted, rounds, same, texts = counts["all"]
+            plain = sums[key[0], "plain", None, None, None, False]["all"]
+            assert row["T"] == key[0] and row["equal"] == f"{same:.0f}/{texts:.0f}"
+            assert row["tau"].startswith(f"{emitted / rounds if rounds else 1:.2f}")
+            assert row["speed-up"].startswith(f"{tokens / seconds * plain[1] / plain[0]:.2f}")
 
 
-def test_what_seeing_the_noise_gains_is_what_the_records_give():
-    lines = (DOCS / "results.md").read_text(encoding="utf-8").splitlines()
-    groups = ["mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag"]
-    for records, words in (("temperature", "unseen"), ("sampled_trees", "seen")):
-        counts: dict[tuple, list[int]] = {}
-        for line in gzip.open(DOCS / "results" / "records" / f"{records}.jsonl.gz", "rt", encoding="utf-8"):
-            row = json.loads(line)
-            for answer in row.get("answers", []):
-                if (answer["arm"]["tree_size"], answer["arm"]["contemplation"]) == (16, 0):
-                    emitted = [count for turn in answer["turns"] for count in turn["rounds"]["emitted"]]
-                    for group in ("all", row["group"]):
-                        sums = counts.setdefault((row["setting"]["temperature"], group), [0, 0])
-                        sums[:] = sums[0] + sum(emitted), sums[1] + len(emitted)
-        for temperature in (1.0, 0.7):
-            taus = [emitted / rounds for group in ("all", *groups) for emitted, rounds in [counts[temperature, group]]]
-            figures = " | ".join(f"{tau:.2f}" for tau in taus)
-            assert f"  | T = {temperature:g}, noise {words} | {figures} |" in lines
+def test_the_published_differences_are_what_the_records_give(published):
+    now, earlier, tables = published
+    rows = tables["Against earlier records"]
+    assert {row["earlier"] for row in rows} == earlier.keys()
+    for row in rows:
+        named = r"(?:ConFu, C = (\d+|N)|EAGLE-3 mode), N = (\d+), depth (\d)(, with lookup)?"
+        contemplation, size, depth, copies = re.fullmatch(named, row["arm"]).groups("")
+        contemplation = int(size if contemplation == "N" else contemplation or 0)
+        key = (row["T"], "draft", int(size), int(depth), contemplation, bool(copies))
+        here, there = now[row["records"]][key], earlier[row["earlier"]][key]
+        taus = {group: (here[group][2] / here[group][3], there[group][2] / there[group][3]) for group in here}
+        assert row["tau"].startswith(f"{taus['all'][0]:.2f}") and row["its tau"] == f"{taus['all'][1]:.2f}"
+        for group, (tau, before) in taus.items():
+            shown = float(row["difference" if group == "all" else group].split(" (")[0])
+            assert abs(shown - (tau - before)) < 0.00501
