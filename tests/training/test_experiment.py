@@ -29,6 +29,16 @@ def test_the_published_arms_are_what_their_records_give():
         assert f"| {arm} | {' | '.join(f'{emitted / counted:.3f}' for emitted, counted in sums)} |" in lines
 
 
+def test_the_published_passes_are_what_their_records_give():
+    lines = (DOCS / "experiment.md").read_text(encoding="utf-8").splitlines()
+    runs = json.loads(gzip.open(DOCS / "experiment" / "passes.json.gz").read())
+    for run, name in (("to 0", "falling to 0 over 8"), ("held", "held")):
+        _, greedy, probabilistic = zip(*runs[run], strict=True)
+        number = next(n for n, line in enumerate(lines) if line.startswith(f"| {name}, `tau_greedy` |"))
+        for line, taus in zip(lines[number : number + 2], (greedy, probabilistic), strict=True):
+            assert [float(cell) for cell in line.strip("| ").split("|")[1:] if cell.strip()] == list(taus)
+
+
 def test_the_published_means_are_what_their_records_give():
     lines = (DOCS / "experiment.md").read_text(encoding="utf-8").splitlines()
     arms = json.loads(gzip.open(DOCS / "experiment" / "averages.json.gz").read())
