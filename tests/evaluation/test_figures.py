@@ -120,6 +120,15 @@ def test_steps_count_rounds_up_to_the_depth_of_the_tree(small):
     plots.pyplot.close(figure)
 
 
+def test_lines_of_a_sweep_are_told_apart_and_knobs_are_whole_numbers(compare):
+    arms = [Arm("draft", "d", 8, depth, 2, 0, lookup) for depth in (6, 7) for lookup in (False, True)]
+    answers = [answer(arm, accepted=[1, 2]) for arm in arms]
+    figure, *_ = plots.sweep(compare(unit(1, answer(PLAIN), *answers), unit(2, answer(PLAIN), *answers)), "depth")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["without lookup", "with lookup"]
+    assert all(float(tick).is_integer() for axes in figure.axes for tick in axes.get_xticks())
+    plots.pyplot.close(figure)
+
+
 def test_differences_are_against_eagle3_mode_of_the_same_tree(small, compare):
     (row,) = tables.difference_table([small]).rows
     assert (row["arm"], row["against"]) == (CONFU_NAME, EAGLE3_NAME)

@@ -125,12 +125,13 @@ def round_costs(c: Comparison) -> tuple[Any, str, str] | None:
 def sweep(c: Comparison, knob: str) -> tuple[Any, str, str] | None:
     """Tau and speed against one knob, a line for each combination of the others with several values of it."""
     lines: dict[tuple[str, ...], list[str]] = {}
+    copies = any(c.arms[name].lookup for name in c.drafted if c.arms[name].tree_size is not None)
     for name in c.drafted:
         arm = c.arms[name]
         if arm.tree_size is not None:  # else rounds are automatic
             others = [f"{other} {getattr(arm, other)}" for other in TREE_KNOBS if other != knob]
             mode = [] if knob == "contemplation" else [arm.mode]
-            others += ["with lookup"] if arm.lookup else []
+            others += ["with lookup" if arm.lookup else "without lookup"] if copies else []
             lines.setdefault((arm.draft, *mode, *others), []).append(name)
     lines = {key: names for key, names in lines.items() if len(names) > (2 if knob == "contemplation" else 1)}
     if not lines:
@@ -146,6 +147,7 @@ def sweep(c: Comparison, knob: str) -> tuple[Any, str, str] | None:
             (line,) = axes.plot(places, value, label=", ".join(part for part in key if part not in shared))
             axes.fill_between(places, low, high, color=line.get_color(), alpha=0.13)
         axes.set(xlabel=f"confu_{knob}", ylabel=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     panels[1].axhline(1, color=INK, linewidth=1)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     caption = "Shaded: 95 % intervals over questions. The line at 1 is plain generate."
