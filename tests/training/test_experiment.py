@@ -51,6 +51,30 @@ def test_the_published_means_are_what_their_records_give():
     assert len(arms) == 6
 
 
+def test_the_published_tau_of_both_drafts_is_what_their_records_give():
+    lines = (DOCS / "experiment.md").read_text(encoding="utf-8").splitlines()
+    shown = 0
+    for name in ("both", "both_07", "both_1"):
+        sums, questions = {}, 0
+        for row in map(json.loads, gzip.open(DOCS / "experiment" / f"{name}.jsonl.gz", "rt", encoding="utf-8")):
+            questions += row["kind"] == "unit"
+            for answer in row.get("answers", []):
+                arm = answer["arm"]
+                if arm["kind"] == "draft":
+                    assert answer["departure"] is None  # the text is plain generation's
+                    counts = [count for turn in answer["turns"] for count in turn["rounds"]["emitted"]]
+                    key = (row["setting"]["temperature"], arm["lookup"], arm["draft"])
+                    sums[key] = sums.get(key, 0) + np.array([sum(counts), len(counts)])
+        for temperature, copies, draft in sums:
+            if draft == "now":
+                before, now = (np.divide(*sums[temperature, copies, which]) for which in ("before", "now"))
+                arm = f"T = {temperature:g}{', with tokens copied from the text' if copies else ''}"
+                start = f"| {arm} | {questions} | {before:.3f} | {now:.3f} | {now - before:+.3f} ("
+                assert any(line.startswith(start) for line in lines), start
+                shown += 1
+    assert shown == 4
+
+
 def test_the_published_forms_are_what_their_records_give():
     """The fourth round: as above, gains at depths 2 to 4, and tau of decoded answers."""
     lines = (DOCS / "experiment.md").read_text(encoding="utf-8").splitlines()
