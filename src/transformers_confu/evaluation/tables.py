@@ -175,7 +175,8 @@ def earlier_table(comparisons: list[Comparison], earlier: list[Comparison]) -> T
         "Against earlier records",
         "tau here and in earlier records of the same questions, knobs and setting, with another draft or by another "
         f"build, and their difference, over all questions and by group. {INTERVALS} Where an interval leaves out 0, "
-        "they differ beyond what other questions of the same kind would change.",
+        "they differ beyond what other questions of the same kind would change. In half precision the texts of both "
+        "part, which moves tau as well; in fp32 they are the same.",
         rows,
     )
 
